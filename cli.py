@@ -1,0 +1,443 @@
+"""Command line: parse, call, print.
+
+Heavy packages are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featstore.config import SPLITS, hints
+from featstore.errors import FeatstoreError, UsageError
+from trainer.config import CONTROLS, DEFAULT_FILE, SECTIONS, Config, load_config, render_config
+
+# Said before TensorFlow is imported: it reads them then.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+Command = Callable[..., Any]
+
+
+def _import_framework() -> None:
+    """Import Keras and its backend without the lines that they print at start.
+
+    They come from compiled code, so the file descriptor itself is turned away;
+    where the import fails, what was printed is shown.
+    """
+    if "keras" in sys.modules:
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as hidden:
+        os.dup2(hidden.fileno(), 2)
+        try:
+            import keras_hub  # noqa: F401
+        except BaseException:
+            hidden.seek(0)
+            os.write(kept, hidden.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+class Commands(click.Group):
+    """Reports every expected error as one line and its exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except FeatstoreError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {where}{error.strerror or error}", err=True)
+            ctx.exit(1)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("stopped; what was published is kept, the same command goes on", err=True)
+            ctx.exit(130)
+
+
+def settings(*sections: str) -> Callable[[Command], Command]:
+    """Give a command `--config` and one flag for each setting of some sections."""
+
+    def add(command: Command) -> Command:
+        for name in reversed(sections):
+            section = SECTIONS[name]
+            types = hints(section)
+            for field in reversed(dataclasses.fields(section)):
+                meta, kind = field.metadata, types[field.name]
+                option_type: Any = kind if kind in (int, float) else str
+                if meta["choices"]:
+                    option_type = click.Choice(meta["choices"])
+                command = click.option(
+                    f"--{field.name.replace('_', '-')}",
+                    f"{name}__{field.name}",
+                    type=option_type,
+                    help=f"{meta['help']}  [{name}]",
+                )(command)
+        return click.option(
+            "--config", "config_file", type=click.Path(), help=f"settings  [{DEFAULT_FILE}]"
+        )(command)
+
+    return add
+
+
+def _config(config_file: str | None, flags: dict[str, Any]) -> Config:
+    """Read the settings with the flags that were given."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for key, value in flags.items():
+        if value is None:
+            continue
+        section, _, name = key.partition("__")
+        if name == "fractions":
+            try:
+                value = [float(part) for part in value.split(",")]
+            except ValueError as error:
+                raise UsageError(
+                    f"--fractions {value!r}: expected three numbers, such as 0.8,0.1,0.1"
+                ) from error
+        overrides.setdefault(section, {})[name] = value
+    config = load_config(config_file, overrides)
+    if config.is_demo:
+        click.echo(
+            "no [data] rows set: this is the built-in demo (rendered scenes, its own encoders);"
+            " `init` writes a file for your data",
+            err=True,
+        )
+    return config
+
+
+@contextlib.contextmanager
+def _bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show rows done, rows a second and the time that is left, on stderr."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, unit_scale=False, smoothing=0.1) as bar:
+
+        def advance(rows: int) -> None:
+            bar.update(rows)
+
+        yield advance
+
+
+def _halved(size: int) -> None:
+    click.echo(f"out of memory: going on with batches of {size}", err=True)
+
+
+def _print_rows(dataset: Any) -> None:
+    counts = dataset.counts()
+    rows = ", ".join(f"{split} {n}" for split, n in counts["rows"].items())
+    click.echo(f"rows: {rows}", err=True)
+    for title, reasons in (
+        ("left out", counts["dropped"]),
+        ("kept with a warning", counts["kept_with_warning"]),
+    ):
+        if reasons:
+            found = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+            click.echo(f"rows {title}: {found} (named in {dataset.report})", err=True)
+
+
+def _print_plan(plan: dict[str, Any], rate: float, as_json: bool) -> None:
+    seconds = plan["todo"] / rate if plan["todo"] else 0.0
+    plan = {**plan, "rows_per_second": round(rate, 2), "estimated_seconds": round(seconds, 1)}
+    if as_json:
+        click.echo(json.dumps(plan))
+        return
+    click.echo(f"features     {plan['folder']}")
+    click.echo(f"asked for    {plan['requested']}")
+    changed = f" ({plan['changed']} because the photo changed)" if plan["changed"] else ""
+    click.echo(f"stored       {plan['cached']}")
+    click.echo(f"quarantined  {plan['quarantined']}")
+    click.echo(f"to do        {plan['todo']}{changed}")
+    click.echo(
+        f"disk         {plan['todo_bytes'] / 1e6:.1f} MB of {plan['free_bytes'] / 1e9:.1f} GB free"
+    )
+    if plan["todo"]:
+        click.echo(f"time         about {seconds / 60:.1f} min at {rate:.1f} rows/s")
+
+
+def _print_summary(plan: Any, summary: Any, as_json: bool, unit: str) -> None:
+    result = {
+        **plan.to_dict(),
+        "extracted": summary.extracted,
+        "failed": summary.failed,
+        "seconds": round(summary.seconds, 3),
+        "rows_per_second": round(summary.rows_per_second, 2),
+        "batch_size": summary.batch_size,
+    }
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    done = f"{summary.extracted} {unit} extracted" if plan.keys else f"nothing to do: {unit}"
+    speed = f" in {summary.seconds:.1f} s ({summary.rows_per_second:.1f}/s)" if plan.keys else ""
+    click.echo(f"{done}{speed}, {plan.cached} were stored already; {plan.folder}")
+    for key, reason in list(summary.failed.items())[:5]:
+        click.echo(f"quarantined {key}: {reason}", err=True)
+    unread = len(summary.failed) + plan.quarantined
+    if unread:
+        click.echo(f"{unread} quarantined; reasons in {plan.folder / 'quarantine.json'}", err=True)
+
+
+def _split_option(*choices: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--split", type=click.Choice(choices), default=choices[0], show_default=True
+    )
+
+
+def _json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Pay for the frozen encoders once, then search fast on their features."""
+
+
+@cli.command()
+@click.option("--config", "config_file", default=DEFAULT_FILE, show_default=True)
+@click.option("--force", is_flag=True, help="Replace the file if there is one.")
+def init(config_file: str, force: bool) -> None:
+    """Write a commented settings file."""
+    from featstore.publish import write_text
+
+    path = Path(config_file)
+    if path.exists() and not force:
+        raise UsageError(f"{path}: there already; --force replaces it")
+    write_text(path, render_config(Config(), comments=True))
+    click.echo(f"{path}: set [data] rows and images, then run `python cli.py extract-vit`")
+
+
+@cli.command("extract-vit")
+@_split_option("all", *SPLITS)
+@click.option("--dry-run", is_flag=True, help="Print what there is to do; change nothing.")
+@_json_option
+@settings("data", "encoders", "store")
+def extract_vit(
+    split: str, dry_run: bool, as_json: bool, config_file: str | None, **flags: Any
+) -> None:
+    """Run the frozen vision encoder once for each photo of a split."""
+    config = _config(config_file, flags)
+    from featstore.dataset import load_dataset
+    from featstore.extract import bring_images
+
+    dataset = load_dataset(config.data, Path(config.store.root), save=not dry_run)
+    _print_rows(dataset)
+    ids = dataset.examples.image_ids[dataset.rows(split)].tolist()
+    _import_framework()
+    if dry_run:
+        from featstore.extract import estimate_images
+
+        plan, rate = estimate_images(config.encoders, config.store, ids, dataset.images)
+        _print_plan(plan.to_dict(), rate, as_json)
+        return
+    plan, summary = bring_images(
+        config.encoders,
+        config.store,
+        ids,
+        dataset.images,
+        lambda total: _bar(total, " images"),
+        _halved,
+    )
+    _print_summary(plan, summary, as_json, "images")
+
+
+@cli.command("extract-text")
+@_split_option("all", *SPLITS)
+@click.option("--k-txt", "train__k_txt", type=int, help="last text layers that will train")
+@click.option("--dry-run", is_flag=True, help="Print what there is to do; change nothing.")
+@_json_option
+@settings("data", "encoders", "store")
+def extract_text(
+    split: str, dry_run: bool, as_json: bool, config_file: str | None, **flags: Any
+) -> None:
+    """Run the frozen text layers once for each sentence of a split."""
+    config = _config(config_file, flags)
+    from featstore.dataset import load_dataset
+    from featstore.extract import bring_text
+
+    dataset = load_dataset(config.data, Path(config.store.root), save=not dry_run)
+    _print_rows(dataset)
+    sentences = dataset.examples.hypotheses[dataset.rows(split)].tolist()
+    k_txt = config.train.k_txt
+    _import_framework()
+    if dry_run:
+        from featstore.extract import estimate_text
+
+        plan, rate = estimate_text(config.encoders, config.store, sentences, k_txt)
+        _print_plan(plan.to_dict(), rate, as_json)
+        return
+    plan, summary = bring_text(
+        config.encoders,
+        config.store,
+        sentences,
+        k_txt,
+        lambda total: _bar(total, " sentences"),
+        _halved,
+    )
+    _print_summary(plan, summary, as_json, "sentences")
+
+
+def _runs_option(command: Command) -> Command:
+    return click.option(
+        "--runs", "runs", default="runs", show_default=True, help="Folder of the runs."
+    )(command)
+
+
+def _free_name(runs: Path, k_txt: int) -> str:
+    stem = f"k{k_txt}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name, number = stem, 1
+    while (runs / name).exists():
+        number += 1
+        name = f"{stem}-{number}"
+    return name
+
+
+@contextlib.contextmanager
+def _stop_request() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a question; a second Ctrl-C ends at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _epoch_bar(epoch: int, steps: int) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(total=steps, desc=f"epoch {epoch}", unit=" steps", leave=False) as bar:
+        yield bar
+
+
+def _print_epoch(record: dict[str, Any]) -> None:
+    click.echo(
+        f"epoch {record['epoch']}: loss {record['loss']:.4f}, val loss {record['val_loss']:.4f},"
+        f" accuracy {record['val_accuracy']:.2%}, macro-F1 {record['val_macro_f1']:.2%}"
+        f" at τ {record['threshold']:.2f}; {record['seconds']:.1f} s",
+        err=True,
+    )
+
+
+def _print_metrics(result: dict[str, Any]) -> None:
+    at, half = result["at_threshold"], result["at_half"]
+    auc = "undefined" if result["auc"] is None else f"{result['auc']:.4f}"
+    click.echo(
+        f"{result['split']}: {result['rows']} rows ({result['entailment']} entailment,"
+        f" {result['contradiction']} contradiction), loss {result['loss']:.4f}, AUC {auc}"
+    )
+    click.echo(f"{'threshold':>16} {'accuracy':>9} {'macro-F1':>9}   tp    fp    fn    tn")
+    for name, found in ((f"τ = {result['threshold']:.2f}", at), ("0.50", half)):
+        counts = " ".join(f"{found[key]:5d}" for key in ("tp", "fp", "fn", "tn"))
+        click.echo(f"{name:>16} {found['accuracy']:9.2%} {found['macro_f1']:9.2%} {counts}")
+
+
+@cli.command()
+@click.option("--name", help="Name of the run; an unfinished run of that name goes on.")
+@click.option("--init-from", help="Run to take the head and shared text layers from.")
+@_runs_option
+@_json_option
+@settings("data", "encoders", "store", "train")
+def train(
+    name: str | None,
+    init_from: str | None,
+    runs: str,
+    as_json: bool,
+    config_file: str | None,
+    **flags: Any,
+) -> None:
+    """Train the fusion head and the last text layers on cached features."""
+    config = _config(config_file, flags)
+    from trainer.run import Run, find_run, run_folder
+
+    source = find_run(Path(runs), init_from) if init_from else None
+    run = Run(run_folder(Path(runs), name or _free_name(Path(runs), config.train.k_txt)))
+    from featstore.dataset import load_dataset
+    from trainer.features import open_features
+
+    run.check_free_or_same(config)
+    dataset = load_dataset(config.data, Path(config.store.root))
+    _print_rows(dataset)
+    _import_framework()
+    features = open_features(config, dataset, lambda total: _bar(total, " sentences"))
+    from trainer.fit import Reporter, Training
+
+    with run.writing(), _stop_request() as stopping:
+        run.check_free_or_same(config)
+        training = Training(run, features, source, Reporter(_epoch_bar, _print_epoch, stopping))
+        if not as_json:
+            count = training.manifest["parameters"]["trainable"]
+            click.echo(f"run {run.folder}: {count:,} trainable parameters", err=True)
+        metrics = training.fit()
+    if as_json:
+        click.echo(json.dumps({"run": str(run.folder), **metrics}))
+        return
+    click.echo(f"best epoch {metrics['epoch']} by {metrics['monitor']}; {run.folder}")
+    _print_metrics(metrics)
+    if config.train.control != "none":
+        click.echo(f"control: {config.train.control}")
+
+
+@cli.command()
+@click.argument("run")
+@_split_option("test", "val", "train")
+@click.option("--control", type=click.Choice(CONTROLS), default="none", show_default=True)
+@_runs_option
+@_json_option
+def evaluate(run: str, split: str, control: str, runs: str, as_json: bool) -> None:
+    """Measure a run on a split, at its own threshold."""
+    from trainer.run import find_run
+
+    found = find_run(Path(runs), run)
+    config = found.config()
+    _import_framework()
+    from featstore.dataset import load_dataset
+    from trainer.evaluate import evaluate as measure
+    from trainer.features import open_features
+
+    dataset = load_dataset(config.data, Path(config.store.root))
+    features = open_features(config, dataset, lambda total: _bar(total, " sentences"))
+    result = measure(found, features, split, control)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    if control != "none":
+        click.echo(f"control: {control}")
+    _print_metrics(result)
+    if result["quarantined_photos"]:
+        left = result["rows_of_split"] - result["rows"]
+        click.echo(f"{left} rows left out: their photos could not be read", err=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli.main(prog_name=Path(sys.argv[0]).name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Settings: typed sections, read from TOML, overridden by flags.
+
+A section is a frozen dataclass whose fields are made with `setting`. The same
+declaration gives the default, the check, the line in the file that
+`cli.py init` writes, the command-line flag, and (for `[train]`) the search
+space's key. An unknown section or key is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from featstore.errors import ConfigError
+
+Section = TypeVar("Section")
+
+SPLITS = ("train", "val", "test")
+STUDY_VIT = "vit_base_patch16_224_imagenet21k"
+STUDY_TEXT = "distil_bert_base_en_uncased"
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[Any] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    path: bool = False,
+) -> Any:
+    """Declare one setting of a section.
+
+    Args:
+        default: The value when neither file nor flag names the setting.
+        help: One sentence, shown in the written file and in `--help`.
+        choices: The only values allowed, if any.
+        minimum, maximum: Inclusive bounds of a number.
+        above: Exclusive lower bound of a number.
+        path: The value is a file or folder, taken relative to the file that
+            names it.
+    """
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "path": path,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The user's rows and photos, and how the rows are split."""
+
+    rows: str | dict[str, str] = setting(
+        "",
+        "row file (JSONL or CSV), or one per split: {train = ..., val = ..., test = ...};"
+        " empty: the built-in demo",
+        path=True,
+    )
+    images: str = setting("", "folder of photos, <Image_ID>.jpg/.jpeg/.png/.webp", path=True)
+    fractions: tuple[float, ...] = setting(
+        (0.8, 0.1, 0.1), "shares of the images in train, val, test", minimum=0, maximum=1
+    )
+    split_seed: int = setting(0, "seed of the split", minimum=0)
+    split_file: str = setting(
+        "", "your own split instead: JSON {train: [ids], ...} or CSV image_id,split", path=True
+    )
+    duplicates: str = setting(
+        "drop", "what to do with a row that repeats another exactly", choices=("drop", "keep")
+    )
+
+
+@dataclass(frozen=True)
+class EncodersConfig:
+    """The two frozen encoders."""
+
+    vit: str = setting(
+        STUDY_VIT, "vision encoder: keras-hub preset name, hf://… or preset folder", path=True
+    )
+    text: str = setting(
+        STUDY_TEXT, "text encoder: keras-hub preset name, hf://… or preset folder", path=True
+    )
+    sequence_length: int = setting(
+        24, "tokens of a sentence, [CLS] and [SEP] included; longer ones are cut", minimum=3
+    )
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Where features are kept and what is kept of them."""
+
+    root: str = setting("cache", "folder of the store, the splits and the reports", path=True)
+    dtype: str = setting(
+        "float16", "stored number format", choices=("float16", "float32", "bfloat16")
+    )
+    shard_rows: int = setting(1024, "rows of one HDF5 shard", minimum=1)
+    tokens: str = setting(
+        "patches",
+        'vision tokens kept: "patches", or "all" with the class token',
+        choices=("patches", "all"),
+    )
+    precision: str = setting(
+        "float32",
+        "arithmetic of the frozen encoders while extracting",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    encode_batch_size: int = setting(
+        32, "rows in one forward pass; halved on its own when memory runs out", minimum=1
+    )
+    decode_threads: int = setting(2, "threads that read and decode photos", minimum=1)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean X?)` for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def hints(section: type) -> dict[str, Any]:
+    """Return the resolved type of each field of a section."""
+    return typing.get_type_hints(section)
+
+
+def _matches(value: Any, hint: Any) -> tuple[bool, Any]:
+    """Tell whether `value` has the type of `hint`; return it, converted if it may be."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Union or origin is types.UnionType:
+        for option in typing.get_args(hint):
+            ok, converted = _matches(value, option)
+            if ok:
+                return True, converted
+        return False, value
+    if origin is tuple:
+        inner = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple):
+            return False, value
+        items = [_matches(item, inner) for item in value]
+        return all(ok for ok, _ in items), tuple(item for _, item in items)
+    if origin is dict:
+        ok = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+        return ok, value
+    if hint is bool:
+        return isinstance(value, bool), value
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False, value
+        return math.isfinite(value), float(value)
+    return isinstance(value, hint), value
+
+
+def _type_name(hint: Any) -> str:
+    return str(hint) if typing.get_origin(hint) else str(getattr(hint, "__name__", hint))
+
+
+def check(section: str, field: dataclasses.Field[Any], hint: Any, value: Any, where: str) -> Any:
+    """Return `value` as the setting's type.
+
+    Raises:
+        ConfigError: Wrong type, not one of the choices, or out of bounds.
+    """
+    name = f"[{section}] {field.name}"
+    ok, value = _matches(value, hint)
+    if not ok:
+        raise ConfigError(f"{where}: {name} must be {_type_name(hint)}, found {value!r}")
+    meta = field.metadata
+    if meta.get("choices") and value not in meta["choices"]:
+        allowed = ", ".join(map(str, meta["choices"]))
+        hint_text = suggest(str(value), map(str, meta["choices"]))
+        raise ConfigError(f"{where}: {name} must be one of {allowed}; found {value!r}{hint_text}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if not isinstance(number, int | float):
+            continue
+        low, high, above = meta.get("minimum"), meta.get("maximum"), meta.get("above")
+        if low is not None and number < low:
+            raise ConfigError(f"{where}: {name} must be at least {low}, found {number}")
+        if high is not None and number > high:
+            raise ConfigError(f"{where}: {name} must be at most {high}, found {number}")
+        if above is not None and number <= above:
+            raise ConfigError(f"{where}: {name} must be above {above}, found {number}")
+    return value
+
+
+def _anchor(value: Any, folder: Path) -> Any:
+    """Take a relative path relative to `folder`; leave preset names and URLs alone."""
+    if isinstance(value, dict):
+        return {key: _anchor(item, folder) for key, item in value.items()}
+    if not value or "://" in value or Path(value).is_absolute():
+        return value
+    return str(folder / value)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: The file cannot be read or is not TOML; the message has
+            the line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+
+
+def build_section(
+    name: str, section: type[Section], values: Mapping[str, Any], where: str, folder: Path
+) -> Section:
+    """Make one section from parsed values.
+
+    Args:
+        name: The section's name in the file.
+        section: The dataclass.
+        values: Key to value, as parsed.
+        where: What to call the source in an error.
+        folder: Relative paths are taken from here.
+
+    Raises:
+        ConfigError: Unknown key, wrong type, or a value out of its bounds.
+    """
+    fields = {field.name: field for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+    types_of = hints(section)
+    chosen: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(
+                f"{where}: unknown setting {key!r} in [{name}]{suggest(key, fields)};"
+                f" known: {', '.join(fields)}"
+            )
+        value = check(name, fields[key], types_of[key], value, where)
+        if fields[key].metadata.get("path"):
+            anchored = _anchor(value, folder)
+            is_preset = name == "encoders" and not Path(str(anchored)).exists()
+            value = value if is_preset else anchored
+        chosen[key] = value
+    return section(**chosen)
+
+
+def toml_value(value: Any) -> str:
+    """Return a value as TOML text."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        inner = ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items())
+        return "{" + inner + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def render_toml(config: Any, comments: bool = True) -> str:
+    """Write a composite of sections as TOML, with each setting's help above it."""
+    blocks = []
+    for part in dataclasses.fields(config):
+        lines = [f"[{part.name}]"]
+        section = getattr(config, part.name)
+        for field in dataclasses.fields(section):
+            if comments:
+                text = field.metadata["help"]
+                if field.metadata["choices"]:
+                    text += f" ({' | '.join(map(str, field.metadata['choices']))})"
+                lines.append(f"# {text}")
+            lines.append(f"{field.name} = {toml_value(getattr(section, field.name))}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"

@@ -1,0 +1,127 @@
+"""A configuration's rows, photos and splits, checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore import demo
+from featstore.config import SPLITS, DataConfig
+from featstore.errors import ConfigError, DataError
+from featstore.examples import (
+    Examples,
+    RowIssue,
+    drop_missing,
+    read_examples,
+    summarise,
+    write_report,
+)
+from featstore.images import ImageIndex, index_images
+from featstore.splits import (
+    Splits,
+    load_splits,
+    make_splits,
+    read_split_file,
+    save_splits,
+    splits_from_parts,
+)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows that have a photo and a split.
+
+    Attributes:
+        examples: The usable rows.
+        splits: Their split by image.
+        images: Where the photos are.
+        issues: Rows dropped, and rows kept with a warning.
+        report: The CSV that names them; None where there are none.
+        splits_path: The split on disk.
+    """
+
+    examples: Examples
+    splits: Splits
+    images: ImageIndex
+    issues: list[RowIssue]
+    report: Path | None
+    splits_path: Path
+
+    def rows(self, split: str) -> NDArray[np.int64]:
+        """Return the rows of a split, or of all splits for "all"."""
+        if split == "all":
+            return np.arange(len(self.examples))
+        return self.splits.rows(self.examples, split)
+
+    def counts(self) -> dict[str, Any]:
+        """Return rows and images of each split, and rows dropped or kept by reason."""
+        images = self.splits.counts()
+        return {
+            "rows": {split: len(self.rows(split)) for split in SPLITS},
+            "images": {split: images[split] for split in SPLITS},
+            "dropped": summarise(issue for issue in self.issues if issue.kind == "dropped"),
+            "kept_with_warning": summarise(i for i in self.issues if i.kind == "kept"),
+        }
+
+
+def _read(path: str, data: DataConfig, images: ImageIndex) -> tuple[Examples, list[RowIssue]]:
+    result = read_examples(path, duplicates=data.duplicates)
+    examples, missing = drop_missing(result.examples, images.lookup)
+    if not len(examples):
+        raise DataError(
+            f"{path}: none of its {len(result.examples)} rows has a photo in {images.folder};"
+            " check [data] images"
+        )
+    return examples, [*result.issues, *missing]
+
+
+def load_dataset(data: DataConfig, root: Path, save: bool = True) -> Dataset:
+    """Read the rows, find the photos, make or load the split.
+
+    Args:
+        data: The `[data]` settings; without rows, the built-in demo is used
+            (and made on first use).
+        root: The store's root: splits and reports are kept below it.
+        save: Write the split and the report; False for a dry run.
+
+    Raises:
+        ConfigError: No folder of photos is named.
+        RowError, DataError: Rows or photos cannot be used.
+        SplitError: A split leaks, or belongs to other rows.
+    """
+    rows, folder = data.rows, data.images
+    if not rows:
+        demo_rows, demo_images = demo.ensure_demo_data(root)
+        rows, folder = str(demo_rows), str(demo_images)
+    if not folder:
+        raise ConfigError("[data] images: name the folder of photos (flag --images)")
+    images = index_images(folder)
+    issues: list[RowIssue] = []
+    if isinstance(rows, dict):
+        if data.split_file:
+            raise ConfigError("[data] rows per split and split_file exclude each other")
+        parts = {}
+        for split, path in rows.items():
+            parts[split], found = _read(path, data, images)
+            issues += found
+        examples, splits = splits_from_parts(parts)
+    else:
+        examples, issues = _read(rows, data, images)
+        splits = (
+            read_split_file(data.split_file, examples)
+            if data.split_file
+            else make_splits(examples, data.fractions, data.split_seed)
+        )
+    splits_path = root / "splits" / f"{splits.digest()}.json"
+    if splits_path.exists():
+        splits = load_splits(splits_path, examples)
+    elif save:
+        save_splits(splits_path, splits)
+    report = root / "reports" / f"rows-{examples.digest()[:16]}.csv" if issues else None
+    if report is not None and save:
+        write_report(report, issues)
+    return Dataset(examples, splits, images, issues, report, splits_path)

@@ -1,0 +1,269 @@
+"""What an extraction has to do: the specs a configuration asks for, less what is stored."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featstore.config import EncodersConfig, StoreConfig
+from featstore.encoders import Preset, image_converter_fields, resolve_preset, tokenizer_digest
+from featstore.errors import ConfigError, PresetError, StoreError
+from featstore.images import DECODER, ImageIndex
+from featstore.shard import digest_bytes, feature_dtype
+from featstore.spec import FeatureSpec, TextSpec, VisionSpec
+from featstore.store import TextStore, VisionStore, read_quarantine, read_spec, shard_paths
+
+MAX_SHARD_BYTES = 4 << 30
+
+
+def architecture(preset: Preset, *needed: str) -> dict[str, Any]:
+    """Return what a backbone was built with, less its name and its dtype.
+
+    Raises:
+        PresetError: One of `needed` is not there: another kind of encoder.
+    """
+    config = preset.config["config"]
+    for key in needed:
+        if key not in config:
+            raise PresetError(
+                f"{preset.name}: a {preset.class_name} has no {key!r}; expected an encoder"
+                f" with {', '.join(needed)}"
+            )
+    return {k: v for k, v in config.items() if k not in ("name", "dtype", "trainable")}
+
+
+def vision_row_shape(fields: dict[str, Any], tokens: str) -> tuple[int, int]:
+    """Return (tokens, width) of an image's features, from the backbone's configuration."""
+    patch = fields["patch_size"]
+    patch_h, patch_w = (patch, patch) if isinstance(patch, int) else patch
+    height, width = fields["image_shape"][:2]
+    patches = (height // patch_h) * (width // patch_w)
+    return patches + (1 if tokens == "all" else 0), int(fields["hidden_dim"])
+
+
+def vision_spec(encoders: EncodersConfig, store: StoreConfig) -> VisionSpec:
+    """Return the spec of the image features that a configuration asks for.
+
+    Reads the preset's files, not the model: no framework is imported for a
+    preset folder.
+
+    Raises:
+        PresetError: The preset cannot be found or is not a vision encoder.
+    """
+    preset = resolve_preset(encoders.vit)
+    fields = architecture(preset, "num_layers", "image_shape", "patch_size", "hidden_dim")
+    return VisionSpec(
+        encoder=preset.class_name,
+        weights=preset.weights_digest,
+        architecture=fields,
+        boundary=int(fields["num_layers"]),
+        dtype=store.dtype,
+        precision=store.precision,
+        final_norm=True,
+        converter=image_converter_fields(preset),
+        decoder=DECODER,
+        tokens=store.tokens,
+    )
+
+
+def text_spec(encoders: EncodersConfig, store: StoreConfig, k_txt: int) -> TextSpec:
+    """Return the spec of the hidden states that enter the last `k_txt` text layers.
+
+    Raises:
+        PresetError: The preset cannot be found or is not a text encoder.
+        ConfigError: The encoder has fewer than `k_txt` layers.
+    """
+    preset = resolve_preset(encoders.text)
+    fields = architecture(preset, "num_layers", "hidden_dim", "vocabulary_size")
+    layers = int(fields["num_layers"])
+    if k_txt > layers:
+        raise ConfigError(
+            f"[train] k_txt = {k_txt}: {encoders.text} has {layers} transformer layers;"
+            f" choose 0 to {layers}"
+        )
+    return TextSpec(
+        encoder=preset.class_name,
+        weights=preset.weights_digest,
+        architecture=fields,
+        boundary=layers - k_txt,
+        dtype=store.dtype,
+        precision=store.precision,
+        tokenizer=tokenizer_digest(preset),
+        sequence_length=encoders.sequence_length,
+    )
+
+
+@dataclass
+class Plan:
+    """What an extraction has to do.
+
+    Attributes:
+        spec: Of the features.
+        folder: Where they go.
+        keys: Image ids or sentences to encode, in order.
+        paths: Photos of `keys`; empty for text.
+        requested: Distinct inputs asked for.
+        changed: How many of `keys` are stored from a photo that has changed.
+        quarantined: Inputs passed over because they failed before.
+        todo_bytes: Size of the features of `keys` on disk.
+        free_bytes: Free space where they go.
+    """
+
+    spec: FeatureSpec
+    folder: Path
+    keys: list[str]
+    paths: list[Path]
+    requested: int
+    changed: int
+    quarantined: int
+    todo_bytes: int
+    free_bytes: int
+
+    @property
+    def cached(self) -> int:
+        """Inputs whose features are there already."""
+        return self.requested - len(self.keys) - self.quarantined
+
+    def check_space(self) -> None:
+        """Refuse to start what cannot end.
+
+        Raises:
+            StoreError: The disk has less free space than the features need.
+        """
+        if self.todo_bytes > self.free_bytes:
+            raise StoreError(
+                f"{self.folder}: the features need {self.todo_bytes / 1e9:.2f} GB and"
+                f" {self.free_bytes / 1e9:.2f} GB are free; free some space, or set"
+                " [store] root to another disk"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan's figures, JSON-able."""
+        return {
+            "kind": self.spec.kind,
+            "fingerprint": self.spec.fingerprint,
+            "folder": str(self.folder),
+            "requested": self.requested,
+            "cached": self.cached,
+            "changed": self.changed,
+            "quarantined": self.quarantined,
+            "todo": len(self.keys),
+            "todo_bytes": self.todo_bytes,
+            "free_bytes": self.free_bytes,
+        }
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _open_if_there(kind: type[Any], folder: Path) -> Any:
+    return kind(folder, read_spec(folder)) if shard_paths(folder) else None
+
+
+def _digest_file(path: Path) -> tuple[int, int] | None:
+    """Return a file's digest, or None where it cannot be read."""
+    try:
+        return digest_bytes(path.read_bytes())
+    except OSError:
+        return None
+
+
+def plan_images(
+    spec: VisionSpec, store: StoreConfig, image_ids: Sequence[str], index: ImageIndex
+) -> Plan:
+    """Find which photos have no features, or features of other bytes.
+
+    Args:
+        spec: Of the features.
+        store: Root and threads.
+        image_ids: Ids asked for; repeats are counted once. Each has a photo.
+        index: Where the photos are.
+
+    Returns:
+        The plan. Nothing is changed.
+
+    Cost: reads every photo that is stored already, to compare its digest.
+    """
+    folder = spec.folder(Path(store.root))
+    ids = list(dict.fromkeys(image_ids))
+    paths = [index.lookup(image_id) for image_id in ids]
+    lost = [image_id for image_id, path in zip(ids, paths, strict=True) if path is None]
+    if lost:
+        raise StoreError(f"{index.folder}: no photo for image id {lost[0]!r}")
+    known = read_quarantine(folder)
+    opened = _open_if_there(VisionStore, folder)
+    positions = np.full(len(ids), -1, np.int64) if opened is None else opened.lookup(ids)
+    to_compare = [i for i, key in enumerate(ids) if positions[i] >= 0 or key in known]
+    with ThreadPoolExecutor(max(4, store.decode_threads)) as pool:
+        found = dict(
+            zip(to_compare, pool.map(_digest_file, [paths[i] for i in to_compare]), strict=True)
+        )
+    todo, changed, quarantined = [], 0, 0
+    for i, key in enumerate(ids):
+        digest = found.get(i)
+        if positions[i] >= 0:
+            stored = tuple(opened.source_digests(positions[i : i + 1])[0].tolist())
+            if digest == stored:
+                continue
+            changed += 1
+        elif key in known and digest is not None and list(digest) == known[key]["source_digest"]:
+            quarantined += 1
+            continue
+        todo.append(i)
+    tokens, width = vision_row_shape(spec.architecture, spec.tokens)
+    row_bytes = spec.views * tokens * width * feature_dtype(spec.dtype).itemsize
+    if min(store.shard_rows, len(todo)) * row_bytes > MAX_SHARD_BYTES:
+        fitting = MAX_SHARD_BYTES // row_bytes
+        raise ConfigError(
+            f"[store] shard_rows = {store.shard_rows}: one shard would take"
+            f" {store.shard_rows * row_bytes / 1e9:.1f} GB of memory; choose at most {fitting}"
+        )
+    return Plan(
+        spec=spec,
+        folder=folder,
+        keys=[ids[i] for i in todo],
+        paths=[path for i in todo if (path := paths[i]) is not None],
+        requested=len(ids),
+        changed=changed,
+        quarantined=quarantined,
+        todo_bytes=len(todo) * row_bytes,
+        free_bytes=_free_bytes(folder),
+    )
+
+
+def plan_text(spec: TextSpec, store: StoreConfig, sentences: Sequence[str]) -> Plan:
+    """Find which sentences have no features yet.
+
+    The size is an upper bound: each sentence is taken at its full length.
+    """
+    folder = spec.folder(Path(store.root))
+    distinct = list(dict.fromkeys(sentences))
+    opened = _open_if_there(TextStore, folder)
+    if opened is not None:
+        positions = opened.lookup(distinct)
+        todo = [key for key, position in zip(distinct, positions, strict=True) if position < 0]
+    else:
+        todo = distinct
+    width = int(spec.architecture["hidden_dim"])
+    itemsize = feature_dtype(spec.dtype).itemsize
+    words = sum(min(len(key.split()) * 2 + 2, spec.sequence_length) for key in todo)
+    return Plan(
+        spec=spec,
+        folder=folder,
+        keys=todo,
+        paths=[],
+        requested=len(distinct),
+        changed=0,
+        quarantined=0,
+        todo_bytes=words * width * itemsize,
+        free_bytes=_free_bytes(folder),
+    )

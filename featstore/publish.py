@@ -1,0 +1,114 @@
+"""Files that appear whole or not at all.
+
+A file is written under a temporary name beside its final one, flushed to the
+disk, renamed, and the folder's entry flushed too. A kill at any moment leaves
+the old file or the new one; what remains of an unfinished one starts with
+`TEMPORARY` and is removed by the next writer of the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from featstore.errors import FeatstoreError
+
+TEMPORARY = ".tmp-"
+RECORDED_PACKAGES = (
+    "featstore",
+    "tensorflow",
+    "jax",
+    "keras",
+    "keras-hub",
+    "numpy",
+    "h5py",
+    "pillow",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions that an output records: Python and the packages that shape numbers."""
+    found = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def command_line() -> str:
+    """Return the command that is running, as it could be typed again."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on success it becomes `path`.
+
+    The folder is made when it is missing. On an exception the temporary file
+    is removed and `path` is left as it was.
+
+    Raises:
+        FeatstoreError: The file system refused (full, read-only, no
+            permission); the message names the path and the reason.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FeatstoreError(
+            f"{path}: cannot be written ({reason}); nothing was changed;"
+            " free space or permissions, then run the command again"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Publish a file."""
+    with publish(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Publish a UTF-8 text file."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Publish a JSON file, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Delete what killed writers left in `folder`; the caller holds its lock.
+
+    Returns:
+        Number of files removed.
+    """
+    leftovers = list(folder.glob(f"{TEMPORARY}*"))
+    for leftover in leftovers:
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+    return len(leftovers)

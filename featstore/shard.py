@@ -1,0 +1,363 @@
+"""One immutable HDF5 shard: write it, map it, check it.
+
+Layout (format 1; every dataset contiguous and uncompressed):
+
+    /features       vision (rows, views, tokens, width); text (all tokens, width)
+    /keys           uint8, the keys' UTF-8 bytes one after the other
+    /key_offsets    int64 (rows + 1,), where each key starts and the last ends
+    /key_digests    uint64 (rows, 2), XXH3-128 of each key
+    /source_digests uint64 (rows, 2), XXH3-128 of the source file's bytes; vision only
+    /offsets        int64 (rows + 1,), first token of each row; text only
+    /token_ids      int32 (all tokens,); text only
+    /checksums      uint64 (rows,), XXH3-64 of each row's features
+                    (text: of its token ids, then its features)
+
+Root attributes: `format`, `kind`, `fingerprint`, `dtype` (bfloat16 is kept as
+its uint16 bits), `versions`, and `index_checksum`, the XXH3-128 of everything
+above except the features. The file holds no time stamp: equal rows give equal
+bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from featstore.errors import CorruptShardError
+from featstore.publish import publish
+from featstore.spec import FORMAT
+
+PAGE_BYTES = 4096
+
+INDEX_DATASETS: dict[str, dict[str, tuple[str, int]]] = {
+    "vit": {
+        "keys": ("uint8", 1),
+        "key_offsets": ("int64", 1),
+        "key_digests": ("uint64", 2),
+        "source_digests": ("uint64", 2),
+        "checksums": ("uint64", 1),
+    },
+    "text": {
+        "keys": ("uint8", 1),
+        "key_offsets": ("int64", 1),
+        "key_digests": ("uint64", 2),
+        "offsets": ("int64", 1),
+        "token_ids": ("int32", 1),
+        "checksums": ("uint64", 1),
+    },
+}
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{number:05d}.h5"
+
+
+def feature_dtype(name: str) -> np.dtype[Any]:
+    """Return the NumPy dtype of a stored number format."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _disk_dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(np.uint16) if name == "bfloat16" else np.dtype(name)
+
+
+def digest_keys(keys: Iterable[str]) -> NDArray[np.uint64]:
+    """Return the XXH3-128 digests of keys, uint64 of shape (len(keys), 2)."""
+    digests = b"".join(xxhash.xxh3_128_digest(key.encode()) for key in keys)
+    return np.frombuffer(digests, dtype=">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def digest_bytes(data: bytes) -> tuple[int, int]:
+    """Return the XXH3-128 digest of a source file as two 64-bit numbers."""
+    value = xxhash.xxh3_128_intdigest(data)
+    return value >> 64, value & (2**64 - 1)
+
+
+def row_checksum(features: NDArray[Any], token_ids: NDArray[np.int32] | None = None) -> int:
+    """Return the XXH3-64 checksum of one row; text rows hash their ids first."""
+    state = xxhash.xxh3_64()
+    if token_ids is not None:
+        state.update(np.ascontiguousarray(token_ids).view(np.uint8).data)
+    state.update(np.ascontiguousarray(features).view(np.uint8).data)
+    return state.intdigest()
+
+
+@dataclass
+class ShardRows:
+    """The rows of a shard, in memory, before it is published.
+
+    Attributes:
+        keys: Image ids, or sentences.
+        features: Vision `(rows, views, tokens, width)`; text `(all tokens,
+            width)`. In the stored dtype.
+        source_digests: Vision only: two 64-bit numbers a row.
+        offsets: Text only: int64 of shape (rows + 1,).
+        token_ids: Text only: int32 of shape (all tokens,).
+    """
+
+    keys: list[str]
+    features: NDArray[Any]
+    source_digests: list[tuple[int, int]] | None = None
+    offsets: NDArray[np.int64] | None = None
+    token_ids: NDArray[np.int32] | None = None
+
+    def index(self) -> dict[str, NDArray[Any]]:
+        """Return every dataset but the features."""
+        encoded = [key.encode() for key in self.keys]
+        key_offsets = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum([len(key) for key in encoded], out=key_offsets[1:])
+        arrays: dict[str, NDArray[Any]] = {
+            "keys": np.frombuffer(b"".join(encoded), np.uint8),
+            "key_offsets": key_offsets,
+            "key_digests": digest_keys(self.keys),
+        }
+        if self.offsets is None:
+            arrays["source_digests"] = np.array(self.source_digests, np.uint64).reshape(-1, 2)
+            checksums = [row_checksum(row) for row in self.features]
+        else:
+            assert self.token_ids is not None
+            arrays["offsets"] = self.offsets
+            arrays["token_ids"] = self.token_ids
+            spans = zip(self.offsets[:-1], self.offsets[1:], strict=True)
+            checksums = [row_checksum(self.features[a:b], self.token_ids[a:b]) for a, b in spans]
+        arrays["checksums"] = np.array(checksums, np.uint64)
+        return arrays
+
+
+def _index_checksum(arrays: dict[str, NDArray[Any]], header: dict[str, Any]) -> str:
+    state = xxhash.xxh3_128()
+    state.update(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        state.update(f"{name}:{array.dtype.str}:{array.shape}".encode())
+        if array.size:
+            state.update(array.view(np.uint8).data)
+    return state.hexdigest()
+
+
+def write_shard(
+    path: Path, kind: str, fingerprint: str, dtype: str, rows: ShardRows, versions: dict[str, str]
+) -> dict[str, Any]:
+    """Publish a shard.
+
+    Args:
+        path: Final name; a file that is already there is an error.
+        kind: "vit" or "text".
+        fingerprint: Of the spec that the features were made by.
+        dtype: Stored number format.
+        rows: What to write.
+        versions: Package name to version, kept as an attribute.
+
+    Returns:
+        The shard's line of the manifest: name, rows, bytes, digest.
+
+    Raises:
+        CorruptShardError: `path` exists.
+        FeatstoreError: The file system refused.
+    """
+    if path.exists():
+        raise CorruptShardError(f"{path}: a published shard is never written again")
+    arrays = rows.index()
+    features = np.ascontiguousarray(rows.features).view(_disk_dtype(dtype))
+    header = {
+        "format": FORMAT,
+        "kind": kind,
+        "fingerprint": fingerprint,
+        "dtype": dtype,
+        "shape": list(features.shape),
+        "versions": json.dumps(versions, sort_keys=True),
+    }
+    with publish(path) as temporary:
+        # Page alignment lets a row be mapped, and copied, from an aligned address.
+        with h5py.File(
+            temporary, "w", alignment_threshold=PAGE_BYTES, alignment_interval=PAGE_BYTES
+        ) as file:
+            file.create_dataset("features", data=features)
+            for name, array in arrays.items():
+                file.create_dataset(name, data=array)
+            for name in ("format", "kind", "fingerprint", "dtype", "versions"):
+                file.attrs[name] = header[name]
+            file.attrs["index_checksum"] = _index_checksum(arrays, header)
+        entry = describe_file(temporary)
+    return {"name": path.name, "rows": len(rows.keys), **entry}
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the size and the XXH3-128 digest of a whole file."""
+    state = xxhash.xxh3_128()
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+            size += len(block)
+    return {"bytes": size, "digest": state.hexdigest()}
+
+
+@dataclass
+class Shard:
+    """A shard open for reading: its index in memory, its features mapped.
+
+    Attributes:
+        features: Read-only map of `/features`.
+        index: The other datasets by name.
+        versions: Packages that wrote it.
+    """
+
+    path: Path
+    kind: str
+    fingerprint: str
+    dtype: str
+    features: NDArray[Any]
+    index: dict[str, NDArray[Any]]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.index["checksums"])
+
+    def keys(self) -> list[str]:
+        """Return the keys in row order."""
+        data = self.index["keys"].tobytes()
+        offsets = self.index["key_offsets"].tolist()
+        return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
+
+    def row_is_intact(self, row: int) -> bool:
+        """Tell whether a row's features still have their checksum. Reads the row."""
+        if self.kind == "text":
+            a, b = self.index["offsets"][row : row + 2]
+            found = row_checksum(self.features[a:b], self.index["token_ids"][a:b])
+        else:
+            found = row_checksum(self.features[row])
+        return found == int(self.index["checksums"][row])
+
+
+def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
+    """Return a plain dataset of this very file, or refuse."""
+    link = file.get(name, getlink=True)
+    if not isinstance(link, h5py.HardLink):
+        raise CorruptShardError(f"{path}: /{name} is missing or a link to elsewhere")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset):
+        raise CorruptShardError(f"{path}: /{name} is not a dataset")
+    layout = dataset.id.get_create_plist()
+    if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count():
+        raise CorruptShardError(f"{path}: /{name} is not contiguous inside the file")
+    if dataset.size and dataset.id.get_offset() is None:
+        raise CorruptShardError(f"{path}: /{name} has no data")
+    return dataset
+
+
+def _check_shapes(path: Path, kind: str, shape: tuple[int, ...], index: dict[str, Any]) -> None:
+    rows = len(index["checksums"])
+    lengths = {"key_offsets": rows + 1, "key_digests": rows}
+    lengths |= {"source_digests": rows} if kind == "vit" else {"offsets": rows + 1}
+    for name, length in lengths.items():
+        if len(index[name]) != length:
+            raise CorruptShardError(
+                f"{path}: /{name} has {len(index[name])} entries, expected {length}"
+            )
+    ends = {"key_offsets": len(index["keys"])}
+    first_axis = rows
+    if kind == "text":
+        ends["offsets"] = first_axis = len(index["token_ids"])
+    for name, end in ends.items():
+        offsets = index[name]
+        if offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < 0).any():
+            raise CorruptShardError(f"{path}: /{name} does not rise from 0 to {end}")
+    if len(shape) != (4 if kind == "vit" else 2) or shape[0] != first_axis:
+        raise CorruptShardError(
+            f"{path}: /features has shape {shape}, which does not fit {rows} rows"
+        )
+
+
+def open_shard(path: Path, kind: str, fingerprint: str, dtype: str) -> Shard:
+    """Open a shard and check everything but the features' own bytes.
+
+    Args:
+        path: The shard.
+        kind, fingerprint, dtype: What its folder's spec says.
+
+    Returns:
+        The shard, its index read and checked, its features mapped. No HDF5
+        handle stays open.
+
+    Raises:
+        CorruptShardError: The file is truncated, damaged, of another spec, or
+            holds anything but plain contiguous datasets of its own.
+    """
+    names = INDEX_DATASETS[kind]
+    try:
+        file_bytes = path.stat().st_size
+        with h5py.File(path, "r", locking=False) as file:
+            attributes = {name: file.attrs[name] for name in file.attrs}
+            datasets = {name: _dataset(file, path, name) for name in (*names, "features")}
+            for name, dataset in datasets.items():
+                end = (dataset.id.get_offset() or 0) + dataset.id.get_storage_size()
+                expected_bytes = dataset.size * dataset.dtype.itemsize
+                if (
+                    dataset.dtype.hasobject
+                    or end > file_bytes
+                    or (dataset.id.get_storage_size() != expected_bytes)
+                ):
+                    raise CorruptShardError(
+                        f"{path}: /{name} claims {expected_bytes} bytes that the file does not have"
+                    )
+            index = {}
+            for name, (expected, rank) in names.items():
+                dataset = datasets[name]
+                if dataset.dtype != np.dtype(expected) or dataset.ndim != rank:
+                    raise CorruptShardError(
+                        f"{path}: /{name} is {dataset.dtype}{dataset.shape}, expected"
+                        f" {expected} with {rank} axes"
+                    )
+                index[name] = dataset[...]
+            stored = datasets["features"]
+            shape, offset = stored.shape, stored.id.get_offset()
+            if stored.dtype != _disk_dtype(dtype):
+                raise CorruptShardError(
+                    f"{path}: /features is {stored.dtype}, expected {_disk_dtype(dtype)}"
+                )
+    except CorruptShardError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        raise CorruptShardError(f"{path}: not a readable shard ({error})") from error
+    _check_shapes(path, kind, shape, index)
+    header = {
+        "format": FORMAT,
+        "kind": kind,
+        "fingerprint": fingerprint,
+        "dtype": dtype,
+        "shape": list(shape),
+        "versions": str(attributes.get("versions")),
+    }
+    for name in ("format", "kind", "fingerprint", "dtype"):
+        if attributes.get(name) != header[name]:
+            raise CorruptShardError(
+                f"{path}: {name} is {attributes.get(name)!r}, expected {header[name]!r}"
+            )
+    if attributes.get("index_checksum") != _index_checksum(index, header):
+        raise CorruptShardError(
+            f"{path}: keys, digests or offsets were changed (index checksum differs);"
+            " run `store verify`"
+        )
+    if offset is None:
+        features = np.empty(shape, feature_dtype(dtype))
+    else:
+        features = np.memmap(
+            path, dtype=_disk_dtype(dtype), mode="r", offset=offset, shape=shape
+        ).view(feature_dtype(dtype))
+    versions = json.loads(str(header["versions"]))
+    return Shard(path, kind, fingerprint, dtype, features, index, versions)

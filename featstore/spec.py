@@ -1,0 +1,160 @@
+"""What decides the value of a feature, and the fingerprint made of it.
+
+A spec lists everything that could change one stored number. Its canonical
+JSON, hashed, names the folder of the features; two specs that differ in any
+field never share a folder. The *names* of presets are not in it (presets have
+been published again under one name): the digest of the weights is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from featstore.errors import CorruptShardError, StoreError
+
+FORMAT = 1
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a value.
+
+    Raises:
+        StoreError: Something that JSON cannot hold exactly: another type, a
+            non-string key, NaN or infinity. Never a fallback.
+    """
+
+    def ensure_plain(item: Any, where: str) -> None:
+        if isinstance(item, dict):
+            for key, inner in item.items():
+                if not isinstance(key, str):
+                    raise StoreError(f"spec field {where}: key {key!r} is not a string")
+                ensure_plain(inner, f"{where}.{key}")
+        elif isinstance(item, list | tuple):
+            for index, inner in enumerate(item):
+                ensure_plain(inner, f"{where}[{index}]")
+        elif isinstance(item, float):
+            if not math.isfinite(item):
+                raise StoreError(f"spec field {where}: {item} cannot be fingerprinted")
+        elif item is not None and type(item) not in (str, int, bool):
+            raise StoreError(f"spec field {where}: {type(item).__name__} cannot be fingerprinted")
+
+    ensure_plain(value, "spec")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Fields shared by the specs of both encoders.
+
+    Attributes:
+        encoder: Class name of the backbone.
+        weights: Digest of the weights' content.
+        architecture: The backbone's own configuration.
+        boundary: Blocks run before the features are taken, counted from the
+            input. Equal to the number of blocks: the encoder's output.
+        dtype: Number format on disk.
+        precision: Arithmetic of the forward pass.
+    """
+
+    kind: ClassVar[str] = ""
+
+    encoder: str
+    weights: str
+    architecture: dict[str, Any]
+    boundary: int
+    dtype: str
+    precision: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field, with the format and the kind."""
+        return {"format": FORMAT, "kind": self.kind, **dataclasses.asdict(self)}
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits: BLAKE2b-128 of the canonical JSON."""
+        text = canonical_json(self.to_dict())
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def folder(self, root: Path) -> Path:
+        """Return the folder of these features under a store's root."""
+        return root / self.kind / self.fingerprint
+
+
+@dataclass(frozen=True)
+class VisionSpec(FeatureSpec):
+    """Features of an image: `(views, tokens, width)` a row.
+
+    Attributes:
+        final_norm: The encoder's last normalisation was applied.
+        converter: The preset's image converter: image_size, scale, offset,
+            interpolation, antialias, crop and pad rules.
+        decoder: Version of the rules that turn a file into RGB pixels.
+        tokens: "patches" or "all" (with the class token).
+        views: Number of photometric views; view 0 is the plain image.
+    """
+
+    kind: ClassVar[str] = "vit"
+
+    final_norm: bool
+    converter: dict[str, Any]
+    decoder: str
+    tokens: str
+    views: int = 1
+
+
+@dataclass(frozen=True)
+class TextSpec(FeatureSpec):
+    """Features of a sentence: `(valid tokens, width)` a row.
+
+    Attributes:
+        tokenizer: Digest of the tokenizer's configuration and vocabulary.
+        sequence_length: Most tokens of a sentence.
+    """
+
+    kind: ClassVar[str] = "text"
+
+    tokenizer: str
+    sequence_length: int
+
+
+def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Return `field: ours → theirs` for each leaf in which two specs differ."""
+    lines = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += [f"{key}.{line}" for line in differing_fields(a, b)]
+        elif json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
+            lines.append(f"{key}: wanted {a!r}, stored {b!r}")
+    return lines
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """Read a features folder's `spec.json` and check it against the folder's name.
+
+    Raises:
+        CorruptShardError: The file is missing, is not JSON, or its fingerprint
+            is not the folder's name.
+    """
+    path = folder / "spec.json"
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))["spec"]
+        text = canonical_json(spec)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptShardError(f"{path}: no readable spec ({error})") from error
+    found = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    if found != folder.name:
+        raise CorruptShardError(
+            f"{path}: fingerprint {found} does not match its folder; the file was changed"
+        )
+    if spec.get("format") != FORMAT:
+        raise StoreError(
+            f"{path}: store format {spec.get('format')!r}; this version reads format {FORMAT}"
+        )
+    return spec

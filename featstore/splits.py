@@ -1,0 +1,421 @@
+"""Train, val and test: split by photo, saved to disk, checked for leaks.
+
+No photo may be in two splits: about two hypotheses share one, and a model that has seen
+the photo has seen part of the answer. Ids that differ only in an image suffix
+(`12`, `12.jpg`) are taken for one photo.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.config import SPLITS
+from featstore.errors import SplitError
+from featstore.examples import Examples, short
+from featstore.publish import write_bytes
+from featstore.images import IMAGE_SUFFIXES
+
+FORMAT = 1
+Source = Literal["grouped", "file", "rows"]
+
+_SYNONYMS = {"valid": "val", "validation": "val", "dev": "val"}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Which images are in which split.
+
+    Attributes:
+        assignment: train, val and test to their image ids, sorted; a split may be empty.
+        rows_digest: `Examples.digest()` of the rows that were split.
+        fractions: Shares of the photos that were asked for; empty for a split that was
+            given rather than made.
+        seed: The seed, or None for a split that was given.
+        source: "grouped" (made here), "file" (a split file) or "rows" (one row file for
+            each split).
+    """
+
+    assignment: Mapping[str, tuple[str, ...]]
+    rows_digest: str
+    fractions: tuple[float, ...] = ()
+    seed: int | None = None
+    source: Source = "grouped"
+
+    def rows(self, examples: Examples, split: str) -> npt.NDArray[np.int64]:
+        """Return the rows of a split.
+
+        Args:
+            examples: The rows that were split, in any order.
+            split: "train", "val" or "test".
+
+        Returns:
+            int64 of shape (rows of the split,), ascending positions in `examples`.
+
+        Raises:
+            SplitError: There is no such split.
+        """
+        if split not in self.assignment:
+            raise SplitError(f"no split {split!r}; expected one of {', '.join(self.assignment)}")
+        members = set(self.assignment[split])
+        inside = (image_id in members for image_id in examples.image_ids)
+        return np.flatnonzero(np.fromiter(inside, dtype=np.bool_, count=len(examples)))
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of images of each split."""
+        return {split: len(ids) for split, ids in self.assignment.items()}
+
+    def digest(self) -> str:
+        """Return a hex digest of the assignment and of the rows it belongs to."""
+        content = [self.rows_digest, [[split, self.assignment[split]] for split in SPLITS]]
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def photo_key(image_id: str) -> str:
+    """Return an image id without its image suffix."""
+    stem, dot, suffix = image_id.rpartition(".")
+    return stem if dot + suffix.lower() in IMAGE_SUFFIXES and stem else image_id
+
+
+def make_splits(examples: Examples, fractions: Sequence[float], seed: int) -> Splits:
+    """Split rows by photo.
+
+    Photos are ordered by a keyed hash of their id and cut at the fractions. So the split
+    depends on the seed and the set of photos alone, not on the order of the rows nor on
+    a random generator's version, and adding photos moves few of the others: a photo
+    changes its split only where a cut passes it.
+
+    Args:
+        examples: The rows.
+        fractions: Shares of train, val and test; they sum to 1. A part has
+            floor(fraction * photos) photos, and the last part that is not 0 takes the
+            rest.
+        seed: The key of the hash.
+
+    Raises:
+        SplitError: The fractions do not sum to 1, or a part would be empty.
+    """
+    shares = tuple(float(fraction) for fraction in fractions)
+    if len(shares) != len(SPLITS) or not all(0 <= share <= 1 for share in shares):
+        raise SplitError(
+            f"fractions: expected {len(SPLITS)} shares of {', '.join(SPLITS)} from 0 to 1,"
+            f" found {short(shares)}"
+        )
+    if abs(sum(shares) - 1) > 1e-6:
+        raise SplitError(f"fractions: expected a sum of 1, found {short(shares)}: {sum(shares):g}")
+    photos = _photos(examples)
+    key = hashlib.blake2b(str(seed).encode(), digest_size=32).digest()
+
+    def place(photo: str) -> tuple[bytes, str]:
+        return hashlib.blake2b(photo.encode(), key=key, digest_size=16).digest(), photo
+
+    ordered = sorted(photos, key=place)
+    last = max(i for i, share in enumerate(shares) if share > 0)
+    # The tolerance: 0.29 * 100 is 28.999999999999996.
+    sizes = [math.floor(share * len(ordered) + 1e-9) for share in shares[:last]]
+    sizes.append(len(ordered) - sum(sizes))
+    assignment: dict[str, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
+    start = 0
+    for split, share, size in zip(SPLITS, shares, sizes, strict=False):
+        if share > 0 and size <= 0:
+            raise SplitError(
+                f"split {split!r} would be empty: {share:g} of {len(ordered)} photos;"
+                " add rows on other photos or change the fractions"
+            )
+        chosen = (image_id for photo in ordered[start : start + size] for image_id in photos[photo])
+        assignment[split] = tuple(sorted(chosen))
+        start += size
+    return Splits(assignment, examples.digest(), shares, seed, "grouped")
+
+
+def splits_from_parts(parts: Mapping[str, Examples]) -> tuple[Examples, Splits]:
+    """Take splits that come as separate row files.
+
+    Args:
+        parts: train, val and test (or some of them) to their rows.
+
+    Returns:
+        All rows, train first, then val, then test; and their splits.
+
+    Raises:
+        SplitError: Unknown split name, an empty part, or a photo in two parts.
+    """
+    named = _by_split(parts.items(), "row files")
+    for split, part in named.items():
+        if len(part) == 0:
+            raise SplitError(f"split {split!r} has no rows; leave it out or add rows")
+    if not named:
+        raise SplitError(f"row files: no split given; expected some of {', '.join(SPLITS)}")
+    assignment = {
+        split: tuple(sorted(set(named[split].image_ids))) if split in named else ()
+        for split in SPLITS
+    }
+    check_no_leak(assignment, "row files")
+    examples = Examples.concatenate([named[split] for split in SPLITS if split in named])
+    return examples, Splits(assignment, examples.digest(), (), None, "rows")
+
+
+def check_no_leak(assignment: Mapping[str, Iterable[str]], where: str) -> None:
+    """Check that no photo is in two splits.
+
+    Args:
+        assignment: Split name to image ids.
+        where: What to call it in the error.
+
+    Raises:
+        SplitError: A photo is in two splits; names it and how many others are.
+    """
+    owner: dict[str, tuple[str, str]] = {}
+    leaks: list[str] = []
+    for split, image_ids in assignment.items():
+        for image_id in image_ids:
+            other, first = owner.setdefault(photo_key(image_id), (split, image_id))
+            if other != split:
+                alias = "" if first == image_id else f" as {short(first)}"
+                leaks.append(f"image {short(image_id)} is in {split!r} and{alias} in {other!r}")
+    if leaks:
+        more = f", and {len(leaks) - 1} more" if len(leaks) > 1 else ""
+        raise SplitError(f"{where}: the splits leak: {leaks[0]}{more}; keep each in one split")
+
+
+def save_splits(path: str | os.PathLike[str], splits: Splits) -> None:
+    """Write splits as JSON, atomically; the same splits give the same bytes.
+
+    Raises:
+        FeatstoreError: The file cannot be written.
+    """
+    content = {
+        "format": FORMAT,
+        "source": splits.source,
+        "rows_digest": splits.rows_digest,
+        "fractions": list(splits.fractions),
+        "seed": splits.seed,
+        "counts": splits.counts(),
+        "splits": {split: list(splits.assignment[split]) for split in SPLITS},
+    }
+    text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+    write_bytes(path, text.encode())
+
+
+def load_splits(path: str | os.PathLike[str], examples: Examples) -> Splits:
+    """Read splits that `save_splits` wrote, and check that they belong to these rows.
+
+    Args:
+        path: The file.
+        examples: The rows that were split, in the same order.
+
+    Raises:
+        SplitError: The file cannot be read, is damaged or of another format; a photo is
+            in two splits; an image of the rows is in no split or the reverse; or the rows
+            changed since.
+    """
+    path = Path(path)
+    mend = f"delete {path} to split again"
+    content = _read_json(path)
+    if not isinstance(content, dict) or "format" not in content:
+        raise SplitError(f"{path}: not a saved split: no 'format' in it; {mend}")
+    if content["format"] != FORMAT:
+        raise SplitError(
+            f"{path}: split format {short(content['format'])}, expected {FORMAT};"
+            f" use the version that wrote it, or {mend}"
+        )
+    if not _is_sound(content):
+        raise SplitError(f"{path}: damaged: a field is missing, or of the wrong type; {mend}")
+    splits: dict[str, list[str]] = content["splits"]
+    check_no_leak(splits, str(path))
+    assigned = {image_id for ids in splits.values() for image_id in ids}
+    present = set(examples.image_ids)
+    if missing := sorted(present - assigned):
+        raise SplitError(
+            f"{path}: image {short(missing[0])} of the rows is in no split"
+            f" ({len(missing)} such); the rows changed: {mend}"
+        )
+    if unknown := sorted(assigned - present):
+        raise SplitError(
+            f"{path}: image {short(unknown[0])} is in a split but in no row"
+            f" ({len(unknown)} such); the rows or photos changed: {mend}"
+        )
+    rows_digest = content["rows_digest"]
+    if rows_digest != examples.digest():
+        raise SplitError(
+            f"{path}: belongs to other rows: same images, but a hypothesis, a label or the order"
+            f" changed (digest {rows_digest[:12]}, the rows have {examples.digest()[:12]}); {mend}"
+        )
+    assignment = {split: tuple(sorted(splits[split])) for split in SPLITS}
+    fractions = tuple(map(float, content["fractions"]))
+    return Splits(assignment, rows_digest, fractions, content["seed"], content["source"])
+
+
+def read_split_file(path: str | os.PathLike[str], examples: Examples) -> Splits:
+    """Read a split that the user made.
+
+    Either JSON, `{"train": [ids], "val": [ids], "test": [ids]}`, or CSV with the columns
+    `image_id` and `split`. `valid`, `validation` and `dev` mean val. A file saved by
+    `save_splits` is read too. Ids may be written with or without the image suffix. Images
+    that no row is about are ignored: such a file often covers more than the rows used.
+
+    Args:
+        path: The file.
+        examples: The rows to split; each of their images must be in one split.
+
+    Raises:
+        SplitError: The file cannot be read or has another shape; a photo is in two
+            splits; an image of the rows is in no split; or a split of the file has no
+            image of the rows.
+    """
+    path = Path(path)
+    text = _read_text(path)
+    given = _split_json(path, text) if text.lstrip()[:1] in ("{", "[") else _split_csv(path, text)
+    check_no_leak(given, str(path))
+    owner = {photo_key(image_id): split for split, ids in given.items() for image_id in ids}
+    assignment: dict[str, list[str]] = {split: [] for split in SPLITS}
+    missing: list[str] = []
+    for image_id in sorted(set(examples.image_ids)):
+        split = owner.get(photo_key(image_id))
+        (missing if split is None else assignment[split]).append(image_id)
+    if missing:
+        raise SplitError(
+            f"{path}: image {short(missing[0])} of the rows is in no split ({len(missing)} such);"
+            " add it to the file, or remove its rows"
+        )
+    for split, ids in given.items():
+        if ids and not assignment[split]:
+            raise SplitError(
+                f"{path}: no row is about an image of split {split!r}, such as {short(ids[0])};"
+                " check the ids, or remove the split from the file"
+            )
+    frozen = {split: tuple(ids) for split, ids in assignment.items()}
+    return Splits(frozen, examples.digest(), (), None, "file")
+
+
+def _photos(examples: Examples) -> dict[str, list[str]]:
+    """Return each photo's image ids."""
+    photos: defaultdict[str, list[str]] = defaultdict(list)
+    for image_id in dict.fromkeys(examples.image_ids):
+        photos[photo_key(image_id)].append(image_id)
+    return photos
+
+
+def _is_sound(content: dict[str, Any]) -> bool:
+    """Tell whether a saved split has all its fields, in their types, and agrees with itself."""
+    splits, fractions = content.get("splits"), content.get("fractions")
+    seed = content.get("seed")
+    return (
+        isinstance(splits, dict)
+        and set(splits) == set(SPLITS)
+        and all(isinstance(ids, list) for ids in splits.values())
+        and all(isinstance(image_id, str) for ids in splits.values() for image_id in ids)
+        and content.get("counts") == {split: len(set(ids)) for split, ids in splits.items()}
+        and isinstance(fractions, list)
+        and all(isinstance(share, int | float) for share in fractions)
+        and (seed is None or isinstance(seed, int))
+        and content.get("source") in ("grouped", "file", "rows")
+        and isinstance(content.get("rows_digest"), str)
+    )
+
+
+def _by_split(items: Iterable[tuple[Any, Any]], where: str) -> dict[str, Any]:
+    """Return values by split name, synonyms resolved."""
+    named: dict[str, Any] = {}
+    for name, value in items:
+        split = str(name).strip().lower()
+        split = _SYNONYMS.get(split, split)
+        if split not in SPLITS:
+            raise SplitError(
+                f"{where}: unknown split {short(name)}; expected {', '.join(SPLITS)}"
+                f" ({', '.join(_SYNONYMS)} mean val)"
+            )
+        if split in named:
+            raise SplitError(f"{where}: split {split!r} is given twice, once as {short(name)}")
+        named[split] = value
+    return named
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SplitError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise SplitError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
+
+
+def _read_json(path: Path, text: str | None = None) -> Any:
+    try:
+        return json.loads(_read_text(path) if text is None else text)
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise SplitError(f"{path}{line}: not a JSON file; restore it or delete it") from error
+
+
+def _split_json(path: Path, text: str) -> dict[str, list[str]]:
+    content = _read_json(path, text)
+    if isinstance(content, dict) and isinstance(content.get("splits"), dict):
+        content = content["splits"]
+    if not isinstance(content, dict):
+        raise SplitError(
+            f'{path}: expected {{"train": [ids], "val": [ids], "test": [ids]}}, found a list'
+        )
+    given: dict[str, list[str]] = {}
+    for split, ids in _by_split(content.items(), str(path)).items():
+        if not isinstance(ids, list):
+            raise SplitError(f"{path}: split {split!r}: expected a list of ids, found {short(ids)}")
+        for image_id in ids:
+            if not isinstance(image_id, str | int) or isinstance(image_id, bool):
+                raise SplitError(
+                    f"{path}: split {split!r}: expected ids as text, found {short(image_id)}"
+                )
+        given[split] = [str(image_id).strip() for image_id in ids]
+    return given
+
+
+def _split_csv(path: Path, text: str) -> dict[str, list[str]]:
+    given: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for line, image_id, name in _split_records(path, text):
+        split = next(iter(_by_split([(name, None)], f"{path}:{line}")))
+        given[split].append(image_id)
+    return given
+
+
+def _split_records(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
+    """Yield line, image id and split name of each record."""
+    header = text.lstrip().split("\n", 1)[0]
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    at: tuple[int, int] | None = None
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if at is None:
+                names = [cell.strip().lower() for cell in cells]
+                if names.count("image_id") != 1 or names.count("split") != 1:
+                    raise SplitError(
+                        f"{path}:{reader.line_num}: expected the columns image_id and split,"
+                        f" found {short(', '.join(cells), 200)}"
+                    )
+                at = names.index("image_id"), names.index("split")
+            elif len(cells) <= max(at) or not cells[at[0]].strip():
+                raise SplitError(
+                    f"{path}:{reader.line_num}: expected an image id and a split,"
+                    f" found {short(delimiter.join(cells))}"
+                )
+            else:
+                yield reader.line_num, cells[at[0]].strip(), cells[at[1]]
+    except csv.Error as error:
+        raise SplitError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+    if at is None:
+        raise SplitError(f"{path}: is empty; expected the columns image_id and split")

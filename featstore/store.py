@@ -1,0 +1,291 @@
+"""Open the features of one spec, find rows by key, gather them.
+
+    <root>/<kind>/<fingerprint>/
+        spec.json         the spec, and the names it was known by
+        shard-00000.h5 …  immutable (see `shard.py`)
+        manifest.json     name, rows, bytes and digest of each shard; can be
+                          rebuilt from the shards
+        quarantine.json   inputs that could not be encoded, each with its reason
+        .lock             held by the one process that extracts
+
+A key may stand in several shards (its photo changed): the last one counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import CorruptShardError, MissingFeaturesError, StaleFeaturesError
+from featstore.shard import describe_file, digest_keys, feature_dtype, open_shard
+from featstore.spec import FeatureSpec, canonical_json, differing_fields, read_spec
+
+IntArray = NDArray[np.int64]
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """Return the published shards of a folder in their order."""
+    return sorted(folder.glob("shard-*.h5"), key=lambda path: (len(path.name), path.name))
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """Return the manifest's shard lines; an absent or broken manifest gives none."""
+    try:
+        shards = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
+        return [dict(line) for line in shards]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def reconcile_manifest(folder: Path) -> list[dict[str, Any]]:
+    """Return one line for each shard on the disk.
+
+    A shard that a kill left out of the manifest is described from its file.
+
+    Raises:
+        CorruptShardError: A shard of the manifest is gone, or has another
+            size than when it was published.
+    """
+    known = {line["name"]: line for line in read_manifest(folder)}
+    lines = []
+    for path in shard_paths(folder):
+        line = known.pop(path.name, None)
+        size = path.stat().st_size
+        if line is None:
+            line = {"name": path.name, **describe_file(path)}
+        elif line["bytes"] != size:
+            raise CorruptShardError(
+                f"{path}: {size} bytes, expected {line['bytes']}; run `store verify`"
+            )
+        lines.append(line)
+    if known:
+        raise CorruptShardError(
+            f"{folder}: shard {next(iter(known))} is missing; run `store verify`"
+        )
+    return lines
+
+
+def read_quarantine(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return key to {reason, source_digest} of the inputs that could not be encoded."""
+    try:
+        entries = json.loads((folder / "quarantine.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CorruptShardError(
+            f"{folder / 'quarantine.json'}: cannot be read ({error}); delete it and extract again"
+        ) from error
+    return dict(entries)
+
+
+class Store:
+    """The features of one spec, read-only.
+
+    Safe to use from several threads. Nothing of HDF5 stays open, so it may
+    also be used after a fork.
+    """
+
+    def __init__(self, folder: Path, spec: dict[str, Any]) -> None:
+        self.folder = folder
+        self.spec = spec
+        self.dtype = feature_dtype(spec["dtype"])
+        reconcile_manifest(folder)
+        self.shards = [
+            open_shard(path, spec["kind"], folder.name, spec["dtype"])
+            for path in shard_paths(folder)
+        ]
+        counts = [len(shard) for shard in self.shards]
+        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        digests = [shard.index["key_digests"] for shard in self.shards]
+        self._digests = np.concatenate(digests) if digests else np.zeros((0, 2), np.uint64)
+        self._order = np.argsort(self._digests[:, 0], kind="stable")
+        self._sorted = self._digests[self._order, 0]
+        self._checked = np.zeros(len(self), bool)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def lookup(self, keys: Sequence[str] | NDArray[Any]) -> IntArray:
+        """Find rows by key.
+
+        Args:
+            keys: Image ids, or sentences; repeats allowed.
+
+        Returns:
+            int64 of shape (len(keys),): store positions, -1 where absent.
+        """
+        if not len(keys) or not len(self):
+            return np.full(len(keys), -1, np.int64)
+        wanted = digest_keys(keys)
+        # The last of equal digests is the newest row: the sort is stable.
+        slots = np.searchsorted(self._sorted, wanted[:, 0], side="right") - 1
+        positions = self._order[slots]
+        found = (slots >= 0) & (self._digests[positions] == wanted).all(axis=1)
+        return np.where(found, positions, -1)
+
+    def locate(self, positions: IntArray) -> tuple[IntArray, IntArray]:
+        """Return shard numbers and rows inside them, both int64 of shape (batch,).
+
+        Raises:
+            IndexError: A position is outside [0, len(self)).
+        """
+        positions = np.asarray(positions, np.int64)
+        if positions.size and (positions.min() < 0 or positions.max() >= len(self)):
+            raise IndexError(f"positions must lie in [0, {len(self)})")
+        shards = np.searchsorted(self._starts, positions, side="right") - 1
+        return shards, positions - self._starts[shards]
+
+    def keys(self) -> list[str]:
+        """Return every key in store order, superseded rows included."""
+        return [key for shard in self.shards for key in shard.keys()]  # noqa: SIM118
+
+    def _check_rows(self, positions: IntArray, shards: IntArray, rows: IntArray) -> None:
+        """Check each row's checksum the first time that it is read."""
+        for position, shard, row in zip(
+            positions.tolist(), shards.tolist(), rows.tolist(), strict=True
+        ):
+            if self._checked[position]:
+                continue
+            if not self.shards[shard].row_is_intact(row):
+                part = self.shards[shard]
+                raise CorruptShardError(
+                    f"{part.path}: row {row} ({part.keys()[row]!r}) does not have its checksum;"
+                    " run `store repair`"
+                )
+            self._checked[position] = True
+
+
+class VisionStore(Store):
+    """Image features: `(views, tokens, width)` a row."""
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
+        """(tokens, width) of one view."""
+        return self.shards[0].features.shape[2:]
+
+    def source_digests(self, positions: IntArray) -> NDArray[np.uint64]:
+        """Return the digests of the files that rows were made from, (batch, 2)."""
+        shards, rows = self.locate(positions)
+        pairs = zip(shards, rows, strict=True)
+        found = [self.shards[s].index["source_digests"][r] for s, r in pairs]
+        return np.array(found, np.uint64).reshape(-1, 2)
+
+    def gather(self, positions: IntArray, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Copy feature rows in the order of `positions`.
+
+        Args:
+            positions: int64 of shape (batch,). Store positions; repeats allowed.
+            out: Stored dtype, shape (batch, tokens, width), to fill; or None
+                to allocate.
+
+        Returns:
+            Stored dtype, shape (batch, tokens, width): view 0.
+
+        Raises:
+            IndexError: A position is outside [0, len(self)).
+            CorruptShardError: A row no longer has its checksum.
+
+        Cost: one memory copy of the rows, and one pass of the checksum the
+        first time that a row is read; no HDF5 call.
+        """
+        positions = np.asarray(positions, np.int64)
+        shards, rows = self.locate(positions)
+        if out is None:
+            out = np.empty((len(positions), *self.row_shape), self.dtype)
+        self._check_rows(positions, shards, rows)
+        for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+            out[i] = self.shards[shard].features[row, 0]
+        return out
+
+
+class TextStore(Store):
+    """Sentence features: `(valid tokens, width)` a row, packed."""
+
+    def __init__(self, folder: Path, spec: dict[str, Any]) -> None:
+        super().__init__(folder, spec)
+        lengths = [np.diff(shard.index["offsets"]) for shard in self.shards]
+        self._lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+
+    @property
+    def width(self) -> int:
+        """Width of a hidden state."""
+        return int(self.shards[0].features.shape[1])
+
+    def lengths(self, positions: IntArray) -> IntArray:
+        """Return the number of valid tokens of rows, int64 of shape (batch,)."""
+        return self._lengths[np.asarray(positions, np.int64)]
+
+    def gather(self, positions: IntArray, length: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Copy sentences, padded with zeros to one length.
+
+        Args:
+            positions: int64 of shape (batch,). Store positions; repeats allowed.
+            length: Tokens of the result. 1 gives the `[CLS]` states alone; a
+                sentence longer than `length` is otherwise an error.
+
+        Returns:
+            Hidden states in the stored dtype, shape (batch, length, width),
+            and the padding mask, bool of shape (batch, length), True at valid
+            tokens.
+
+        Raises:
+            IndexError: A position is outside [0, len(self)).
+            ValueError: A sentence is longer than `length`.
+            CorruptShardError: A row no longer has its checksum.
+        """
+        positions = np.asarray(positions, np.int64)
+        shards, rows = self.locate(positions)
+        valid = self._lengths[positions]
+        if length > 1 and valid.size and valid.max() > length:
+            raise ValueError(f"a sentence has {valid.max()} tokens, more than {length}")
+        self._check_rows(positions, shards, rows)
+        hidden = np.zeros((len(positions), length, self.width), self.dtype)
+        for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+            part = self.shards[shard]
+            start = part.index["offsets"][row]
+            count = min(int(valid[i]), length)
+            hidden[i, :count] = part.features[start : start + count]
+        return hidden, np.arange(length) < valid[:, None]
+
+
+def open_store(root: Path, spec: FeatureSpec, command: str) -> Any:
+    """Open the features of a spec.
+
+    Args:
+        root: The store's root.
+        spec: What the configuration asks for.
+        command: What the user types to extract them, for the error.
+
+    Returns:
+        A `VisionStore` or a `TextStore`.
+
+    Raises:
+        MissingFeaturesError: Nothing of this kind was ever extracted.
+        StaleFeaturesError: Only features of other specs are there; the
+            message lists the fields in which the nearest differs.
+        CorruptShardError: The folder is damaged.
+    """
+    folder = spec.folder(root)
+    if shard_paths(folder) or (folder / "spec.json").exists():
+        found = read_spec(folder)
+        if canonical_json(found) != canonical_json(spec.to_dict()):
+            raise CorruptShardError(f"{folder}: holds another spec than its name says")
+        return (VisionStore if spec.kind == "vit" else TextStore)(folder, found)
+    others = [
+        differing_fields(spec.to_dict(), read_spec(path.parent))
+        for path in sorted((root / spec.kind).glob("*/spec.json"))
+    ]
+    if not others:
+        raise MissingFeaturesError(
+            f"{root}: no {spec.kind} features have been extracted; run `{command}`"
+        )
+    nearest = min(others, key=len)
+    raise StaleFeaturesError(
+        f"{root}: the {spec.kind} features there do not match the configuration"
+        f" ({'; '.join(nearest)}); run `{command}`"
+    )

@@ -1,0 +1,39 @@
+"""Fixtures that every test may use; sets the environment before TensorFlow is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny ViT preset: 32×32 pixels, patches of 8, 17 tokens 16 wide."""
+    from tiny_presets import write_tiny_vision
+
+    return write_tiny_vision(tmp_path_factory.mktemp("presets") / "tiny_vit")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny DistilBERT preset: 4 layers 16 wide, 32 positions, a tokenizer."""
+    from tiny_presets import write_tiny_text
+
+    return write_tiny_text(tmp_path_factory.mktemp("presets") / "tiny_text")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder of real presets and photos, which is not part of the repository."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "presets").is_dir():
+        pytest.skip(f"no real presets and photos: {folder} is absent")
+    return folder

@@ -1,0 +1,241 @@
+"""Rows and stores to batches, in an order that (seed, epoch) alone decides."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import DataError
+from featstore.store import TextStore, VisionStore
+
+IntArray = NDArray[np.int64]
+
+WINDOW_BATCHES = 64
+PREFETCHED = 4
+
+
+@dataclass
+class Batch:
+    """One step's rows, always `batch_size` of them; the missing have weight 0.
+
+    Attributes:
+        features: Stored dtype, shape (batch, tokens, width).
+        hidden: Stored dtype, shape (batch, length, text width).
+        padding_mask: bool of shape (batch, length).
+        labels: float32 of shape (batch,).
+        weights: float32 of shape (batch,), 1 or 0.
+        rows: int64 of shape (valid rows,): positions in the rows given.
+    """
+
+    features: NDArray[Any]
+    hidden: NDArray[Any]
+    padding_mask: NDArray[np.bool_]
+    labels: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    rows: IntArray
+
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """Return the model's inputs by name."""
+        return {
+            "features": self.features,
+            "hidden": self.hidden,
+            "padding_mask": self.padding_mask,
+        }
+
+
+def trim_lengths(sequence_length: int) -> tuple[int, ...]:
+    """Return the few lengths that batches are padded to: each costs one compilation."""
+    steps = {sequence_length // 3, sequence_length // 2, sequence_length}
+    return tuple(sorted(step for step in steps if step >= 3))
+
+
+def epoch_batches(
+    lengths: IntArray, batch_size: int, seed: int, epoch: int, group: bool
+) -> list[IntArray]:
+    """Return the rows of each step of an epoch.
+
+    A pure function of its arguments. Every row stands in exactly one batch;
+    all batches but one are full. Where `group` is set, rows of like length
+    share a batch: the order is shuffled, sorted by length within windows of
+    `WINDOW_BATCHES` batches, cut, and the batches are shuffled.
+
+    Args:
+        lengths: int64 of shape (rows,): what to group by.
+        batch_size: Rows of a full batch.
+        seed, epoch: Decide the order.
+        group: Sort by length within windows.
+
+    Returns:
+        One int64 array a step, of positions in [0, rows).
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    if not group:
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    window = WINDOW_BATCHES * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def other_images(positions: IntArray, seed: int) -> IntArray:
+    """Give every row the picture of another one: the control against which sight is judged.
+
+    Images are put in a circle, in an order that the seed decides, and each is
+    replaced by the next; no row keeps its own.
+
+    Raises:
+        DataError: There is only one image.
+    """
+    distinct = np.unique(positions)
+    if len(distinct) < 2:
+        raise DataError("control shuffled-images needs rows on at least two images")
+    circle = np.random.default_rng(seed).permutation(distinct)
+    following = dict(zip(circle.tolist(), np.roll(circle, -1).tolist(), strict=True))
+    return np.array([following[position] for position in positions.tolist()], np.int64)
+
+
+class CachedRows:
+    """The rows of one split, each with its place in both stores.
+
+    Args:
+        vision: Image features.
+        text: Sentence features.
+        image_positions: int64 of shape (rows,), in `vision`.
+        text_positions: int64 of shape (rows,), in `text`.
+        labels: int8 of shape (rows,).
+        k_txt: 0 reads the `[CLS]` states alone.
+        sequence_length: Most tokens of a sentence.
+        control: "none", "hypothesis-only" (features are zeros) or
+            "shuffled-images" (another image's).
+        control_seed: Decides which other image.
+    """
+
+    def __init__(
+        self,
+        vision: VisionStore,
+        text: TextStore,
+        image_positions: IntArray,
+        text_positions: IntArray,
+        labels: NDArray[np.int8],
+        *,
+        k_txt: int,
+        sequence_length: int,
+        control: str = "none",
+        control_seed: int = 0,
+    ) -> None:
+        self.vision, self.text, self.labels = vision, text, labels
+        self.image_positions = (
+            other_images(image_positions, control_seed)
+            if control == "shuffled-images"
+            else image_positions
+        )
+        self.text_positions = text_positions
+        self.blind = control == "hypothesis-only"
+        self.k_txt = k_txt
+        trims = np.array(trim_lengths(sequence_length) if k_txt else (1,))
+        self.lengths = trims[
+            np.searchsorted(trims, np.minimum(text.lengths(text_positions), trims[-1]))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: IntArray, batch_size: int) -> Batch:
+        """Read some rows as one batch.
+
+        Args:
+            rows: int64 of shape (n,), n in 1..batch_size.
+            batch_size: Rows of the result; the missing repeat the first with
+                weight 0.
+        """
+        filled = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
+        positions = self.image_positions[filled]
+        if self.blind:
+            features = np.zeros((batch_size, *self.vision.row_shape), self.vision.dtype)
+        else:
+            features = self.vision.gather(positions)
+        hidden, mask = self.text.gather(self.text_positions[filled], int(self.lengths[rows].max()))
+        weights = np.zeros(batch_size, np.float32)
+        weights[: len(rows)] = 1
+        return Batch(features, hidden, mask, self.labels[filled].astype(np.float32), weights, rows)
+
+    def epoch(self, batch_size: int, seed: int, epoch: int) -> list[IntArray]:
+        """Return the rows of each training step of an epoch."""
+        return epoch_batches(self.lengths, batch_size, seed, epoch, group=self.k_txt > 0)
+
+    def in_order(self, batch_size: int) -> list[IntArray]:
+        """Return every row once, for prediction: by length, so that few shapes occur."""
+        order = np.argsort(self.lengths, kind="stable")
+        cuts = np.flatnonzero(np.diff(self.lengths[order])) + 1
+        return [
+            part[i : i + batch_size]
+            for part in np.split(order, cuts)
+            for i in range(0, len(part), batch_size)
+        ]
+
+
+class Prefetcher:
+    """Reads batches in a thread, a few ahead of the step.
+
+    Use as a context manager and iterate. What goes wrong in the thread is
+    raised in the reader's.
+
+    Attributes:
+        wait_seconds: Time that the reader spent waiting for a batch.
+    """
+
+    def __init__(self, rows: CachedRows, steps: Sequence[IntArray], batch_size: int) -> None:
+        self.wait_seconds = 0.0
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCHED)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(
+            target=self._read, args=(rows, steps, batch_size), name="prefetch", daemon=True
+        )
+
+    def _put(self, item: Batch | BaseException | None) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def _read(self, rows: CachedRows, steps: Sequence[IntArray], batch_size: int) -> None:
+        try:
+            for step in steps:
+                if self._stopping.is_set():
+                    return
+                self._put(rows.batch(step, batch_size))
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def __enter__(self) -> Prefetcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            started = time.perf_counter()
+            item = self._queue.get()
+            self.wait_seconds += time.perf_counter() - started
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item

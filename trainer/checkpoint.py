@@ -1,0 +1,181 @@
+"""A run's model on the disk: build it, start it from elsewhere, save where it stands."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from featstore.encoders import load_backbone, resolve_preset
+from featstore.errors import RunError
+from featstore.publish import publish
+from trainer.config import Config
+from trainer.fusion import HEAD_LAYERS
+from trainer.run import Run
+from trainer.tower import (
+    TAIL_NAME,
+    build_cached_model,
+    copy_weights,
+    layer_weights,
+    load_text_layers,
+    random_state,
+    set_random_state,
+)
+
+WEIGHTLESS = ("xattn_residual", "flatten_cls", "drop_1")
+
+
+def build_model(config: Config, row_shape: tuple[int, int]) -> keras.Model:
+    """Build the cached model of a configuration, with random weights.
+
+    Args:
+        config: The settings.
+        row_shape: Tokens and width of the image features.
+    """
+    tokens, width = row_shape
+    text = resolve_preset(config.encoders.text)
+    return build_cached_model(
+        text.config, width, tokens, config.train, feature_dtype=config.store.dtype
+    )
+
+
+def load_pretrained(model: keras.Model, config: Config) -> None:
+    """Give a cached model's text layers the preset's weights."""
+    if config.train.k_txt:
+        backbone = load_backbone(resolve_preset(config.encoders.text), "float32")
+        load_text_layers(model, backbone)
+
+
+def load_best(run: Run) -> keras.Model:
+    """Return a run's model with the weights of its best epoch.
+
+    Raises:
+        RunError: The run has no weights yet, or they do not fit its settings.
+    """
+    shape = run.manifest()["features"]["vision"]["row_shape"]
+    model = build_model(run.config(), (int(shape[0]), int(shape[1])))
+    if not run.weights_path.exists():
+        raise RunError(f"{run.weights_path}: not there; the run has not finished an epoch")
+    try:
+        model.load_weights(run.weights_path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{run.weights_path}: does not fit the run's settings ({reason})") from error
+    return model
+
+
+def start_from(model: keras.Model, source: Run) -> list[str]:
+    """Copy another run's head, and the text layers that both train.
+
+    Args:
+        model: A cached model, its text layers already pretrained.
+        source: The run to start from.
+
+    Returns:
+        Names of the layers copied.
+
+    Raises:
+        RunError: A layer that both have differs in shape.
+    """
+    other = load_best(source)
+    pairs = {
+        name: (other.get_layer(name), model.get_layer(name))
+        for name in HEAD_LAYERS
+        if name not in WEIGHTLESS
+    }
+    theirs = {layer.name: layer for layer in other.get_layer(TAIL_NAME).transformer_layers}
+    for layer in model.get_layer(TAIL_NAME).transformer_layers:
+        if layer.name in theirs:
+            pairs[layer.name] = (theirs[layer.name], layer)
+    for name, (old, new) in pairs.items():
+        try:
+            copy_weights(layer_weights(old), layer_weights(new))
+        except RunError as error:
+            raise RunError(f"--init-from {source.name}: layer {name}: {error}") from error
+    return list(pairs)
+
+
+def save_weights(run: Run, model: keras.Model) -> None:
+    """Publish the model's weights as the run's best."""
+    with publish(run.weights_path) as temporary:
+        model.save_weights(temporary)
+
+
+@dataclass
+class Progress:
+    """Where a training stands, between two steps.
+
+    Attributes:
+        epoch: Epoch being run, from 0.
+        step: Steps of it that are done.
+        loss_sum: Sum over those steps of loss times rows.
+        rows: Rows of those steps.
+        seconds: Training time of this epoch so far.
+        total_seconds: Wall time of all sessions.
+        history: One record for each finished epoch.
+        best: Best value of the monitored metric, higher is better.
+        best_epoch: Its epoch, from 0.
+        waited: Epochs since the best.
+        waited_lr: Epochs since the best or the last cut of the rate.
+        best_metrics: Validation metrics of the best epoch.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    rows: int = 0
+    seconds: float = 0.0
+    total_seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: float | None = None
+    best_epoch: int = -1
+    waited: int = 0
+    waited_lr: int = 0
+    best_metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def save_state(
+    path: Path, model: keras.Model, optimizer_variables: list[Any], progress: Progress
+) -> None:
+    """Publish everything that the rest of a training depends on, as one .npz."""
+    arrays = {f"model/{i}": np.asarray(v) for i, v in enumerate(model.trainable_variables)}
+    arrays |= {f"optimizer/{i}": np.asarray(v) for i, v in enumerate(optimizer_variables)}
+    arrays |= {f"random/{name}": value for name, value in random_state(model).items()}
+    arrays["progress"] = np.array(json.dumps(vars(progress), allow_nan=False))
+    with publish(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_state(path: Path, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Progress:
+    """Restore what `save_state` wrote.
+
+    Raises:
+        RunError: The file is damaged, or is of a model of other shapes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        progress = Progress(**json.loads(str(arrays.pop("progress"))))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(
+            f"{path}: not a readable checkpoint ({error}); delete it to start again"
+        ) from error
+    groups = {"model": model.trainable_variables, "optimizer": optimizer.variables}
+    for group, variables in groups.items():
+        for i, variable in enumerate(variables):
+            value = arrays.get(f"{group}/{i}")
+            if value is None or value.shape != tuple(variable.shape):
+                raise RunError(
+                    f"{path}: {group} variable {variable.path} has shape"
+                    f" {None if value is None else value.shape}, expected {tuple(variable.shape)}"
+                )
+            variable.assign(value)
+    prefix = "random/"
+    states = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    set_random_state(model, states)
+    return progress

@@ -1,0 +1,362 @@
+"""One run: train over cached features, keep the best epoch, stop and go on anywhere."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import RunError, StoppedError
+from featstore.publish import command_line, package_versions, write_json, write_text
+from trainer.batches import CachedRows, Prefetcher
+from trainer.checkpoint import (
+    Progress,
+    build_model,
+    load_pretrained,
+    load_state,
+    save_state,
+    save_weights,
+    start_from,
+)
+from trainer.config import Config, TrainConfig, render_config
+from trainer.features import Features, row_counts
+from trainer.metrics import evaluate_logits
+from trainer.report import plot_learning_curves
+from trainer.run import Run
+from trainer.step import Stepper, make_optimizer, make_stepper
+
+CHECKPOINT_SECONDS = 120.0
+LOSS_EVERY_STEPS = 50
+
+
+class StepBar(Protocol):
+    """What the loop tells a progress display."""
+
+    def update(self, n: int = 1) -> Any: ...
+    def set_postfix(self, **figures: Any) -> Any: ...
+
+
+EpochBar = Callable[[int, int], AbstractContextManager[StepBar]]
+
+
+class _Silent:
+    def update(self, n: int = 1) -> None: ...
+    def set_postfix(self, **figures: Any) -> None: ...
+
+
+@dataclass
+class Reporter:
+    """How a run is shown while it goes; silent by default.
+
+    Attributes:
+        bar: Makes the progress display of an epoch from its number and steps.
+        epoch: Called with the record of each finished epoch.
+        stopping: Asked after each step; True saves the state and ends.
+    """
+
+    bar: EpochBar = lambda epoch, steps: nullcontext(_Silent())
+    epoch: Callable[[dict[str, Any]], None] = lambda record: None
+    stopping: Callable[[], bool] = lambda: False
+
+
+def predict_logits(stepper: Stepper, rows: CachedRows, batch_size: int) -> NDArray[np.float32]:
+    """Return the logit of every row, in the order of the rows.
+
+    Returns:
+        float32 of shape (len(rows),). Every row is computed exactly once.
+    """
+    logits = np.full(len(rows), np.nan, np.float32)
+    with Prefetcher(rows, rows.in_order(batch_size), batch_size) as batches:
+        for batch in batches:
+            logits[batch.rows] = stepper.predict(batch)
+    return logits
+
+
+def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
+    """Return the epoch's monitored value, turned so that higher is better."""
+    value = record[train.monitor]
+    if value is None:
+        raise RunError(
+            f"[train] monitor = {train.monitor!r} cannot be computed: the val split has one class"
+        )
+    return -float(value) if train.monitor == "val_loss" else float(value)
+
+
+def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, bool, bool]:
+    """Update the plateau counters with an epoch's value.
+
+    Args:
+        train: Patience of the learning rate and of the stop.
+        progress: Its counters are updated.
+        value: Monitored value, higher is better.
+
+    Returns:
+        Whether the epoch is the best so far, whether the learning rate is to
+        be cut, and whether training is to stop.
+    """
+    best = progress.best is None or value > progress.best
+    if best:
+        progress.best, progress.best_epoch = value, progress.epoch
+        progress.waited = progress.waited_lr = 0
+        return True, False, False
+    progress.waited += 1
+    progress.waited_lr += 1
+    cut = progress.waited_lr >= train.reduce_lr_patience
+    if cut:
+        progress.waited_lr = 0
+    return False, cut, progress.waited >= train.early_stop_patience
+
+
+def learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
+    """Return the current learning rate, also under loss scaling."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return float(np.asarray(inner.learning_rate))
+
+
+def _cut_learning_rate(optimizer: keras.optimizers.Optimizer, factor: float) -> None:
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    inner.learning_rate = learning_rate(optimizer) * factor
+
+
+class Training:
+    """A run's training, from its settings to its files.
+
+    Args:
+        run: Where it is kept; its lock is held by the caller.
+        features: The features and rows.
+        init_from: A run to take the head (and shared text layers) from.
+        reporter: How it is shown.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        features: Features,
+        init_from: Run | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        self.run, self.features = run, features
+        self.config: Config = features.config
+        self.train_config = self.config.train
+        self.reporter = reporter or Reporter()
+        self.started = time.perf_counter()
+        keras.utils.set_random_seed(self.train_config.seed)
+        self.rows = features.rows("train", self.train_config.control)
+        self.val_rows = features.rows("val", self.train_config.control)
+        row_shape = features.vision.row_shape
+        self.model = build_model(self.config, row_shape)
+        load_pretrained(self.model, self.config)
+        self.initialised = start_from(self.model, init_from) if init_from else []
+        self.optimizer = make_optimizer(self.train_config)
+        self.stepper = make_stepper(self.model, self.optimizer)
+        self.progress = Progress()
+        if run.checkpoint_path.exists():
+            self.progress = load_state(run.checkpoint_path, self.model, self.optimizer)
+        self._earlier_seconds = self.progress.total_seconds
+        self.manifest = self._manifest(row_shape, init_from)
+
+    def _manifest(self, row_shape: tuple[int, int], init_from: Run | None) -> dict[str, Any]:
+        features = self.features
+        _, unread = features.usable("all")
+        trainable = sum(math.prod(v.shape) for v in self.model.trainable_variables)
+        return {
+            "name": self.run.name,
+            "status": "running",
+            "command": command_line(),
+            "versions": package_versions(),
+            "backend": keras.backend.backend(),
+            "seeds": {"train": self.train_config.seed, "split": features.dataset.splits.seed},
+            "data": {
+                "rows_digest": features.dataset.examples.digest(),
+                "splits_digest": features.dataset.splits.digest(),
+                "splits_file": str(features.dataset.splits_path),
+                "counts": row_counts(features),
+                "rows_left_out": features.dataset.counts()["dropped"],
+                "quarantined_photos": unread,
+            },
+            "features": {
+                "vision": {
+                    "fingerprint": features.vision_spec.fingerprint,
+                    "row_shape": list(row_shape),
+                },
+                "text": {
+                    "fingerprint": features.text_spec.fingerprint,
+                    "boundary": features.text_spec.boundary,
+                },
+            },
+            "parameters": {"trainable": trainable},
+            "init_from": None if init_from is None else str(init_from.folder),
+            "initialised_layers": self.initialised,
+            "wall_seconds": {},
+        }
+
+    def _write_manifest(self, status: str) -> None:
+        self.manifest["status"] = status
+        self.manifest["wall_seconds"] = {
+            "total": round(self._total_seconds(), 3),
+            "training": round(sum(r["seconds"] for r in self.progress.history), 3),
+            "validation": round(sum(r["val_seconds"] for r in self.progress.history), 3),
+        }
+        self.run.write_manifest(self.manifest)
+
+    def _total_seconds(self) -> float:
+        return self._earlier_seconds + time.perf_counter() - self.started
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end and return the metrics of the best epoch.
+
+        Ends after `epochs`, or when the monitored metric has not improved for
+        `early_stop_patience` epochs. The state is saved after every epoch and
+        every `CHECKPOINT_SECONDS`, and when asked to stop; a later call goes on
+        from there and gives what one uninterrupted call gives.
+
+        Raises:
+            RunError: The loss is no longer finite.
+            StoppedError: `reporter.stopping` said so; the state is saved.
+        """
+        self.run.write_config(render_config(self.config))
+        self._write_manifest("running")
+        try:
+            while not self._finished():
+                self._epoch()
+        except BaseException:
+            self._write_manifest("stopped")
+            raise
+        self._write_manifest("finished")
+        return self.run.metrics()
+
+    def _finished(self) -> bool:
+        train, progress = self.train_config, self.progress
+        return progress.epoch >= train.epochs or progress.waited >= train.early_stop_patience
+
+    def _epoch(self) -> None:
+        train, progress = self.train_config, self.progress
+        steps = self.rows.epoch(train.batch_size, train.seed, progress.epoch)
+        wait = self._steps(steps)
+        if not math.isfinite(progress.loss_sum):
+            raise RunError(
+                f"{self.run.name}: the loss is {progress.loss_sum} in epoch {progress.epoch + 1};"
+                " try a smaller --lr or a --clipnorm"
+            )
+        started = time.perf_counter()
+        logits = predict_logits(self.stepper, self.val_rows, train.batch_size)
+        metrics = evaluate_logits(self.val_rows.labels, logits)
+        record = {
+            "epoch": progress.epoch + 1,
+            "steps": len(steps),
+            "lr": learning_rate(self.optimizer),
+            "loss": progress.loss_sum / progress.rows,
+            "val_loss": metrics["loss"],
+            "val_accuracy": metrics["at_threshold"]["accuracy"],
+            "val_macro_f1": metrics["at_threshold"]["macro_f1"],
+            "val_auc": metrics["auc"],
+            "threshold": metrics["threshold"],
+            "seconds": round(progress.seconds, 3),
+            "wait_share": round(wait / progress.seconds, 4) if progress.seconds else 0.0,
+            "val_seconds": round(time.perf_counter() - started, 3),
+        }
+        best, cut, _ = judge(train, progress, monitored(train, record))
+        self.stepper.sync()
+        if best:
+            save_weights(self.run, self.model)
+            progress.best_metrics = metrics
+        if cut:
+            _cut_learning_rate(self.optimizer, train.reduce_lr_factor)
+        progress.history.append(record)
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.loss_sum, progress.rows, progress.seconds = 0.0, 0, 0.0
+        self._save()
+        self._write_reports(record)
+        self.reporter.epoch(record)
+
+    def _steps(self, steps: list[NDArray[np.int64]]) -> float:
+        """Take the rest of an epoch's steps; return the time spent waiting for data."""
+        progress = self.progress
+        rest = steps[progress.step :]
+        pending: list[tuple[Any, int]] = []
+        since_save = time.perf_counter()
+        started = time.perf_counter()
+        before = progress.seconds
+
+        def collect() -> None:
+            for loss, rows in pending:
+                progress.loss_sum += float(loss) * rows
+                progress.rows += rows
+            pending.clear()
+            progress.seconds = before + time.perf_counter() - started
+
+        with (
+            Prefetcher(self.rows, rest, self.train_config.batch_size) as batches,
+            self.reporter.bar(progress.epoch + 1, len(steps)) as bar,
+        ):
+            bar.update(progress.step)
+            for batch in batches:
+                pending.append((self.stepper.train(batch), len(batch.rows)))
+                progress.step += 1
+                bar.update()
+                if len(pending) >= LOSS_EVERY_STEPS:
+                    collect()
+                    bar.set_postfix(loss=f"{progress.loss_sum / progress.rows:.4f}")
+                    if time.perf_counter() - since_save > CHECKPOINT_SECONDS:
+                        self._save()
+                        since_save = time.perf_counter()
+                if self.reporter.stopping():
+                    collect()
+                    self._save()
+                    raise StoppedError(
+                        f"{self.run.name}: stopped in epoch {progress.epoch + 1} after step"
+                        f" {progress.step} of {len(steps)}; the same command with"
+                        f" --name {self.run.name} goes on"
+                    )
+            collect()
+            bar.set_postfix(loss=f"{progress.loss_sum / max(progress.rows, 1):.4f}")
+            return batches.wait_seconds
+
+    def _save(self) -> None:
+        self.progress.total_seconds = self._total_seconds()
+        if not math.isfinite(self.progress.loss_sum):
+            return
+        save_state(self.run.checkpoint_path, self.model, self.stepper.variables(), self.progress)
+
+    def _write_reports(self, record: dict[str, Any]) -> None:
+        run, history = self.run, self.progress.history
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_text(run.history_path, text.getvalue())
+        write_json(
+            run.metrics_path,
+            {
+                "split": "val",
+                "epoch": self.progress.best_epoch + 1,
+                "monitor": self.train_config.monitor,
+                "control": self.train_config.control,
+                **self.progress.best_metrics,
+            },
+        )
+        plot_learning_curves(
+            history, run.curves_path, monitor=self.train_config.monitor, title=run.name
+        )
+        _write_tensorboard(run, record)
+        self._write_manifest("running")
+
+
+def _write_tensorboard(run: Run, record: dict[str, Any]) -> None:
+    """Append an epoch's scalars to the run's TensorBoard log, without TensorFlow."""
+    from tensorboard.summary import Writer
+
+    writer = Writer(str(run.tensorboard_path))
+    for key, value in record.items():
+        if key != "epoch" and value is not None:
+            writer.add_scalar(f"epoch/{key}", float(value), record["epoch"])
+    writer.close()

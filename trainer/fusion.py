@@ -1,0 +1,195 @@
+"""The fusion head: one text query attends over an image's tokens, then a small MLP.
+
+With one query, attention is `softmax(q·(W_k x_j)) · (W_v x_j)`. Both products
+can be regrouped so that no token is projected: `(W_kᵀ q)·x_j` for the scores,
+and `W_v (Σ a_j x_j) + b_v Σ a_j` for the result. Same weights, same gradients,
+far fewer multiplications. `Σ a_j` stays because dropout on the scores moves it
+away from 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from featstore.errors import ConfigError
+from trainer.config import TrainConfig
+
+HEAD_LAYERS = ("xattn", "xattn_residual", "xattn_norm", "flatten_cls", "mlp_1", "drop_1", "logit")
+
+
+def single_query_attention(
+    attention: keras.layers.MultiHeadAttention,
+    query: Any,
+    features: Any,
+    attention_mask: Any = None,
+    training: bool | None = None,
+) -> tuple[Any, Any]:
+    """Apply a built `MultiHeadAttention` to one query without projecting the features.
+
+    Args:
+        attention: A built layer; its own weights, softmax and dropout are used.
+        query: Float of shape (batch, 1, query_width).
+        features: Float of shape (batch, tokens, width): keys and values.
+        attention_mask: Bool of shape (batch, 1, tokens), True where the query
+            may look, or None.
+        training: Whether dropout applies to the scores.
+
+    Returns:
+        The output, of shape (batch, 1, output_width), and the attention
+        weights before dropout, of shape (batch, heads, 1, tokens).
+    """
+    dtype = attention.compute_dtype
+    features = ops.cast(features, dtype)
+    # Heads first and features last: every product is then a plain batched GEMM.
+    q = attention.query_dense(query)[:, 0] * ops.cast(attention._inverse_sqrt_key_dim, dtype)
+    key_kernel = ops.transpose(ops.cast(attention.key_dense.kernel, dtype), (1, 2, 0))
+    absorbed = ops.matmul(ops.transpose(q, (1, 0, 2)), key_kernel)
+    scores = ops.matmul(ops.transpose(absorbed, (1, 0, 2)), ops.transpose(features, (0, 2, 1)))
+    if attention.use_bias:
+        # One constant a head, which softmax ignores. Kept so that the key bias still has a
+        # gradient (of zero), and the optimizer treats it as it does end to end.
+        key_bias = ops.cast(attention.key_dense.bias, dtype)
+        scores = scores + ops.sum(q * key_bias, axis=-1, keepdims=True)
+    weights = attention._masked_softmax(ops.expand_dims(scores, 2), attention_mask)
+    kept = attention._dropout_layer(weights, training=training)
+    pooled = ops.matmul(kept[:, :, 0], features)
+    value_kernel = ops.transpose(ops.cast(attention.value_dense.kernel, dtype), (1, 0, 2))
+    value = ops.transpose(ops.matmul(ops.transpose(pooled, (1, 0, 2)), value_kernel), (1, 0, 2))
+    if attention.use_bias:
+        value_bias = ops.cast(attention.value_dense.bias, dtype)
+        value = value + ops.sum(kept, axis=-1) * value_bias
+    return attention.output_dense(ops.expand_dims(value, 1)), weights
+
+
+@keras.saving.register_keras_serializable(package="featstore")
+class CrossAttention(keras.layers.MultiHeadAttention):
+    """`keras.layers.MultiHeadAttention` that is fast where the query is one token.
+
+    Constructor, variables and their names are the parent's, so weights can go
+    either way. A call that is not one unmasked query over one set of features
+    (self-attention, other keys than values, masks, a gate, a window) runs the
+    parent's code.
+    """
+
+    def call(
+        self,
+        query: Any,
+        value: Any,
+        key: Any = None,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        attention_mask: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+    ) -> Any:
+        """Attend from `query` over `value`.
+
+        Args:
+            query: Float of shape (batch, queries, query_width).
+            value: Float of shape (batch, tokens, width), float16 and bfloat16
+                included; cast to the layer's compute dtype in the graph.
+            key: As `value`, or None to use `value`.
+            query_mask, value_mask, key_mask, attention_mask, use_causal_mask:
+                As in the parent, and left to it.
+            return_attention_scores: Return the attention weights too.
+            training: Whether dropout applies.
+
+        Returns:
+            Shape (batch, queries, output_width); with the weights, of shape
+            (batch, heads, queries, tokens), where asked for.
+        """
+        masks = (query_mask, value_mask, key_mask, attention_mask)
+        absorbs = (
+            len(query.shape) == 3
+            and query.shape[1] == 1
+            and len(value.shape) == 3
+            and (key is None or key is value)
+            and all(mask is None for mask in masks)
+            and not use_causal_mask
+            # Options of newer Keras releases only.
+            and not getattr(self, "_use_gate", False)
+            and getattr(self, "_sliding_window", None) is None
+        )
+        if absorbs:
+            output, weights = single_query_attention(self, query, value, training=training)
+            return (output, weights) if return_attention_scores else output
+        return super().call(
+            query,
+            value,
+            key=key,
+            query_mask=query_mask,
+            value_mask=value_mask,
+            key_mask=key_mask,
+            attention_mask=attention_mask,
+            return_attention_scores=return_attention_scores,
+            training=training,
+            use_causal_mask=use_causal_mask,
+        )
+
+    def compute_output_spec(
+        self,
+        query: Any,
+        value: Any,
+        key: Any = None,
+        return_attention_scores: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the symbolic output; the parent's shape of the weights is for self-attention."""
+        output = super().compute_output_spec(query, value, key, **kwargs)
+        if not return_attention_scores:
+            return output
+        shape = (query.shape[0], self.num_heads, query.shape[1], value.shape[1])
+        return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+
+def head_heads(train: TrainConfig, text_width: int) -> int:
+    """Return the number of attention heads that the settings mean.
+
+    Raises:
+        ConfigError: It is left open (0) and `head_dim` does not divide the
+            text width.
+    """
+    if train.num_heads:
+        return train.num_heads
+    if text_width % train.head_dim:
+        raise ConfigError(
+            f"[train] head_dim must divide the text width {text_width} where num_heads is 0; found"
+            f" {train.head_dim}; set num_heads, or another head_dim"
+        )
+    return text_width // train.head_dim
+
+
+def apply_head(cls: Any, features: Any, train: TrainConfig, fast: bool = True) -> Any:
+    """Add the fusion head to a functional model.
+
+    The layers are named as in the reference study (`HEAD_LAYERS`) and belong
+    to the model itself: `model.get_layer("mlp_1")`. Initial weights come from
+    Python's random state, as everywhere in Keras.
+
+    Args:
+        cls: Symbolic float of shape (batch, 1, text_width).
+        features: Symbolic float of shape (batch, tokens, vision_width).
+        train: `num_heads`, `head_dim`, `mlp_dim`, `dropout` and `dtype_policy` are used.
+        fast: `CrossAttention` rather than `keras.layers.MultiHeadAttention`.
+
+    Returns:
+        Symbolic float32 of shape (batch, 1): the logit of entailment.
+
+    Raises:
+        ConfigError: The heads do not fit the text width.
+    """
+    text_width, dtype = cls.shape[-1], train.dtype_policy
+    layer = CrossAttention if fast else keras.layers.MultiHeadAttention
+    heads = head_heads(train, text_width)
+    attended = layer(heads, train.head_dim, dtype=dtype, name="xattn")(cls, features)
+    x = keras.layers.Add(dtype=dtype, name="xattn_residual")([cls, attended])
+    x = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="xattn_norm")(x)
+    x = keras.layers.Flatten(dtype=dtype, name="flatten_cls")(x)
+    x = keras.layers.Dense(train.mlp_dim, activation="gelu", dtype=dtype, name="mlp_1")(x)
+    x = keras.layers.Dropout(train.dropout, dtype=dtype, name="drop_1")(x)
+    return keras.layers.Dense(1, dtype="float32", name="logit")(x)

@@ -1,0 +1,256 @@
+"""Figures of a binary classifier: NumPy and scikit-learn, plain Python numbers out.
+
+Label 1 (entailment) is the positive class. A row is called positive where its
+*probability* is at least the threshold; thresholds and logits never meet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import roc_auc_score
+
+from featstore.examples import LABELS
+
+Labels = npt.ArrayLike
+Values = npt.ArrayLike
+FloatArray = npt.NDArray[np.float64]
+
+GRID: FloatArray = np.arange(5, 96) / 100
+"""Thresholds tried by `sweep_threshold`: 0.05 to 0.95 in steps of 0.01, 0.5 among them."""
+
+CALIBRATION_BINS = 15
+
+
+def sigmoid(logits: Values) -> FloatArray:
+    """Return 1 / (1 + exp(-logits)) without overflow.
+
+    Args:
+        logits: Float of any shape.
+
+    Returns:
+        float64 of the same shape, in [0, 1].
+    """
+    values = np.asarray(logits, dtype=np.float64)
+    small = np.exp(-np.abs(values))
+    return np.where(values >= 0, 1.0, small) / (1.0 + small)
+
+
+def log_loss(labels: Labels, logits: Values) -> float:
+    """Return the mean binary cross-entropy, in nats a row, taken from logits.
+
+    `max(z, 0) - z·y + log(1 + exp(-|z|))`: finite for every finite logit.
+
+    Args:
+        labels: 0 or 1 of shape (rows,).
+        logits: Float of shape (rows,).
+
+    Raises:
+        ValueError: No rows, shapes differ, a label other than 0 or 1, or a logit that is
+            not finite.
+    """
+    truth, values = _check(labels, logits, "logits")
+    terms = np.maximum(values, 0) - values * truth + np.log1p(np.exp(-np.abs(values)))
+    return float(terms.mean())
+
+
+def auc(labels: Labels, scores: Values) -> float | None:
+    """Return the area under the ROC curve, or None where only one class is present.
+
+    Args:
+        labels: 0 or 1 of shape (rows,).
+        scores: Float of shape (rows,); probabilities or logits, only their order counts.
+
+    Raises:
+        ValueError: As `log_loss`.
+    """
+    truth, values = _check(labels, scores, "scores")
+    if truth.min() == truth.max():
+        return None
+    return float(roc_auc_score(truth, values))
+
+
+def binary_metrics(labels: Labels, probabilities: Values, threshold: float) -> dict[str, Any]:
+    """Count the four outcomes at a threshold, and what follows from them.
+
+    Args:
+        labels: 0 or 1 of shape (rows,).
+        probabilities: Float of shape (rows,), in [0, 1].
+        threshold: In [0, 1]; a row at it is called positive.
+
+    Returns:
+        `rows`, `tn`, `fp`, `fn`, `tp`, `accuracy`, `macro_f1` (the mean of the two F1),
+        and for each class by name `precision`, `recall`, `f1`, `rows`. A ratio whose
+        denominator is 0 is 0.
+
+    Raises:
+        ValueError: As `log_loss`; or a probability or the threshold is outside [0, 1].
+    """
+    truth, values = _check_probabilities(labels, probabilities)
+    _check_threshold(threshold)
+    called = values >= threshold
+    positive = truth == 1
+    tp, fp = int(np.sum(called & positive)), int(np.sum(called & ~positive))
+    fn, tn = int(np.sum(~called & positive)), int(np.sum(~called & ~positive))
+    classes = {
+        LABELS["contradiction"]: _class_metrics(tn, fn, fp),
+        LABELS["entailment"]: _class_metrics(tp, fp, fn),
+    }
+    return {
+        "rows": len(truth),
+        "tn": tn,
+        "fp": fp,
+        "fn": fn,
+        "tp": tp,
+        "accuracy": (tp + tn) / len(truth),
+        "macro_f1": sum(figures["f1"] for figures in classes.values()) / 2,
+        **{name: classes[label] for name, label in LABELS.items()},
+    }
+
+
+def sweep_threshold(
+    labels: Labels, probabilities: Values, grid: Values = GRID
+) -> tuple[float, float]:
+    """Find the threshold of the best macro-F1.
+
+    A fixed grid rather than every distinct probability: the best of thousands of cuts
+    would be fitted to these rows' noise. Of equals, the one nearest to 0.5 wins, and then
+    the lower.
+
+    Args:
+        labels: 0 or 1 of shape (rows,).
+        probabilities: Float of shape (rows,), in [0, 1]; not logits.
+        grid: Thresholds to try, in [0, 1].
+
+    Returns:
+        The threshold and its macro-F1.
+
+    Raises:
+        ValueError: As `binary_metrics`, or an empty grid.
+
+    Cost: O(rows · log rows + grid · log rows).
+    """
+    truth, values = _check_probabilities(labels, probabilities)
+    thresholds = np.asarray(grid, dtype=np.float64)
+    if thresholds.ndim != 1 or len(thresholds) == 0:
+        raise ValueError(f"grid: expected shape (n,), found {thresholds.shape}")
+    _check_threshold(float(thresholds.min()))
+    _check_threshold(float(thresholds.max()))
+    order = np.argsort(values)
+    below = np.searchsorted(values[order], thresholds, side="left")
+    positives_below = np.concatenate(([0], np.cumsum(truth[order])))[below]
+    fn = positives_below
+    tn = below - positives_below
+    tp = int(truth.sum()) - fn
+    fp = len(truth) - below - tp
+    f1_positive = 2 * tp / np.maximum(2 * tp + fp + fn, 1)
+    f1_negative = 2 * tn / np.maximum(2 * tn + fp + fn, 1)
+    macro_f1 = (f1_positive + f1_negative) / 2
+    # Rounded, so that two ways to the same fraction tie.
+    ties = thresholds[np.round(macro_f1, 12) == np.round(macro_f1.max(), 12)]
+    distance = np.round(np.abs(ties - 0.5), 12)
+    return float(ties[distance == distance.min()].min()), float(macro_f1.max())
+
+
+def calibration_error(labels: Labels, probabilities: Values, bins: int = CALIBRATION_BINS) -> float:
+    """Return the expected calibration error of Guo et al. 2017 (arXiv:1706.04599, eq. 3).
+
+    The confidence of a row is the probability of the class it is given at 0.5. Rows are
+    put into bins of equal width by confidence, each open below and closed above; the
+    result is the mean of |accuracy - mean confidence| over bins, weighted by their rows.
+
+    Args:
+        labels: 0 or 1 of shape (rows,).
+        probabilities: Float of shape (rows,), in [0, 1]: of label 1.
+        bins: Number of bins over (0, 1].
+
+    Raises:
+        ValueError: As `binary_metrics`.
+    """
+    truth, values = _check_probabilities(labels, probabilities)
+    called = values >= 0.5
+    confidence = np.where(called, values, 1 - values)
+    correct = called == (truth == 1)
+    at = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    gap = np.bincount(at, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(truth))
+
+
+def evaluate_logits(
+    labels: Labels, logits: Values, threshold: float | None = None
+) -> dict[str, Any]:
+    """Compute every figure of a set of rows from its logits.
+
+    Args:
+        labels: 0 or 1 of shape (rows,).
+        logits: Float of shape (rows,).
+        threshold: On the probability; None finds it on these very rows with
+            `sweep_threshold` (for the val split: a test split is given val's).
+
+    Returns:
+        `rows`, `entailment`, `contradiction` (rows of each class), `loss` (nats a row),
+        `auc` (None for one class), `calibration_error`, `threshold`, and `at_threshold`
+        and `at_half`, each as of `binary_metrics`. Plain Python numbers throughout.
+
+    Raises:
+        ValueError: As `log_loss`; or the threshold is outside [0, 1].
+    """
+    truth, values = _check(labels, logits, "logits")
+    probabilities = sigmoid(values)
+    if threshold is None:
+        threshold, _ = sweep_threshold(truth, probabilities)
+    return {
+        "rows": len(truth),
+        **{name: int(np.sum(truth == label)) for name, label in LABELS.items()},
+        "loss": log_loss(truth, values),
+        "auc": auc(truth, values),
+        "calibration_error": calibration_error(truth, probabilities),
+        "threshold": float(threshold),
+        "at_threshold": binary_metrics(truth, probabilities, threshold),
+        "at_half": binary_metrics(truth, probabilities, 0.5),
+    }
+
+
+def _class_metrics(hit: int, false_alarm: int, miss: int) -> dict[str, float | int]:
+    return {
+        "precision": hit / max(hit + false_alarm, 1),
+        "recall": hit / max(hit + miss, 1),
+        "f1": 2 * hit / max(2 * hit + false_alarm + miss, 1),
+        "rows": hit + miss,
+    }
+
+
+def _check(labels: Labels, values: Values, name: str) -> tuple[npt.NDArray[np.int8], FloatArray]:
+    """Return labels as int8 and values as float64, both of shape (rows,)."""
+    truth, numbers = np.asarray(labels), np.asarray(values, dtype=np.float64)
+    if truth.ndim != 1 or truth.shape != numbers.shape:
+        raise ValueError(
+            f"expected labels and {name} of one shape (rows,), found {truth.shape} and"
+            f" {numbers.shape}"
+        )
+    if len(truth) == 0:
+        raise ValueError("no rows to measure")
+    if not np.isin(truth, tuple(LABELS.values())).all():
+        raise ValueError(f"expected labels 0 and 1, found {np.unique(truth)[:5].tolist()}")
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{np.sum(~np.isfinite(numbers))} of {len(truth)} {name} are not finite")
+    return truth.astype(np.int8), numbers
+
+
+def _check_probabilities(
+    labels: Labels, probabilities: Values
+) -> tuple[npt.NDArray[np.int8], FloatArray]:
+    truth, values = _check(labels, probabilities, "probabilities")
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError(
+            f"expected probabilities in [0, 1], found {values.min():g} to {values.max():g};"
+            " are these logits?"
+        )
+    return truth, values
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"expected a threshold in [0, 1], found {threshold:g}")

@@ -1,0 +1,134 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from featstore.errors import RunError
+from featstore.publish import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LOSSES = {"loss": ("train loss", "#0072b2"), "val_loss": ("val loss", "#d55e00")}
+SCORES = {
+    "val_accuracy": ("accuracy", "#0072b2"),
+    "val_macro_f1": ("macro-F1", "#d55e00"),
+    "val_auc": ("AUC", "#009e73"),
+}
+"""History key to legend text and colour (Okabe and Ito's palette, safe for colour-blind
+readers)."""
+
+
+def plot_learning_curves(
+    history: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    monitor: str = "val_loss",
+    title: str = "",
+) -> None:
+    """Draw a run's losses (left) and val scores (right) by epoch into a PNG, atomically.
+
+    The best epoch is a dotted line; an epoch that starts with a lower learning rate than
+    the one before is a grey line with the new rate.
+
+    Args:
+        history: One mapping for each epoch, in order: `epoch` (its number), and any of
+            `loss`, `val_loss` (nats a row), `val_accuracy`, `val_macro_f1`, `val_auc`
+            (0 to 1) and `lr`. A value that is absent, None or not finite leaves a gap.
+        path: The file to write.
+        monitor: The key that chooses the best epoch: the lowest of a loss, the highest of
+            any other; the first of equals.
+        title: Text above the panels.
+
+    Raises:
+        RunError: The history has no epoch.
+        FeatstoreError: The file cannot be written.
+    """
+    if not history:
+        raise RunError(f"{os.fspath(path)}: no learning curves to draw: the run has no epoch yet")
+    # Here, since it costs a second that other commands need not wait; and without pyplot,
+    # whose figures are global.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [int(row["epoch"]) for row in history]
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    best = _best(history, monitor)
+    for axes, curves, label in (
+        (left, LOSSES, "loss (nats a row)"),
+        (right, SCORES, "val score"),
+    ):
+        for key, (name, colour) in curves.items():
+            values = [_number(row, key) for row in history]
+            if not all(map(math.isnan, values)):
+                axes.plot(epochs, values, "o-", markersize=4, color=colour, label=name)
+        _mark_cuts(axes, history, epochs)
+        if best is not None:
+            axes.axvline(
+                epochs[best],
+                linestyle=":",
+                color="black",
+                zorder=1,
+                label=f"best epoch ({monitor})",
+            )
+        axes.set(xlabel="epoch", ylabel=label, xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        handles, _ = axes.get_legend_handles_labels()
+        if handles:
+            # Below the axes, where it cannot hide a curve.
+            axes.legend(
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.14),
+                ncols=len(handles),
+                columnspacing=1.2,
+                frameon=False,
+                fontsize=9,
+            )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_bytes(path, buffer.getvalue())
+
+
+def _number(row: Mapping[str, Any], key: str) -> float:
+    """Return a value of the history, NaN where it cannot be drawn."""
+    value = row.get(key)
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else math.nan
+
+
+def _best(history: Sequence[Mapping[str, Any]], monitor: str) -> int | None:
+    """Return the position of the best epoch, or None where the monitor was never measured."""
+    sign = 1 if monitor.endswith("loss") else -1
+    values = [(sign * _number(row, monitor), at) for at, row in enumerate(history)]
+    measured = [pair for pair in values if not math.isnan(pair[0])]
+    return min(measured)[1] if measured else None
+
+
+def _mark_cuts(axes: Axes, history: Sequence[Mapping[str, Any]], epochs: Sequence[int]) -> None:
+    """Mark the epochs that start with a lower learning rate."""
+    rates = [_number(row, "lr") for row in history]
+    for before, rate, epoch in zip(rates, rates[1:], epochs[1:], strict=False):
+        if rate < before:
+            # Between two epochs: the rate was cut after one and holds from the other on.
+            at = epoch - 0.5
+            axes.axvline(at, linewidth=0.8, color="grey", alpha=0.7)
+            axes.annotate(
+                f"lr {rate:.2g}",
+                (at, 1.01),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                fontsize=8,
+                color="dimgrey",
+            )

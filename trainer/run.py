@@ -1,0 +1,169 @@
+"""A run's folder: what is in it, and how it is read again.
+
+runs/<name>/
+    config.toml        every setting, resolved
+    manifest.json      command, versions, fingerprints, counts, times, status
+    history.csv        one line an epoch
+    metrics.json       validation metrics of the best epoch, at τ and at 0.5
+    best.weights.h5    weights of the best epoch
+    last.npz           what is needed to go on: weights, optimizer, random state
+    curves.png         learning curves
+    tensorboard/       the same, for TensorBoard
+    evaluate-*.json    what `evaluate` found on a split
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from featstore.errors import RunError, UsageError
+from featstore.publish import write_json, write_text
+from featstore.spec import differing_fields
+from trainer.config import Config, load_config
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Run:
+    """Paths and files of one run.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self.config_path = folder / "config.toml"
+        self.manifest_path = folder / "manifest.json"
+        self.history_path = folder / "history.csv"
+        self.metrics_path = folder / "metrics.json"
+        self.weights_path = folder / "best.weights.h5"
+        self.checkpoint_path = folder / "last.npz"
+        self.curves_path = folder / "curves.png"
+        self.tensorboard_path = folder / "tensorboard"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started under this name."""
+        return self.manifest_path.exists()
+
+    def config(self) -> Config:
+        """Return the run's resolved settings."""
+        return load_config(self.config_path)
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the run's manifest.
+
+        Raises:
+            RunError: There is none, or it cannot be read.
+        """
+        return self._json(self.manifest_path)
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the validation metrics of the best epoch.
+
+        Raises:
+            RunError: The run has not finished an epoch, or the file is damaged.
+        """
+        return self._json(self.metrics_path)
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RunError(
+                f"{path}: not there; is {self.folder} a finished run? train one with"
+                " `python cli.py train`"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: cannot be read ({error})") from error
+        if not isinstance(value, dict):
+            raise RunError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        return value
+
+    def write_config(self, text: str) -> None:
+        """Publish the resolved settings."""
+        write_text(self.config_path, text)
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Publish the manifest."""
+        write_json(self.manifest_path, manifest)
+
+    def check_free_or_same(self, config: Config) -> None:
+        """Allow a new run, or one that was stopped and has the same settings.
+
+        Raises:
+            UsageError: The name is taken by a finished run, or by one with
+                other settings.
+        """
+        if not self.exists:
+            return
+        if self.manifest()["status"] == "finished":
+            raise UsageError(f"{self.folder}: a finished run; choose another --name")
+        ours, theirs = dataclasses.asdict(config), dataclasses.asdict(self.config())
+        changed = differing_fields(ours, theirs)
+        if changed:
+            raise UsageError(
+                f"{self.folder}: an unfinished run with other settings ({'; '.join(changed)});"
+                " choose another --name, or the settings it was started with"
+            )
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the run against a second training of the same name.
+
+        Raises:
+            RunError: Another process is training it, or the folder cannot be
+                made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise RunError(
+                f"{self.folder}: another process is training this run; choose another --name"
+            ) from error
+        except OSError as error:
+            raise RunError(f"{self.folder}: cannot be written ({error.strerror})") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def run_folder(runs: Path, name: str) -> Path:
+    """Return the folder of a run by name.
+
+    Raises:
+        UsageError: The name has characters that a folder's name should not.
+    """
+    if not NAME_PATTERN.fullmatch(name):
+        raise UsageError(
+            f"--name {name!r}: expected letters, digits, '.', '_' and '-', not starting with"
+            " a sign, at most 100"
+        )
+    return runs / name
+
+
+def find_run(runs: Path, name: str) -> Run:
+    """Return a run by its name or by its folder.
+
+    Raises:
+        RunError: There is none; the message lists the nearest names.
+    """
+    for folder in (Path(name), runs / name):
+        if (folder / "manifest.json").exists():
+            return Run(folder)
+    known = sorted(path.parent.name for path in runs.glob("*/manifest.json"))
+    shown = f"; runs there: {', '.join(known[-5:])}" if known else "; no runs yet"
+    raise RunError(f"{name}: no such run in {runs}{shown}; train one with `python cli.py train`")
