@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from featstore.config import SPLITS, hints
-from featstore.errors import FeatstoreError, UsageError
+from featstore.errors import FeatstoreError, StoppedError, UsageError
 from trainer.config import CONTROLS, DEFAULT_FILE, SECTIONS, Config, load_config, render_config
 
 # Said before TensorFlow is imported: it reads them then.
@@ -29,6 +29,8 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 Command = Callable[..., Any]
+
+BAR_SECONDS, LOGGED_BAR_SECONDS = 0.1, 30.0
 
 
 def _import_framework() -> None:
@@ -45,7 +47,7 @@ def _import_framework() -> None:
         os.dup2(hidden.fileno(), 2)
         try:
             import keras_hub  # noqa: F401
-        except BaseException:
+        except Exception:
             hidden.seek(0)
             os.write(kept, hidden.read())
             raise
@@ -54,23 +56,54 @@ def _import_framework() -> None:
             os.close(kept)
 
 
+def _print_error(message: str) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 class Commands(click.Group):
     """Reports every expected error as one line and its exit code."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse and run; leave with the exit code."""
+        try:
+            result = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.ClickException as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and later
+                error.show()
+                sys.exit(error.exit_code)
+            context = getattr(error, "ctx", None)
+            mend = f"; see `{context.command_path} --help`" if context else ""
+            _print_error(error.format_message().rstrip(".") + mend)
+            sys.exit(error.exit_code)
+        sys.exit(result if isinstance(result, int) else 0)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
+        earlier = signal.signal(signal.SIGTERM, _interrupt)
         try:
             return super().invoke(ctx)
-        except FeatstoreError as error:
-            click.echo(f"error: {error}", err=True)
+        except StoppedError as error:
+            click.echo(str(error), err=True)
             ctx.exit(error.exit_code)
+        except FeatstoreError as error:
+            _print_error(str(error))
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            # The reader of our output has seen enough; click leaves quietly.
+            raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {where}{error.strerror or error}", err=True)
+            _print_error(f"{where}{error.strerror or error}")
             ctx.exit(1)
         except (KeyboardInterrupt, click.Abort):
             click.echo("stopped; what was published is kept, the same command goes on", err=True)
             ctx.exit(130)
+        finally:
+            signal.signal(signal.SIGTERM, earlier)
 
 
 def settings(*sections: str) -> Callable[[Command], Command]:
@@ -123,12 +156,17 @@ def _config(config_file: str | None, flags: dict[str, Any]) -> Config:
     return config
 
 
+def _bar_seconds() -> float:
+    """Return how often a progress bar is drawn: rarely where it becomes lines of a log."""
+    return BAR_SECONDS if sys.stderr.isatty() else LOGGED_BAR_SECONDS
+
+
 @contextlib.contextmanager
 def _bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show rows done, rows a second and the time that is left, on stderr."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=unit, unit_scale=False, smoothing=0.1) as bar:
+    with tqdm(total=total, unit=unit, smoothing=0.1, mininterval=_bar_seconds()) as bar:
 
         def advance(rows: int) -> None:
             bar.update(rows)
@@ -331,7 +369,14 @@ def _stop_request() -> Iterator[Callable[[], bool]]:
 def _epoch_bar(epoch: int, steps: int) -> Iterator[Any]:
     from tqdm import tqdm
 
-    with tqdm(total=steps, desc=f"epoch {epoch}", unit=" steps", leave=False) as bar:
+    with tqdm(
+        total=steps,
+        desc=f"epoch {epoch}",
+        unit=" steps",
+        leave=False,
+        mininterval=_bar_seconds(),
+        disable=None,
+    ) as bar:
         yield bar
 
 
@@ -406,22 +451,22 @@ def train(
 @cli.command()
 @click.argument("run")
 @_split_option("test", "val", "train")
-@click.option("--control", type=click.Choice(CONTROLS), default="none", show_default=True)
+@click.option(
+    "--control", type=click.Choice(CONTROLS), help="What to show it.  [default: as in training]"
+)
 @_runs_option
 @_json_option
-def evaluate(run: str, split: str, control: str, runs: str, as_json: bool) -> None:
+def evaluate(run: str, split: str, control: str | None, runs: str, as_json: bool) -> None:
     """Measure a run on a split, at its own threshold."""
     from trainer.run import find_run
 
     found = find_run(Path(runs), run)
-    config = found.config()
+    control = control or found.config().train.control
     _import_framework()
-    from featstore.dataset import load_dataset
     from trainer.evaluate import evaluate as measure
-    from trainer.features import open_features
+    from trainer.evaluate import open_run_features
 
-    dataset = load_dataset(config.data, Path(config.store.root))
-    features = open_features(config, dataset, lambda total: _bar(total, " sentences"))
+    features = open_run_features(found, lambda total: _bar(total, " sentences"))
     result = measure(found, features, split, control)
     if as_json:
         click.echo(json.dumps(result))

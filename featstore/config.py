@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import tomllib
 import types
 import typing
@@ -160,7 +161,11 @@ def _matches(value: Any, hint: Any) -> tuple[bool, Any]:
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False, value
-        return math.isfinite(value), float(value)
+        try:
+            value = float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            return False, value
+        return math.isfinite(value), value
     return isinstance(value, hint), value
 
 
@@ -202,6 +207,8 @@ def _anchor(value: Any, folder: Path) -> Any:
         return {key: _anchor(item, folder) for key, item in value.items()}
     if not value or "://" in value or Path(value).is_absolute():
         return value
+    if value.startswith("~"):
+        return os.path.expanduser(value)
     return str(folder / value)
 
 
@@ -213,7 +220,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             the line.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 from featstore import demo
 from featstore.config import SPLITS, DataConfig
-from featstore.errors import ConfigError, DataError
+from featstore.errors import ConfigError, DataError, SplitError
 from featstore.examples import (
     Examples,
     RowIssue,
     drop_missing,
-    read_examples,
     summarise,
     write_report,
 )
 from featstore.images import ImageIndex, index_images
+from featstore.rows import read_examples
 from featstore.splits import (
     Splits,
     load_splits,
@@ -119,6 +119,11 @@ def load_dataset(data: DataConfig, root: Path, save: bool = True) -> Dataset:
     splits_path = root / "splits" / f"{splits.digest()}.json"
     if splits_path.exists():
         splits = load_splits(splits_path, examples)
+        if splits.digest() != splits_path.stem:
+            raise SplitError(
+                f"{splits_path}: its content does not match its name; it was changed: delete it to"
+                " split again, or name your own split with [data] split_file"
+            )
     elif save:
         save_splits(splits_path, splits)
     report = root / "reports" / f"rows-{examples.digest()[:16]}.csv" if issues else None

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.encoders import TextEncoder, VisionEncoder
 from featstore.errors import ImageError, StoreError
-from featstore.images import ImageIndex, decode_image
+from featstore.images import ImageIndex, decode_image, read_bytes
 from featstore.plan import Plan, plan_images, plan_text, text_spec, vision_spec
 from featstore.publish import command_line, package_versions, remove_leftovers, write_json
 from featstore.shard import ShardRows, digest_bytes, feature_dtype, shard_name, write_shard
@@ -96,7 +96,7 @@ class _Publisher:
         self.folder = plan.folder
         self.versions = package_versions()
         self.quarantine = read_quarantine(plan.folder)
-        if not (self.folder / "spec.json").exists():
+        if not shard_paths(self.folder) or not (self.folder / "spec.json").exists():
             write_json(
                 self.folder / "spec.json",
                 {"spec": plan.spec.to_dict(), "names": names, "command": command_line()},
@@ -219,13 +219,11 @@ class _Decoded:
 def _decode(key: str, path: Path, encoder: VisionEncoder) -> _Decoded:
     digest = None
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         digest = digest_bytes(data)
         return _Decoded(key, digest, encoder.to_pixels(decode_image(data, path.name)))
     except ImageError as error:
         return _Decoded(key, digest, None, str(error))
-    except OSError as error:
-        return _Decoded(key, None, None, f"{path.name}: cannot be read ({error.strerror})")
 
 
 def _decoded(plan: Plan, encoder: VisionEncoder, threads: int, ahead: int) -> Iterator[_Decoded]:
@@ -356,9 +354,8 @@ def extract_text(
     publisher = _Publisher(plan, {"preset": name})
     k_txt = encoder.num_layers - plan.spec.boundary
     batched = _Batched(_Boundary(encoder, k_txt), store.encode_batch_size, on_halved)
-    rows_of_shard = max(
-        store.shard_rows, TEXT_SHARD_TOKENS // plan.spec.to_dict()["sequence_length"]
-    )
+    rows_of_shard = min(store.shard_rows, max(1, TEXT_SHARD_TOKENS // encoder.sequence_length))
+    step = store.encode_batch_size * 8
     try:
         for start in range(0, len(plan.keys), rows_of_shard):
             sentences = plan.keys[start : start + rows_of_shard]
@@ -367,8 +364,8 @@ def extract_text(
             keys: list[str] = []
             parts: list[NDArray[Any]] = []
             ids: list[NDArray[np.int32]] = []
-            for first in range(0, len(sentences), batched.batch_size * 8):
-                span = slice(first, first + batched.batch_size * 8)
+            for first in range(0, len(sentences), step):
+                span = slice(first, first + step)
                 values = batched(token_ids[span], mask[span])
                 cast, _ = _stored(values, plan.spec.dtype)
                 for offset, row in enumerate(cast):

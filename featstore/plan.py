@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from featstore.config import EncodersConfig, StoreConfig
-from featstore.encoders import Preset, image_converter_fields, resolve_preset, tokenizer_digest
-from featstore.errors import ConfigError, PresetError, StoreError
-from featstore.images import DECODER, ImageIndex
+from featstore.errors import ConfigError, ImageError, PresetError, StoreError
+from featstore.images import DECODER, ImageIndex, read_bytes
+from featstore.presets import Preset, image_converter_fields, resolve_preset, tokenizer_digest
 from featstore.shard import digest_bytes, feature_dtype
 from featstore.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.store import TextStore, VisionStore, read_quarantine, read_spec, shard_paths
@@ -172,8 +172,8 @@ def _open_if_there(kind: type[Any], folder: Path) -> Any:
 def _digest_file(path: Path) -> tuple[int, int] | None:
     """Return a file's digest, or None where it cannot be read."""
     try:
-        return digest_bytes(path.read_bytes())
-    except OSError:
+        return digest_bytes(read_bytes(path))
+    except ImageError:
         return None
 
 
@@ -247,12 +247,12 @@ def plan_text(spec: TextSpec, store: StoreConfig, sentences: Sequence[str]) -> P
     """
     folder = spec.folder(Path(store.root))
     distinct = list(dict.fromkeys(sentences))
+    known = read_quarantine(folder)
     opened = _open_if_there(TextStore, folder)
-    if opened is not None:
-        positions = opened.lookup(distinct)
-        todo = [key for key, position in zip(distinct, positions, strict=True) if position < 0]
-    else:
-        todo = distinct
+    positions = np.full(len(distinct), -1) if opened is None else opened.lookup(distinct)
+    missing = [key for key, position in zip(distinct, positions, strict=True) if position < 0]
+    # A sentence never changes: one that failed under this spec always fails.
+    todo = [key for key in missing if key not in known]
     width = int(spec.architecture["hidden_dim"])
     itemsize = feature_dtype(spec.dtype).itemsize
     words = sum(min(len(key.split()) * 2 + 2, spec.sequence_length) for key in todo)
@@ -263,7 +263,7 @@ def plan_text(spec: TextSpec, store: StoreConfig, sentences: Sequence[str]) -> P
         paths=[],
         requested=len(distinct),
         changed=0,
-        quarantined=0,
+        quarantined=len(missing) - len(todo),
         todo_bytes=words * width * itemsize,
         free_bytes=_free_bytes(folder),
     )

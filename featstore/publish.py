@@ -15,6 +15,7 @@ import os
 import platform
 import shlex
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def publish(path: Path) -> Iterator[Path]:
         FeatstoreError: The file system refused (full, read-only, no
             permission); the message names the path and the reason.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    # Unique even between threads of one process that publish the same path.
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:12]}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

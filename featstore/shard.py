@@ -56,6 +56,8 @@ INDEX_DATASETS: dict[str, dict[str, tuple[str, int]]] = {
     },
 }
 
+ATTRIBUTES = ("format", "kind", "fingerprint", "dtype", "versions", "index_checksum")
+
 
 def shard_name(number: int) -> str:
     """Return the file name of a shard."""
@@ -260,6 +262,16 @@ def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
     return dataset
 
 
+def _attribute(file: h5py.File, path: Path, name: str) -> str | int:
+    """Return a root attribute that is one text or integer, or refuse."""
+    value = file.attrs.get(name)
+    if isinstance(value, np.integer):
+        return int(value)
+    if not isinstance(value, str):
+        raise CorruptShardError(f"{path}: attribute {name} is missing or not one value")
+    return value
+
+
 def _check_shapes(path: Path, kind: str, shape: tuple[int, ...], index: dict[str, Any]) -> None:
     rows = len(index["checksums"])
     lengths = {"key_offsets": rows + 1, "key_digests": rows}
@@ -275,7 +287,7 @@ def _check_shapes(path: Path, kind: str, shape: tuple[int, ...], index: dict[str
         ends["offsets"] = first_axis = len(index["token_ids"])
     for name, end in ends.items():
         offsets = index[name]
-        if offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < 0).any():
+        if offsets[0] != 0 or offsets[-1] != end or (offsets[1:] < offsets[:-1]).any():
             raise CorruptShardError(f"{path}: /{name} does not rise from 0 to {end}")
     if len(shape) != (4 if kind == "vit" else 2) or shape[0] != first_axis:
         raise CorruptShardError(
@@ -302,7 +314,7 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str) -> Shard:
     try:
         file_bytes = path.stat().st_size
         with h5py.File(path, "r", locking=False) as file:
-            attributes = {name: file.attrs[name] for name in file.attrs}
+            attributes = {name: _attribute(file, path, name) for name in ATTRIBUTES}
             datasets = {name: _dataset(file, path, name) for name in (*names, "features")}
             for name, dataset in datasets.items():
                 end = (dataset.id.get_offset() or 0) + dataset.id.get_storage_size()
@@ -332,7 +344,16 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str) -> Shard:
                 )
     except CorruptShardError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise CorruptShardError(f"{path}: not a readable shard ({error})") from error
     _check_shapes(path, kind, shape, index)
     header = {
@@ -341,23 +362,27 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str) -> Shard:
         "fingerprint": fingerprint,
         "dtype": dtype,
         "shape": list(shape),
-        "versions": str(attributes.get("versions")),
+        "versions": attributes["versions"],
     }
     for name in ("format", "kind", "fingerprint", "dtype"):
-        if attributes.get(name) != header[name]:
+        if attributes[name] != header[name]:
             raise CorruptShardError(
-                f"{path}: {name} is {attributes.get(name)!r}, expected {header[name]!r}"
+                f"{path}: {name} is {attributes[name]!r}, expected {header[name]!r}"
             )
-    if attributes.get("index_checksum") != _index_checksum(index, header):
+    if attributes["index_checksum"] != _index_checksum(index, header):
         raise CorruptShardError(
             f"{path}: keys, digests or offsets were changed (index checksum differs);"
             " run `store verify`"
         )
-    if offset is None:
-        features = np.empty(shape, feature_dtype(dtype))
-    else:
-        features = np.memmap(
-            path, dtype=_disk_dtype(dtype), mode="r", offset=offset, shape=shape
-        ).view(feature_dtype(dtype))
-    versions = json.loads(str(header["versions"]))
+    try:
+        if offset is None:
+            features: NDArray[Any] = np.empty(shape, _disk_dtype(dtype))
+        else:
+            features = np.memmap(
+                path, dtype=_disk_dtype(dtype), mode="r", offset=offset, shape=shape
+            )
+        versions = dict(json.loads(str(header["versions"])))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CorruptShardError(f"{path}: not a readable shard ({error})") from error
+    features = features.view(feature_dtype(dtype))
     return Shard(path, kind, fingerprint, dtype, features, index, versions)

@@ -26,25 +26,32 @@ def canonical_json(value: Any) -> str:
 
     Raises:
         StoreError: Something that JSON cannot hold exactly: another type, a
-            non-string key, NaN or infinity. Never a fallback.
+            non-string key, NaN or infinity, text that is not Unicode. Never a
+            fallback.
     """
 
     def ensure_plain(item: Any, where: str) -> None:
         if isinstance(item, dict):
             for key, inner in item.items():
-                if not isinstance(key, str):
+                if type(key) is not str:
                     raise StoreError(f"spec field {where}: key {key!r} is not a string")
+                ensure_plain(key, where)
                 ensure_plain(inner, f"{where}.{key}")
         elif isinstance(item, list | tuple):
             for index, inner in enumerate(item):
                 ensure_plain(inner, f"{where}[{index}]")
-        elif isinstance(item, float):
-            if not math.isfinite(item):
-                raise StoreError(f"spec field {where}: {item} cannot be fingerprinted")
-        elif item is not None and type(item) not in (str, int, bool):
+        # Exact types: a NumPy scalar is a float too, and is written by other rules.
+        elif item is not None and type(item) not in (str, int, bool, float):
             raise StoreError(f"spec field {where}: {type(item).__name__} cannot be fingerprinted")
+        elif isinstance(item, float) and not math.isfinite(item):
+            raise StoreError(f"spec field {where}: {item} cannot be fingerprinted")
+        elif isinstance(item, str) and any("\ud800" <= letter <= "\udfff" for letter in item):
+            raise StoreError(f"spec field {where}: {item!a} cannot be fingerprinted")
 
-    ensure_plain(value, "spec")
+    try:
+        ensure_plain(value, "spec")
+    except RecursionError as error:
+        raise StoreError("spec: nested too deep to be fingerprinted") from error
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -130,8 +137,11 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             lines += [f"{key}.{line}" for line in differing_fields(a, b)]
-        elif json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
-            lines.append(f"{key}: wanted {a!r}, stored {b!r}")
+            continue
+        absent = (key in ours) != (key in theirs)
+        if absent or json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True):
+            wanted, stored = (repr(s[key]) if key in s else "nothing" for s in (ours, theirs))
+            lines.append(f"{key}: wanted {wanted}, stored {stored}")
     return lines
 
 
@@ -146,13 +156,15 @@ def read_spec(folder: Path) -> dict[str, Any]:
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))["spec"]
         text = canonical_json(spec)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, StoreError) as error:
         raise CorruptShardError(f"{path}: no readable spec ({error})") from error
     found = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     if found != folder.name:
         raise CorruptShardError(
             f"{path}: fingerprint {found} does not match its folder; the file was changed"
         )
+    if not isinstance(spec, dict):
+        raise CorruptShardError(f"{path}: no readable spec (found {type(spec).__name__})")
     if spec.get("format") != FORMAT:
         raise StoreError(
             f"{path}: store format {spec.get('format')!r}; this version reads format {FORMAT}"

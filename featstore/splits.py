@@ -25,8 +25,8 @@ import numpy.typing as npt
 from featstore.config import SPLITS
 from featstore.errors import SplitError
 from featstore.examples import Examples, short
-from featstore.publish import write_bytes
 from featstore.images import IMAGE_SUFFIXES
+from featstore.publish import write_bytes
 
 FORMAT = 1
 Source = Literal["grouped", "file", "rows"]

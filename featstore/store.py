@@ -13,6 +13,7 @@ A key may stand in several shards (its photo changed): the last one counts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import CorruptShardError, MissingFeaturesError, StaleFeaturesError
+from featstore.errors import (
+    CorruptShardError,
+    MissingFeaturesError,
+    StaleFeaturesError,
+    StoreError,
+)
 from featstore.shard import describe_file, digest_keys, feature_dtype, open_shard
 from featstore.spec import FeatureSpec, canonical_json, differing_fields, read_spec
 
@@ -37,9 +43,37 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     """Return the manifest's shard lines; an absent or broken manifest gives none."""
     try:
         shards = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
-        return [dict(line) for line in shards]
-    except (OSError, ValueError, KeyError, TypeError):
+        lines = [dict(line) for line in shards]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
+    sound = all(
+        isinstance(line.get("name"), str) and isinstance(line.get("bytes"), int) for line in lines
+    )
+    return lines if sound else []
+
+
+def _manifest_lines(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+    """Return each shard on the disk with its line of the manifest, if it has one.
+
+    Raises:
+        CorruptShardError: A shard of the manifest is gone, or has another size.
+    """
+    # The manifest first: a shard that is published meanwhile has no line, and no line is lost.
+    known = {line["name"]: line for line in read_manifest(folder)}
+    found = []
+    for path in shard_paths(folder):
+        line = known.pop(path.name, None)
+        size = path.stat().st_size
+        if line is not None and line["bytes"] != size:
+            raise CorruptShardError(
+                f"{path}: {size} bytes, expected {line['bytes']}; run `store verify`"
+            )
+        found.append((path, line))
+    if known:
+        raise CorruptShardError(
+            f"{folder}: shard {next(iter(known))} is missing; run `store verify`"
+        )
+    return found
 
 
 def reconcile_manifest(folder: Path) -> list[dict[str, Any]]:
@@ -49,24 +83,16 @@ def reconcile_manifest(folder: Path) -> list[dict[str, Any]]:
 
     Raises:
         CorruptShardError: A shard of the manifest is gone, or has another
-            size than when it was published.
+            size than when it was published; or a shard that is not in it is
+            damaged.
     """
-    known = {line["name"]: line for line in read_manifest(folder)}
     lines = []
-    for path in shard_paths(folder):
-        line = known.pop(path.name, None)
-        size = path.stat().st_size
+    for path, line in _manifest_lines(folder):
         if line is None:
-            line = {"name": path.name, **describe_file(path)}
-        elif line["bytes"] != size:
-            raise CorruptShardError(
-                f"{path}: {size} bytes, expected {line['bytes']}; run `store verify`"
-            )
+            spec = read_spec(folder)
+            rows = len(open_shard(path, spec["kind"], folder.name, spec["dtype"]))
+            line = {"name": path.name, "rows": rows, **describe_file(path)}
         lines.append(line)
-    if known:
-        raise CorruptShardError(
-            f"{folder}: shard {next(iter(known))} is missing; run `store verify`"
-        )
     return lines
 
 
@@ -76,11 +102,19 @@ def read_quarantine(folder: Path) -> dict[str, dict[str, Any]]:
         entries = json.loads((folder / "quarantine.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptShardError(
             f"{folder / 'quarantine.json'}: cannot be read ({error}); delete it and extract again"
         ) from error
-    return dict(entries)
+    fields = {"reason", "source_digest"}
+    if not isinstance(entries, dict) or not all(
+        isinstance(entry, dict) and entry.keys() >= fields for entry in entries.values()
+    ):
+        raise CorruptShardError(
+            f"{folder / 'quarantine.json'}: expected key to reason and source_digest;"
+            " delete it and extract again"
+        )
+    return entries
 
 
 class Store:
@@ -94,11 +128,17 @@ class Store:
         self.folder = folder
         self.spec = spec
         self.dtype = feature_dtype(spec["dtype"])
-        reconcile_manifest(folder)
         self.shards = [
             open_shard(path, spec["kind"], folder.name, spec["dtype"])
-            for path in shard_paths(folder)
+            for path, _ in _manifest_lines(folder)
         ]
+        for shard in self.shards:
+            expected = self.shards[0].features.shape[1:]
+            if shard.features.shape[1:] != expected:
+                raise CorruptShardError(
+                    f"{shard.path}: a row has shape {shard.features.shape[1:]}, expected"
+                    f" {expected} as in {self.shards[0].path.name}"
+                )
         counts = [len(shard) for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         digests = [shard.index["key_digests"] for shard in self.shards]
@@ -106,6 +146,9 @@ class Store:
         self._order = np.argsort(self._digests[:, 0], kind="stable")
         self._sorted = self._digests[self._order, 0]
         self._checked = np.zeros(len(self), bool)
+        # A photo that changed and then failed: the features of its old bytes are stale.
+        stale = [k for k, entry in read_quarantine(folder).items() if entry["source_digest"]]
+        self._stale = set(self._find(stale).tolist()) - {-1}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -117,8 +160,15 @@ class Store:
             keys: Image ids, or sentences; repeats allowed.
 
         Returns:
-            int64 of shape (len(keys),): store positions, -1 where absent.
+            int64 of shape (len(keys),): store positions, -1 where absent. A
+            photo that changed and can no longer be decoded is absent too.
         """
+        positions = self._find(keys)
+        if self._stale:
+            positions = np.where(np.isin(positions, list(self._stale)), -1, positions)
+        return positions
+
+    def _find(self, keys: Sequence[str] | NDArray[Any]) -> IntArray:
         if not len(keys) or not len(self):
             return np.full(len(keys), -1, np.int64)
         wanted = digest_keys(keys)
@@ -146,11 +196,10 @@ class Store:
 
     def _check_rows(self, positions: IntArray, shards: IntArray, rows: IntArray) -> None:
         """Check each row's checksum the first time that it is read."""
+        first = np.flatnonzero(~self._checked[positions])
         for position, shard, row in zip(
-            positions.tolist(), shards.tolist(), rows.tolist(), strict=True
+            positions[first].tolist(), shards[first].tolist(), rows[first].tolist(), strict=True
         ):
-            if self._checked[position]:
-                continue
             if not self.shards[shard].row_is_intact(row):
                 part = self.shards[shard]
                 raise CorruptShardError(
@@ -188,6 +237,7 @@ class VisionStore(Store):
 
         Raises:
             IndexError: A position is outside [0, len(self)).
+            ValueError: `out` has another shape or dtype.
             CorruptShardError: A row no longer has its checksum.
 
         Cost: one memory copy of the rows, and one pass of the checksum the
@@ -197,6 +247,11 @@ class VisionStore(Store):
         shards, rows = self.locate(positions)
         if out is None:
             out = np.empty((len(positions), *self.row_shape), self.dtype)
+        elif out.shape != (len(positions), *self.row_shape) or out.dtype != self.dtype:
+            raise ValueError(
+                f"out is {out.dtype} {out.shape}, expected {self.dtype}"
+                f" {(len(positions), *self.row_shape)}"
+            )
         self._check_rows(positions, shards, rows)
         for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
             out[i] = self.shards[shard].features[row, 0]
@@ -271,15 +326,17 @@ def open_store(root: Path, spec: FeatureSpec, command: str) -> Any:
         CorruptShardError: The folder is damaged.
     """
     folder = spec.folder(root)
-    if shard_paths(folder) or (folder / "spec.json").exists():
+    if shard_paths(folder):
         found = read_spec(folder)
         if canonical_json(found) != canonical_json(spec.to_dict()):
             raise CorruptShardError(f"{folder}: holds another spec than its name says")
         return (VisionStore if spec.kind == "vit" else TextStore)(folder, found)
-    others = [
-        differing_fields(spec.to_dict(), read_spec(path.parent))
-        for path in sorted((root / spec.kind).glob("*/spec.json"))
-    ]
+    others = []
+    for path in sorted((root / spec.kind).glob("*/spec.json")):
+        # Another folder's damage must not hide what is wrong with this one.
+        with contextlib.suppress(StoreError):
+            if shard_paths(path.parent):
+                others.append(differing_fields(spec.to_dict(), read_spec(path.parent)))
     if not others:
         raise MissingFeaturesError(
             f"{root}: no {spec.kind} features have been extracted; run `{command}`"

@@ -17,18 +17,16 @@ from hypothesis import strategies as st
 from featstore.errors import DataError, RowError
 from featstore.examples import (
     LABELS,
-    MAX_LINE_CHARACTERS,
     UNLABELLED,
     Examples,
     ReadResult,
     RowIssue,
     drop_missing,
-    publish_bytes,
-    read_examples,
     require_both_classes,
     summarise,
     write_report,
 )
+from featstore.rows import MAX_LINE_CHARACTERS, read_examples
 
 A2 = {"Image_ID": "7", "Label": "entailment", "Hypothesis": "A dog runs.", "Premise": "x"}
 
@@ -98,12 +96,27 @@ def test_labels_not_guessed(rows: Path, value: Any) -> None:
     assert reasons(result) == [(2, "unknown label")]
 
 
-def test_class_ids_beside_0_and_1_are_warned_of(rows: Path) -> None:
-    jsonl(rows, *(a2(Hypothesis=f"h{i}", Label=code) for i, code in enumerate([0, 1, 2])))
-    result = read_examples(rows)
-    assert reasons(result) == [(1, "integer labels beyond 0 and 1"), (3, "unknown label")]
-    assert [issue.kind for issue in result.issues] == ["kept", "dropped"]
-    assert "line 3 has 2" in result.kept[0].detail
+@pytest.mark.parametrize("codes", [[0, 1, 2], ["2", "0"], [1, 2, 2], [3, "1"]])
+def test_class_ids_are_refused(rows: Path, codes: list[Any]) -> None:
+    jsonl(rows, *(a2(Hypothesis=f"h{i}", Label=code) for i, code in enumerate(codes)))
+    with pytest.raises(
+        RowError, match="would be read inverted; write the labels as words"
+    ) as caught:
+        read_examples(rows)
+    assert "\n" not in str(caught.value)
+
+
+def test_class_ids_name_both_lines(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("image_id,hypothesis,label\n1,a,entailment\n1,b,0\n1,c,2\n")
+    with pytest.raises(RowError, match=r"r.csv:4: label 2, but line 3 has 0"):
+        read_examples(path)
+    assert len(read_examples(path, labelled=False).examples) == 3
+
+
+def test_minus_one_is_no_class_id(rows: Path) -> None:
+    jsonl(rows, a2(Label=0), a2(Label=1, Hypothesis="b"), a2(Label=-1, Hypothesis="c"))
+    assert reasons(read_examples(rows)) == [(3, "unknown label")]
 
 
 @pytest.mark.parametrize(
@@ -360,31 +373,6 @@ def test_report_is_csv_and_atomic(tmp_path: Path) -> None:
     assert read[0]["text"] == 'a "b"\n\\ud800'
     assert read[0]["line"] == "3"
     assert os.listdir(path.parent) == ["report.csv"]
-
-
-def test_publish_keeps_the_old_file_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "x"
-    publish_bytes(path, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"cannot be written .No space left"):
-        publish_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["x"]
-
-
-def test_publish_replaces_the_file_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    publish_bytes(path, b"old")
-    with path.open("rb") as reader:
-        publish_bytes(path, b"new")
-        assert reader.read() == b"old"
-    assert path.read_bytes() == b"new"
 
 
 def test_select_concatenate_and_digest(rows: Path) -> None:

@@ -80,7 +80,7 @@ def random_images(count: int) -> list[np.ndarray]:
 def logits_and_gradients(
     model: keras.Model, inputs: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    labels = tf.constant([[1.0], [0.0]] * 8)[: len(next(iter(inputs.values())))]
+    labels = tf.constant([[1.0], [0.2]] * 8)[: len(next(iter(inputs.values())))]
     weights = trained_weights(model)
     with tf.GradientTape() as tape:
         logits = model(inputs, training=False)
@@ -92,11 +92,11 @@ def logits_and_gradients(
 
 
 def assert_same_numbers(
-    model: keras.Model, oracle: keras.Model, rows: Rows, logit_tolerance: float = 1e-5
+    model: keras.Model, oracle: keras.Model, rows: Rows, tolerance: float = 1e-5
 ) -> None:
     logits, gradients = logits_and_gradients(model, rows.cached)
     expected_logits, expected = logits_and_gradients(oracle, rows.end_to_end)
-    np.testing.assert_allclose(logits, expected_logits, atol=logit_tolerance)
+    np.testing.assert_allclose(logits, expected_logits, atol=tolerance)
     assert gradients.keys() == expected.keys()
     largest = max(float(np.abs(gradient).max()) for gradient in expected.values())
     for name, gradient in expected.items():
@@ -104,12 +104,12 @@ def assert_same_numbers(
         # biases, attention over one token), to the model's largest.
         scale = max(float(np.abs(gradient).max()), 1e-2 * largest)
         error = float(np.abs(gradients[name] - gradient).max()) / scale
-        if error > 3e-6: print("ERR", name, error, scale, largest)
-        assert error < 1e-5 * max(1.0, logit_tolerance / 1e-5), f"{name}: {error}"
+        assert error < tolerance, f"{name}: {error}"
 
 
-@pytest.mark.parametrize("tokens", ["patches", "all"])
-@pytest.mark.parametrize("k_txt", range(5))
+@pytest.mark.parametrize(
+    ("k_txt", "tokens"), [*((k_txt, "patches") for k_txt in range(5)), (0, "all"), (2, "all")]
+)
 def test_cached_equals_end_to_end(
     vision: VisionEncoder,
     whole_vision: VisionEncoder,
@@ -130,18 +130,35 @@ def test_cached_equals_end_to_end(
         assert_same_numbers(model, oracle, rows)
 
 
-@pytest.mark.parametrize("length", [1, 2, 5, 20])
-def test_any_sentence_length(vision: VisionEncoder, text: TextEncoder, length: int) -> None:
-    rows = Rows(vision, text, 2, random_images(2))
+@pytest.fixture(scope="module")
+def exact(tiny_vit: Path, tiny_text: Path) -> tuple[VisionEncoder, TextEncoder]:
+    """Both encoders in float64, where nothing but a wrong formula is left to differ."""
+    return (
+        VisionEncoder(str(tiny_vit), precision="float64"),
+        TextEncoder(str(tiny_text), 20, precision="float64"),
+    )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(("k_txt", "length"), [(0, 3), (1, 1), (2, 2), (3, 7), (4, 20)])
+def test_same_formula_for_any_length(
+    exact: tuple[VisionEncoder, TextEncoder], k_txt: int, length: int, fast: bool
+) -> None:
+    vision, text = exact
+    rows = Rows(vision, text, k_txt, random_images(2))
     ids = np.zeros((2, 20), np.int32)
-    ids[:, :length] = np.arange(2, 2 + length)
+    ids[:, :length] = [np.arange(2, 2 + length), np.arange(4, 4 + length)]
     mask = ids > 0
-    rows.cached["hidden"] = text.encode(ids, mask, 2)[:, :length]
+    rows.cached["hidden"] = text.encode(ids, mask, k_txt)[:, :length]
     rows.cached["padding_mask"] = mask[:, :length]
     rows.end_to_end |= {"input_ids": ids, "attention_mask": mask.astype(np.int32)}
-    model = build_cached_model(text.preset.config, 16, 16, settings(2), feature_dtype="float32")
+    train = settings(k_txt, dtype_policy="float64")
+    config = text.preset.config
+    model = build_cached_model(config, 16, 16, train, feature_dtype="float64", fast=fast)
     load_text_layers(model, text.backbone)
-    assert_same_numbers(model, build_end_to_end(vision.backbone, text.backbone, settings(2)), rows)
+    oracle = build_end_to_end(vision.backbone, text.backbone, train)
+    # The logit itself is float32.
+    assert_same_numbers(model, oracle, rows, tolerance=1e-6)
 
 
 def test_one_step_gives_the_same_weights(tiny_vit: Path, tiny_text: Path) -> None:
@@ -208,7 +225,9 @@ def test_layers_are_named_as_in_the_study(vision: VisionEncoder, text: TextEncod
     assert type(model.get_layer("xattn")) is keras.layers.MultiHeadAttention
 
 
-def test_frozen_dropout_is_off_and_trained_dropout_on(vision: VisionEncoder, text: TextEncoder) -> None:
+def test_frozen_dropout_is_off_and_trained_dropout_on(
+    vision: VisionEncoder, text: TextEncoder
+) -> None:
     rows = Rows(vision, text, 0, random_images(4)).end_to_end
     frozen = build_end_to_end(vision.backbone, text.backbone, settings(0, dropout=0.0))
     still = np.asarray(frozen(rows, training=False))
@@ -281,5 +300,5 @@ def test_real_presets_and_photos(shared_dir: Path, k_txt: int) -> None:
     )
     load_text_layers(model, text.backbone)
     oracle = build_end_to_end(vision.backbone, text.backbone, train)
-    # Twelve blocks in float32, compiled on one side only: rounding reaches the gradients.
-    assert_same_numbers(model, oracle, rows, logit_tolerance=1e-4)
+    # Twelve blocks in float32, compiled on one side only; measured: logits 2e-6, gradients 8e-6.
+    assert_same_numbers(model, oracle, rows, tolerance=2e-5)

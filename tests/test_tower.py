@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from tiny_presets import randomise, tiny_text_backbone
 
-from featstore.encoders import resolve_preset
+from featstore.presets import resolve_preset
 from featstore.errors import ConfigError, PresetError, RunError
 from trainer.config import TrainConfig
 from trainer.tower import (

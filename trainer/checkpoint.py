@@ -11,8 +11,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from featstore.encoders import load_backbone, resolve_preset
+from featstore.encoders import load_backbone
 from featstore.errors import RunError
+from featstore.presets import resolve_preset
 from featstore.publish import publish
 from trainer.config import Config
 from trainer.fusion import HEAD_LAYERS

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featstore import demo
 from featstore.config import (
     DataConfig,
     EncodersConfig,
@@ -126,6 +125,9 @@ def load_config(
             built: Any = build_section(name, section, values, where, folder)
             parts[name] |= {key: getattr(built, key) for key in values}
     if not parts["data"].get("rows"):
+        # Here, since the generator of the demo needs NumPy and `--help` does not.
+        from featstore import demo
+
         parts["encoders"] = {"vit": demo.VIT_PRESET, "text": demo.TEXT_PRESET} | parts["encoders"]
         parts["train"] = demo.DEMO_TRAIN | parts["train"]
     sections = {name: section(**parts[name]) for name, section in SECTIONS.items()}

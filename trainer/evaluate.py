@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from featstore.dataset import Dataset
+from featstore.dataset import Dataset, load_dataset
 from featstore.errors import RunError
+from featstore.extract import ProgressBar, no_progress
+from featstore.plan import text_spec, vision_spec
 from featstore.publish import command_line, package_versions, write_json
 from trainer.checkpoint import load_best
-from trainer.features import Features
+from trainer.config import Config
+from trainer.features import Features, open_features
 from trainer.fit import predict_logits
 from trainer.metrics import evaluate_logits
 from trainer.run import Run
@@ -36,14 +40,17 @@ def check_same_data(run: Run, dataset: Dataset) -> None:
             )
 
 
-def check_same_features(run: Run, features: Features) -> None:
+def check_same_features(run: Run, config: Config) -> None:
     """Refuse features of another spec than the run was trained on.
 
     Raises:
         RunError: A fingerprint differs.
     """
     expected = run.manifest()["features"]
-    for name, spec in (("vision", features.vision_spec), ("text", features.text_spec)):
+    for name, spec in (
+        ("vision", vision_spec(config.encoders, config.store)),
+        ("text", text_spec(config.encoders, config.store, config.train.k_txt)),
+    ):
         if expected[name]["fingerprint"] != spec.fingerprint:
             raise RunError(
                 f"{run.folder}: trained on {name} features {expected[name]['fingerprint']},"
@@ -51,15 +58,36 @@ def check_same_features(run: Run, features: Features) -> None:
             )
 
 
-def evaluate(run: Run, features: Features, split: str, control: str = "none") -> dict[str, Any]:
+def open_run_features(run: Run, bar: ProgressBar = no_progress) -> Features:
+    """Open the very features that a run was trained on.
+
+    Args:
+        run: The run; its settings name the rows, photos and encoders.
+        bar: Shows the encoding of sentences, where some are missing.
+
+    Raises:
+        RunError: The rows, the split or an encoder changed since.
+    """
+    config = run.config()
+    dataset = load_dataset(config.data, Path(config.store.root))
+    # Before the stores are opened: that would encode the sentences of changed rows.
+    check_same_data(run, dataset)
+    check_same_features(run, config)
+    return open_features(config, dataset, bar)
+
+
+def evaluate(
+    run: Run, features: Features, split: str, control: str = "none", *, compiled: bool = True
+) -> dict[str, Any]:
     """Compute a run's metrics over exactly the rows of a split.
 
     Args:
         run: A run with weights.
-        features: Its features, opened from its own configuration.
+        features: Its features, from `open_run_features`.
         split: "train", "val" or "test".
         control: Measure without the picture: "hypothesis-only" or
             "shuffled-images".
+        compiled: Use XLA; False runs a plain graph.
 
     Returns:
         `evaluate_logits` at the run's threshold, with run, split, control and
@@ -69,10 +97,10 @@ def evaluate(run: Run, features: Features, split: str, control: str = "none") ->
         RunError: The run, its data or its features do not fit together.
     """
     check_same_data(run, features.dataset)
-    check_same_features(run, features)
+    check_same_features(run, features.config)
     threshold = float(run.metrics()["threshold"])
     model = load_best(run)
-    stepper = make_stepper(model, make_optimizer(features.config.train))
+    stepper = make_stepper(model, make_optimizer(features.config.train), compiled)
     rows = features.rows(split, control)
     logits = predict_logits(stepper, rows, features.config.train.batch_size)
     _, unread = features.usable(split)

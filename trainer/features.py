@@ -50,6 +50,8 @@ class Features:
             DataError: No row is left.
         """
         rows = self.dataset.rows(split)
+        if not len(rows):
+            raise DataError(f"split {split!r} has no rows; give it a share in [data] fractions")
         ids = self.dataset.examples.image_ids[rows]
         present = self.vision.lookup(ids) >= 0
         absent = dict.fromkeys(ids[~present])

@@ -119,7 +119,8 @@ def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, b
 def learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
     """Return the current learning rate, also under loss scaling."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    return float(np.asarray(inner.learning_rate))
+    # Seven digits: the variable is float32, and 5e-05 should read so.
+    return float(f"{float(np.asarray(inner.learning_rate)):.7g}")
 
 
 def _cut_learning_rate(optimizer: keras.optimizers.Optimizer, factor: float) -> None:
@@ -135,6 +136,11 @@ class Training:
         features: The features and rows.
         init_from: A run to take the head (and shared text layers) from.
         reporter: How it is shown.
+        compiled: Use XLA; False runs a plain graph.
+
+    Raises:
+        RunError: The run was started on other rows, features or weights; or
+            `init_from` or the checkpoint does not fit.
     """
 
     def __init__(
@@ -143,6 +149,8 @@ class Training:
         features: Features,
         init_from: Run | None = None,
         reporter: Reporter | None = None,
+        *,
+        compiled: bool = True,
     ) -> None:
         self.run, self.features = run, features
         self.config: Config = features.config
@@ -157,12 +165,13 @@ class Training:
         load_pretrained(self.model, self.config)
         self.initialised = start_from(self.model, init_from) if init_from else []
         self.optimizer = make_optimizer(self.train_config)
-        self.stepper = make_stepper(self.model, self.optimizer)
+        self.stepper = make_stepper(self.model, self.optimizer, compiled)
         self.progress = Progress()
+        self.manifest = self._manifest(row_shape, init_from)
         if run.checkpoint_path.exists():
+            self._check_same_start()
             self.progress = load_state(run.checkpoint_path, self.model, self.optimizer)
         self._earlier_seconds = self.progress.total_seconds
-        self.manifest = self._manifest(row_shape, init_from)
 
     def _manifest(self, row_shape: tuple[int, int], init_from: Run | None) -> dict[str, Any]:
         features = self.features
@@ -199,6 +208,22 @@ class Training:
             "wall_seconds": {},
         }
 
+    def _check_same_start(self) -> None:
+        """Refuse to go on with other inputs than those that the run was started with."""
+        found, expected = self.manifest, self.run.manifest()
+        for what, ours, theirs in (
+            ("rows", found["data"]["rows_digest"], expected["data"]["rows_digest"]),
+            ("split", found["data"]["splits_digest"], expected["data"]["splits_digest"]),
+            ("features", found["features"], expected["features"]),
+            ("--init-from", found["init_from"], expected["init_from"]),
+            ("Keras backend", found["backend"], expected["backend"]),
+        ):
+            if ours != theirs:
+                raise RunError(
+                    f"{self.run.folder}: cannot go on: the {what} changed since the run was started"
+                    f" (expected {theirs}, found {ours}); restore it, or choose another --name"
+                )
+
     def _write_manifest(self, status: str) -> None:
         self.manifest["status"] = status
         self.manifest["wall_seconds"] = {
@@ -225,6 +250,9 @@ class Training:
         """
         self.run.write_config(render_config(self.config))
         self._write_manifest("running")
+        if self.progress.history:
+            # A kill may have come after the state was saved and before its reports were.
+            self._write_reports()
         try:
             while not self._finished():
                 self._epoch()
@@ -242,13 +270,10 @@ class Training:
         train, progress = self.train_config, self.progress
         steps = self.rows.epoch(train.batch_size, train.seed, progress.epoch)
         wait = self._steps(steps)
-        if not math.isfinite(progress.loss_sum):
-            raise RunError(
-                f"{self.run.name}: the loss is {progress.loss_sum} in epoch {progress.epoch + 1};"
-                " try a smaller --lr or a --clipnorm"
-            )
+        self.stepper.sync()
         started = time.perf_counter()
         logits = predict_logits(self.stepper, self.val_rows, train.batch_size)
+        self._check_finite(float(np.abs(logits).max()), "a val logit")
         metrics = evaluate_logits(self.val_rows.labels, logits)
         record = {
             "epoch": progress.epoch + 1,
@@ -265,7 +290,6 @@ class Training:
             "val_seconds": round(time.perf_counter() - started, 3),
         }
         best, cut, _ = judge(train, progress, monitored(train, record))
-        self.stepper.sync()
         if best:
             save_weights(self.run, self.model)
             progress.best_metrics = metrics
@@ -275,8 +299,16 @@ class Training:
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.rows, progress.seconds = 0.0, 0, 0.0
         self._save()
-        self._write_reports(record)
+        self._write_reports()
+        _write_tensorboard(self.run, record)
         self.reporter.epoch(record)
+
+    def _check_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise RunError(
+                f"{self.run.name}: {what} is {value} in epoch {self.progress.epoch + 1}; training"
+                " diverged: try a smaller --lr, or a --clipnorm, under another --name"
+            )
 
     def _steps(self, steps: list[NDArray[np.int64]]) -> float:
         """Take the rest of an epoch's steps; return the time spent waiting for data."""
@@ -292,6 +324,7 @@ class Training:
                 progress.loss_sum += float(loss) * rows
                 progress.rows += rows
             pending.clear()
+            self._check_finite(progress.loss_sum, "the loss")
             progress.seconds = before + time.perf_counter() - started
 
         with (
@@ -323,11 +356,9 @@ class Training:
 
     def _save(self) -> None:
         self.progress.total_seconds = self._total_seconds()
-        if not math.isfinite(self.progress.loss_sum):
-            return
         save_state(self.run.checkpoint_path, self.model, self.stepper.variables(), self.progress)
 
-    def _write_reports(self, record: dict[str, Any]) -> None:
+    def _write_reports(self) -> None:
         run, history = self.run, self.progress.history
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
@@ -347,7 +378,6 @@ class Training:
         plot_learning_curves(
             history, run.curves_path, monitor=self.train_config.monitor, title=run.name
         )
-        _write_tensorboard(run, record)
         self._write_manifest("running")
 
 

@@ -9,16 +9,18 @@ trainer's head. Since all sentences are asked of all scenes of a batch, each
 sentence is encoded once a step. Linear probes on each patch (what lies here,
 what lies on its four sides, how many of each there are) help the ViT to see.
 
-The scenes are drawn with seeds that the demo's own data never use.
-`TRAINING.json` beside the presets has the command, the time and the accuracy of
-the presets that ship.
+The scenes are drawn with seeds that the demo's own data never use. One epoch is
+a minute and a half on two free cores; the presets that ship took 39 minutes on
+two busy ones. On 2,000 held-out scenes, true and false cases weighted equally,
+they judge 99 % of the sentences right, 97 % of counts and 95 % of "more ... than
+...". `TRAINING.json` beside the presets has the command, the versions and the
+figures.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -57,7 +59,7 @@ FIRST_SCENE_SEED = 1_000_000
 OTHER_WORDS = (
     "a picture image shows with of in on to its not any an are it both all and five"
     " circles squares triangles stars"
-).split()
+)
 
 
 def vocabulary() -> list[str]:
@@ -65,7 +67,7 @@ def vocabulary() -> list[str]:
     marks = list(".,;:!?'\"()-&/")
     characters = list("abcdefghijklmnopqrstuvwxyz0123456789")
     words = {word for statement in STATEMENTS for word in statement.text.lower()[:-1].split()}
-    words |= {*CLASSES, *NUMBERS, *OTHER_WORDS}
+    words |= {*CLASSES, *NUMBERS, *OTHER_WORDS.split()}
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces = [*marks, *characters, *(f"##{character}" for character in characters)]
     return [*special, *pieces, *sorted(words - set(characters))]
@@ -381,14 +383,10 @@ def main(out: Path, seed: int, scenes: int, epochs: int, batch_size: int, lr: fl
     kinds = accuracy_by_kind(held_out_table, found["statements"])
     packages = ("keras", "keras-hub", "tensorflow", "numpy", "pillow")
     summary = {
-        "command": "python -m featstore.demo.train_encoders " + " ".join(sys.argv[1:]),
-        "settings": {
-            "seed": seed,
-            "scenes": scenes,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "lr": lr,
-        },
+        "command": (
+            f"python -m featstore.demo.train_encoders --out FOLDER --seed {seed}"
+            f" --scenes {scenes} --epochs {epochs} --batch-size {batch_size} --lr {lr}"
+        ),
         "seconds": round(time.monotonic() - started),
         "held_out_scenes": len(held_out),
         "held_out_balanced_accuracy": kinds,

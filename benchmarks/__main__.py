@@ -1,0 +1,33 @@
+"""`python -m benchmarks NAME`: measure, print, and keep the figures of this machine."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def benchmarks() -> None:
+    """Measure the figures that the README quotes."""
+
+
+@benchmarks.command()
+@click.option("--vit", help="Preset; default: ViT-B/16 at 224 with random weights.")
+@click.option("--photos", help="Folder of photos; default: synthetic 500×375 JPEGs.")
+@click.option("--count", default=256, show_default=True, help="Photos to extract.")
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--keep/--no-keep", "kept", default=True, help="Write benchmarks/results.")
+def extraction(vit: str | None, photos: str | None, count: int, batch_size: int, kept: bool) -> None:
+    """Extraction against the bare compiled forward pass."""
+    from benchmarks.extraction import measure
+    from benchmarks.results_file import keep
+
+    figures = measure(vit, photos, count, batch_size)
+    click.echo(json.dumps(figures, indent=2))
+    if kept:
+        click.echo(f"kept in {keep('extraction', figures)}")
+
+
+if __name__ == "__main__":
+    benchmarks(prog_name="python -m benchmarks")

@@ -1,0 +1,472 @@
+"""Row files of the user, read into the table of `examples.py`.
+
+Formats, told apart by content:
+
+* JSONL, one object a line, UTF-8: `Image_ID`, `Hypothesis`, `Label` (A2), or
+  `Flickr30K_ID`, `sentence2`, `gold_label` (SNLI-VE). Other keys are ignored.
+* CSV with a header; comma, semicolon or tab; UTF-8 with or without BOM, else cp1252,
+  else Latin-1.
+
+Columns are found by name: case, spaces, underscores and hyphens do not count, and
+`ROLES` lists the names known. Labels are words in any case, or the integers 1
+(entailment) and 0 (contradiction). No other integer coding is read: the class ids of
+SNLI on the Hugging Face hub (0 entailment, 1 neutral, 2 contradiction) contradict this
+one, so a file that has other integers beside 0 or 1 is an error: its labels must be
+written as words.
+
+A row that cannot be used is dropped and reported; a file that cannot be read is a
+`RowError`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple, TextIO
+
+import numpy as np
+
+from featstore.errors import RowError
+from featstore.examples import (
+    LABELS,
+    UNLABELLED,
+    Examples,
+    ReadResult,
+    RowIssue,
+    short,
+    summarise,
+)
+
+ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "image id": (("imageid", "flickr30kid"), ("image", "filename")),
+    "hypothesis": (("hypothesis", "sentence2"), ("sentence", "caption", "text")),
+    "label": (("label", "goldlabel"), ("answer",)),
+}
+"""Names of each column: those of the known formats, then synonyms used in their absence."""
+
+MAX_LINE_CHARACTERS = 1 << 20
+
+NEUTRAL = "neutral"
+UNKNOWN_LABEL = "unknown label"
+EMPTY_TEXT = "empty text"
+BROKEN_TEXT = "broken text"
+NO_IMAGE_ID = "no image id"
+UNSAFE_IMAGE_ID = "unsafe image id"
+WRONG_CELLS = "wrong number of cells"
+DUPLICATE = "duplicate"
+CONFLICT = "conflicting labels"
+
+_EXPECTED = (
+    "Image_ID, Hypothesis, Label (A2), or Flickr30K_ID, sentence2, gold_label (SNLI-VE), or a CSV"
+    " with image_id/image/filename, hypothesis/sentence/caption/text, label/gold_label/answer"
+)
+_LABEL_WORDS = {**LABELS, "0": 0, "1": 1}
+_INTEGER = re.compile(r"[+-]?\d{1,18}")
+_UNSAFE_ID = re.compile(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
+_MAX_ID_CHARACTERS = 1024
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+
+class _Raw(NamedTuple):
+    """One record as parsed, before any check of its values."""
+
+    line: int
+    image_id: Any
+    text: Any
+    label: Any
+    problem: str = ""
+
+
+class _Columns(NamedTuple):
+    """The name (or, in a CSV, the position) of each column; None where it is absent."""
+
+    image_id: Any
+    text: Any
+    label: Any
+
+
+def read_examples(
+    path: str | os.PathLike[str],
+    *,
+    labelled: bool = True,
+    duplicates: Literal["drop", "keep"] | str = "drop",
+) -> ReadResult:
+    """Read a row file; see the module for formats, columns and labels.
+
+    Image ids and hypotheses are kept as written, without surrounding white space; an
+    integer id of JSON becomes its decimal text. Dropped, each with its reason: neutral
+    rows, unknown labels, empty or undecodable text, missing or unsafe image ids, CSV
+    records with too many or too few cells and, by choice, repeats of an earlier row
+    (same image id, hypothesis and label). Rows that say both labels of one hypothesis
+    about one image are kept and reported.
+
+    Args:
+        path: The file.
+        labelled: False reads rows to predict: no label is needed, one that is there is
+            ignored, and every label comes back as `UNLABELLED`.
+        duplicates: "drop" or "keep" exact repeats.
+
+    Returns:
+        The rows in the order of the file, and the issues in the order of their lines.
+
+    Raises:
+        RowError: The file cannot be read, is not a known format, has no usable row, a line
+            of it is broken, or its integer labels are class ids.
+        ValueError: `duplicates` is neither "drop" nor "keep".
+
+    Cost: about 10 µs a row; memory for the rows and for one line of text.
+    """
+    if duplicates not in ("drop", "keep"):
+        raise ValueError(f'duplicates must be "drop" or "keep", not {duplicates!r}')
+    path = Path(path)
+    if not path.exists():
+        raise RowError(f"{path}: no such file; name a JSONL or CSV file of rows")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise RowError(f"{path}: is {kind}; name a JSONL or CSV file of rows")
+    try:
+        with path.open("rb") as file:
+            is_json = _is_json(path, file)
+            file.seek(0)
+            if is_json:
+                return _collect(path, _jsonl(path, file, labelled), labelled, duplicates == "drop")
+            with io.TextIOWrapper(file, encoding=_csv_encoding(file), newline="") as text:
+                return _collect(path, _csv(path, text, labelled), labelled, duplicates == "drop")
+    except OSError as error:
+        raise RowError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _is_json(path: Path, file: BinaryIO) -> bool:
+    """Tell JSONL from CSV by the first character; its suffix speaks for a broken JSONL."""
+    head = file.read(1 << 16)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise RowError(f"{path}: is UTF-16; expected UTF-8: save the file as UTF-8")
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith(b"["):
+        raise RowError(
+            f"{path}: starts like a JSON array; expected JSONL, one object on each line,"
+            " without brackets or commas between them"
+        )
+    if not head:
+        if file.read(1):
+            raise RowError(f"{path}: starts with more than 64 KiB of white space")
+        raise RowError(f"{path}: has no rows: the file is empty; expected JSONL or CSV rows")
+    return head.startswith(b"{") or path.suffix.lower() in _JSON_SUFFIXES
+
+
+def _csv_encoding(file: BinaryIO) -> str:
+    """Return the first encoding that reads the whole file; leave the file at its start."""
+    for encoding in ("utf-8", "cp1252"):
+        decoder = codecs.getincrementaldecoder(encoding)()
+        file.seek(0)
+        try:
+            while block := file.read(1 << 20):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            continue
+        file.seek(0)
+        return "utf-8-sig" if encoding == "utf-8" else encoding
+    file.seek(0)
+    return "latin-1"
+
+
+def _too_long(path: Path, line: int) -> RowError:
+    return RowError(
+        f"{path}:{line}: line of more than {MAX_LINE_CHARACTERS} characters;"
+        " expected one row on each line"
+    )
+
+
+def _resolve(names: Sequence[str], labelled: bool) -> tuple[_Columns, str]:
+    """Find the columns of a header; the second value says what is wrong, or is empty."""
+    plain = [re.sub(r"[\s_-]+", "", name).lower() for name in names]
+    found: list[int | None] = []
+    problems: list[str] = []
+    for role, tiers in ROLES.items():
+        at: list[int] = []
+        if role != "label" or labelled:
+            for tier in tiers:
+                at = at or [i for i, name in enumerate(plain) if name in tier]
+            if not at:
+                problems.append(f"no {role} column")
+            elif len(at) > 1:
+                several = " and ".join(short(names[i]) for i in at)
+                problems.append(f"more than one {role} column, {several}: rename or remove one")
+        found.append(at[0] if at else None)
+    return _Columns(*found), "; ".join(problems)
+
+
+def _column_error(path: Path, line: int, problem: str, names: Sequence[str]) -> RowError:
+    columns = short(", ".join(names), 300)
+    return RowError(
+        f"{path}:{line}: {problem}; columns found: {columns}; columns expected: {_EXPECTED}"
+    )
+
+
+def _jsonl(path: Path, file: BinaryIO, labelled: bool) -> Iterator[_Raw]:
+    """Yield the records of a JSONL file.
+
+    The first record must have all columns; a later one that lacks some yields None for
+    them, and is dropped with that reason.
+    """
+    columns: dict[tuple[str, ...], _Columns] = {}
+    line = 0
+    while raw := file.readline(MAX_LINE_CHARACTERS + 1):
+        line += 1
+        if len(raw) > MAX_LINE_CHARACTERS:
+            raise _too_long(path, line)
+        if line == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        if not raw.strip():
+            continue
+        record = _json_object(path, line, raw)
+        keys = tuple(record)
+        if keys not in columns:
+            at, problem = _resolve(keys, labelled)
+            if problem and (not columns or "more than one" in problem):
+                raise _column_error(path, line, problem, keys)
+            columns[keys] = _Columns(*(None if i is None else keys[i] for i in at))
+        image_key, text_key, label_key = columns[keys]
+        yield _Raw(
+            line,
+            record[image_key] if image_key is not None else None,
+            record[text_key] if text_key is not None else None,
+            record[label_key] if label_key is not None else None,
+        )
+
+
+def _json_object(path: Path, line: int, raw: bytes) -> dict[str, Any]:
+    if b"\0" in raw:
+        raise RowError(f"{path}:{line}: NUL byte; the file is binary or damaged")
+    try:
+        record = json.loads(raw.rstrip(b"\r\n").decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(
+            f"{path}:{line}: byte {error.start + 1} of the line is not UTF-8;"
+            " save the file as UTF-8"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise RowError(
+            f"{path}:{line}: not JSON: {error.msg} at column {error.colno};"
+            " expected one object on each line"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise RowError(
+            f"{path}:{line}: not a row: a number of too many digits, or nested too deep"
+        ) from error
+    if not isinstance(record, dict):
+        raise RowError(
+            f"{path}:{line}: expected an object such as"
+            f' {{"Image_ID": …, "Hypothesis": …, "Label": …}}, found {short(record)}'
+        )
+    return record
+
+
+def _csv_lines(path: Path, file: TextIO) -> Iterator[str]:
+    line = 0
+    while text := file.readline(MAX_LINE_CHARACTERS + 1):
+        line += 1
+        if len(text) > MAX_LINE_CHARACTERS:
+            raise _too_long(path, line)
+        if "\0" in text:
+            raise RowError(f"{path}:{line}: NUL byte; the file is binary or damaged")
+        yield text
+
+
+def _csv(path: Path, file: TextIO, labelled: bool) -> Iterator[_Raw]:
+    """Yield the records of a CSV file, each with the line where it starts."""
+    lines = _csv_lines(path, file)
+    before = 0
+    header = ""
+    for header in lines:
+        before += 1
+        if header.strip():
+            break
+    delimiter, names, at = _header(path, before, header, labelled)
+    width = len(names)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
+    while True:
+        line = before + reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise RowError(
+                f"{path}:{line}: the record that starts here is not CSV: {error};"
+                ' a quote inside a quoted cell is written twice (""), and each quote is closed'
+            ) from error
+        # Spreadsheets pad with empty cells and leave empty records at the end.
+        while len(cells) > width and not cells[-1].strip():
+            cells.pop()
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != width:
+            problem = f"{len(cells)} cells, the header has {width}"
+            yield _Raw(line, None, delimiter.join(cells), None, problem)
+            continue
+        yield _Raw(line, cells[at.image_id], cells[at.text], cells[at.label] if labelled else None)
+
+
+def _header(path: Path, line: int, header: str, labelled: bool) -> tuple[str, list[str], _Columns]:
+    """Return the delimiter under which the header has the columns, its names, and where."""
+    readings: list[tuple[int, str, list[str]]] = []
+    for delimiter in ",;\t":
+        try:
+            row = csv.reader([header], delimiter=delimiter, strict=True, skipinitialspace=True)
+            names = [name.strip() for name in next(row)]
+        except csv.Error:
+            continue
+        at, problem = _resolve(names, labelled)
+        if not problem:
+            return delimiter, names, at
+        readings.append((len(names), problem, names))
+    if not readings:
+        raise RowError(f"{path}:{line}: the header is not CSV; found {short(header)}")
+    _, problem, names = max(readings, key=lambda reading: reading[0])
+    raise _column_error(path, line, problem, names)
+
+
+def _text_problem(text: str) -> str:
+    """Say what keeps a text from being stored, or return nothing."""
+    if "\0" in text:
+        return "NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "lone surrogate"
+    return ""
+
+
+def _image_id(value: Any) -> tuple[str, str, str]:
+    """Return an image id as text, and the reason and detail why it cannot be used."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if value is None:
+        return "", NO_IMAGE_ID, "missing"
+    if not isinstance(value, str):
+        return "", UNSAFE_IMAGE_ID, f"neither text nor an integer: {short(value)}"
+    image_id = value.strip()
+    if not image_id:
+        return "", NO_IMAGE_ID, "empty"
+    if _UNSAFE_ID.search(image_id) or len(image_id) > _MAX_ID_CHARACTERS:
+        detail = "expected a name, or a relative path with / and without . or .. in it"
+        return image_id, UNSAFE_IMAGE_ID, detail
+    if problem := _text_problem(image_id):
+        return image_id, UNSAFE_IMAGE_ID, problem
+    return image_id, "", ""
+
+
+def _hypothesis(value: Any) -> tuple[str, str, str]:
+    """Return a hypothesis as text, and the reason and detail why it cannot be used."""
+    if value is None:
+        return "", EMPTY_TEXT, "missing"
+    if not isinstance(value, str):
+        return "", BROKEN_TEXT, f"not text: {short(value)}"
+    text = value.strip()
+    if not text:
+        return "", EMPTY_TEXT, "empty"
+    if problem := _text_problem(text):
+        return text, BROKEN_TEXT, problem
+    return text, "", ""
+
+
+def _label(value: Any) -> tuple[int, str, str]:
+    """Return a label, and the reason and detail why it cannot be used."""
+    word = value.strip().lower() if isinstance(value, str) else value
+    if isinstance(word, int):  # and True becomes "True", which is no label
+        word = str(word)
+    if isinstance(word, str):
+        if word in _LABEL_WORDS:
+            return _LABEL_WORDS[word], "", ""
+        if word == NEUTRAL:
+            return UNLABELLED, NEUTRAL, ""
+    return UNLABELLED, UNKNOWN_LABEL, "missing" if value is None else f"label {short(value)}"
+
+
+def _integer_label(value: Any) -> int | None:
+    """Return a label's integer, where it is one."""
+    if type(value) is int:
+        return value
+    if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
+        return int(value)
+    return None
+
+
+def _class_ids(path: Path, line: int, code: int, other_line: int, other: int) -> RowError:
+    return RowError(
+        f"{path}:{line}: label {code}, but line {other_line} has {other}; expected integer labels"
+        " 1 = entailment and 0 = contradiction only: class ids (SNLI: 0 = entailment, 2 ="
+        " contradiction) would be read inverted; write the labels as words"
+    )
+
+
+def _collect(path: Path, records: Iterable[_Raw], labelled: bool, unique: bool) -> ReadResult:
+    """Check every record's values; keep the usable rows and report the others."""
+    file = str(path)
+    rows: list[tuple[str, str, int, int]] = []
+    issues: list[RowIssue] = []
+    first: dict[tuple[str, str], dict[int, int]] = {}
+    conflicts: dict[tuple[str, str], None] = {}
+    coded: dict[bool, tuple[int, int]] = {}
+
+    for record in records:
+        line = record.line
+        image_id, reason, detail = _image_id(record.image_id)
+        text, text_reason, text_detail = _hypothesis(record.text)
+        label = UNLABELLED
+        if record.problem:
+            reason, detail = WRONG_CELLS, record.problem
+        elif not reason:
+            reason, detail = text_reason, text_detail
+        if labelled and not record.problem:
+            label, label_reason, label_detail = _label(record.label)
+            code = _integer_label(record.label)
+            if code is not None and code >= 0:
+                coded.setdefault(code > 1, (line, code))
+                if len(coded) > 1:
+                    raise _class_ids(path, *coded[True], *coded[False])
+            if not reason:
+                reason, detail = label_reason, label_detail
+        if not reason:
+            pair = (image_id, text)
+            seen = first.setdefault(pair, {})
+            if label in seen and unique:
+                reason, detail = DUPLICATE, f"same as line {seen[label]}"
+            else:
+                seen.setdefault(label, line)
+                if len(seen) > 1:
+                    conflicts[pair] = None
+                rows.append((image_id, text, label, line))
+        if reason:
+            issues.append(RowIssue("dropped", file, line, image_id, reason, text, detail))
+
+    if not rows:
+        why = ", ".join(f"{count} {reason}" for reason, count in summarise(issues).items())
+        raise RowError(
+            f"{path}: has no usable row: "
+            + (f"all were dropped ({why})" if why else "nothing follows the header")
+        )
+    if conflicts:
+        for image_id, text, label, line in rows:
+            if (image_id, text) in conflicts:
+                other = first[image_id, text][1 - label]
+                detail = f"the other label stands in line {other}"
+                issues.append(RowIssue("kept", file, line, image_id, CONFLICT, text, detail))
+    issues.sort(key=lambda issue: issue.line)
+    image_ids, texts, labels, lines = zip(*rows, strict=True)
+    examples = Examples(
+        np.array(image_ids, dtype=object),
+        np.array(texts, dtype=object),
+        np.array(labels, dtype=np.int8),
+        np.array(lines, dtype=np.int64),
+        np.full(len(rows), file, dtype=object),
+    )
+    return ReadResult(examples, issues)

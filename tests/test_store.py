@@ -1,0 +1,350 @@
+"""The store: look up, gather, and what it says when its folder is not what it should be."""
+
+from __future__ import annotations
+
+import json
+import os
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_spec import TEXT, VISION
+
+from featstore.errors import CorruptShardError, MissingFeaturesError, StaleFeaturesError
+from featstore.shard import ShardRows, digest_bytes, feature_dtype, shard_name, write_shard
+from featstore.spec import FeatureSpec
+from featstore.store import (
+    TextStore,
+    VisionStore,
+    open_store,
+    read_manifest,
+    read_quarantine,
+    reconcile_manifest,
+    shard_paths,
+)
+
+SHAPE = (1, 5, 4)
+COUNTS = (7, 1, 4)
+
+
+def vision_shard(
+    keys: list[str], seed: int, dtype: str = "float16", shape: Any = SHAPE
+) -> ShardRows:
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(len(keys), *shape)).astype(feature_dtype(dtype))
+    return ShardRows(keys, features, [digest_bytes(f"{key}{seed}".encode()) for key in keys])
+
+
+def text_shard(keys: list[str], seed: int, dtype: str = "float16") -> ShardRows:
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(2, 9, len(keys)))]).astype(np.int64)
+    features = rng.normal(size=(offsets[-1], 4)).astype(feature_dtype(dtype))
+    ids = rng.integers(0, 99, offsets[-1]).astype(np.int32)
+    return ShardRows(keys, features, offsets=offsets, token_ids=ids)
+
+
+def make(root: Path, spec: FeatureSpec, parts: list[ShardRows]) -> Path:
+    folder = spec.folder(root)
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text(json.dumps({"spec": spec.to_dict()}))
+    lines = [
+        write_shard(folder / shard_name(i), spec.kind, spec.fingerprint, spec.dtype, part, {})
+        for i, part in enumerate(parts)
+    ]
+    (folder / "manifest.json").write_text(json.dumps({"shards": lines}))
+    return folder
+
+
+def key_lists() -> list[list[str]]:
+    numbers = iter(range(sum(COUNTS)))
+    return [[f"k{next(numbers)}" for _ in range(count)] for count in COUNTS]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("store")
+    make(root, VISION, [vision_shard(keys, i) for i, keys in enumerate(key_lists())])
+    make(root, TEXT, [text_shard(keys, i) for i, keys in enumerate(key_lists())])
+    return root
+
+
+@pytest.fixture(scope="module")
+def vision(root: Path) -> VisionStore:
+    return open_store(root, VISION, "extract")
+
+
+@pytest.fixture(scope="module")
+def text(root: Path) -> TextStore:
+    return open_store(root, TEXT, "extract")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Folder of a vision store that the test may damage."""
+    return make(tmp_path, VISION, [vision_shard(keys, i) for i, keys in enumerate(key_lists())])
+
+
+def plain_vision(folder: Path) -> np.ndarray:
+    rows = []
+    for path in sorted(folder.glob("*.h5")):
+        with h5py.File(path) as file:
+            rows.append(file["features"][:, 0])
+    return np.concatenate(rows)
+
+
+def plain_text(folder: Path) -> list[np.ndarray]:
+    rows = []
+    for path in sorted(folder.glob("*.h5")):
+        with h5py.File(path) as file:
+            ends = file["offsets"][...]
+            rows += [file["features"][a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return rows
+
+
+positions = st.lists(st.integers(0, sum(COUNTS) - 1), max_size=30)
+
+
+@settings(deadline=None)
+@given(positions)
+def test_gather_equals_a_plain_read(root: Path, vision: VisionStore, chosen: list[int]) -> None:
+    wanted = plain_vision(VISION.folder(root))[chosen]
+    found = vision.gather(np.array(chosen, np.int64))
+    assert found.dtype == np.float16
+    assert found.shape == (len(chosen), *SHAPE[1:])
+    assert found.tobytes() == wanted.tobytes()
+    out = np.ones_like(found)
+    assert vision.gather(np.array(chosen, np.int64), out) is out
+    assert out.tobytes() == wanted.tobytes()
+
+
+@settings(deadline=None)
+@given(positions, st.integers(8, 12))
+def test_text_gather_equals_a_plain_read(
+    root: Path, text: TextStore, chosen: list[int], length: int
+) -> None:
+    rows = plain_text(TEXT.folder(root))
+    hidden, mask = text.gather(np.array(chosen, np.int64), length)
+    assert hidden.shape == (len(chosen), length, 4)
+    assert mask.shape == (len(chosen), length)
+    for i, position in enumerate(chosen):
+        count = len(rows[position])
+        assert text.lengths(np.array([position])).tolist() == [count]
+        assert hidden[i, :count].tobytes() == rows[position].tobytes()
+        assert not hidden[i, count:].any()
+        assert mask[i].tolist() == [True] * count + [False] * (length - count)
+
+
+def test_text_lengths_and_the_first_token(root: Path, text: TextStore) -> None:
+    rows = plain_text(TEXT.folder(root))
+    everything = np.arange(len(text))
+    first, mask = text.gather(everything, 1)
+    assert np.array_equal(first[:, 0], [row[0] for row in rows])
+    assert mask.all()
+    longest = int(text.lengths(everything).max())
+    with pytest.raises(ValueError, match=f"has {longest} tokens, more than {longest - 1}"):
+        text.gather(everything, longest - 1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_dtypes(tmp_path: Path, dtype: str) -> None:
+    import dataclasses
+
+    parts = [vision_shard(["a", "b"], 0, dtype), vision_shard(["c"], 1, dtype)]
+    spec = dataclasses.replace(VISION, dtype=dtype)
+    make(tmp_path, spec, parts)
+    found = open_store(tmp_path, spec, "x").gather(np.array([2, 0]))
+    assert found.dtype == feature_dtype(dtype)
+    assert found[0].tobytes() == parts[1].features[0, 0].tobytes()
+    assert found[1].tobytes() == parts[0].features[0, 0].tobytes()
+    words = dataclasses.replace(TEXT, dtype=dtype)
+    sentence = text_shard(["a"], 0, dtype)
+    make(tmp_path, words, [sentence])
+    hidden, mask = open_store(tmp_path, words, "x").gather(np.array([0]), 10)
+    assert hidden[mask].tobytes() == sentence.features.tobytes()
+
+
+def test_lookup(vision: VisionStore) -> None:
+    keys = [key for keys in key_lists() for key in keys]
+    assert vision.keys() == keys
+    assert vision.lookup(keys).tolist() == list(range(len(keys)))
+    asked = ["k3", "none", "k11", "k3", ""]
+    assert vision.lookup(asked).tolist() == [3, -1, 11, 3, -1]
+    assert vision.lookup(np.array(asked, object)).dtype == np.int64
+    assert vision.lookup([]).shape == (0,)
+
+
+def test_the_newest_of_equal_keys_counts(tmp_path: Path) -> None:
+    parts = [vision_shard(keys, i) for i, keys in enumerate((["a", "b"], ["b", "c"], ["b"]))]
+    make(tmp_path, VISION, parts)
+    store = open_store(tmp_path, VISION, "x")
+    assert store.lookup(["a", "b", "c"]).tolist() == [0, 4, 3]
+    assert len(store) == 5
+    assert store.source_digests(np.array([4, 1])).tolist() == [
+        list(digest_bytes(b"b2")),
+        list(digest_bytes(b"b0")),
+    ]
+
+
+def test_a_photo_that_changed_and_failed_is_absent(own: Path) -> None:
+    entries = {
+        "k1": {"reason": "damaged", "source_digest": [1, 2]},
+        "k2": {"reason": "cannot be read", "source_digest": None},
+    }
+    (own / "quarantine.json").write_text(json.dumps(entries))
+    store = open_store(own.parent.parent, VISION, "x")
+    assert store.lookup(["k0", "k1", "k2"]).tolist() == [0, -1, 2]
+
+
+@pytest.mark.parametrize("bad", [[-1], [sum(COUNTS)], [0, 10**12]])
+def test_positions_out_of_range(vision: VisionStore, text: TextStore, bad: list[int]) -> None:
+    with pytest.raises(IndexError):
+        vision.gather(np.array(bad))
+    with pytest.raises(IndexError):
+        text.gather(np.array(bad), 12)
+    with pytest.raises(IndexError):
+        vision.source_digests(np.array(bad))
+    with pytest.raises(IndexError):
+        text.lengths(np.array(bad))
+
+
+def test_out_must_fit(vision: VisionStore) -> None:
+    for out in (np.empty((3, 5, 4), np.float16), np.empty((2, 5, 4), np.float32)):
+        with pytest.raises(ValueError, match="out is"):
+            vision.gather(np.array([0, 1]), out)
+
+
+def test_a_flipped_feature_byte_is_never_returned(own: Path) -> None:
+    path = own / shard_name(2)
+    with h5py.File(path) as file:
+        at = file["features"].id.get_offset() + 2 * 40 + 7
+    content = bytearray(path.read_bytes())
+    content[at] ^= 16
+    path.write_bytes(content)
+    store = open_store(own.parent.parent, VISION, "x")
+    out = np.zeros((2, *SHAPE[1:]), np.float16)
+    for _ in range(2):
+        with pytest.raises(CorruptShardError, match=r"shard-00002.h5: row 2 \('k10'\)"):
+            store.gather(np.array([0, 10]), out)
+        assert not out.any()
+    store.gather(np.array([0, 9, 11]))
+
+
+def test_a_missing_shard_and_a_wrong_size(own: Path) -> None:
+    moved = own / shard_name(1)
+    content = moved.read_bytes()
+    moved.unlink()
+    with pytest.raises(CorruptShardError, match="shard-00001.h5 is missing"):
+        VisionStore(own, VISION.to_dict())
+    moved.write_bytes(content + b"\0")
+    with pytest.raises(CorruptShardError, match=f"{len(content) + 1} bytes, expected"):
+        VisionStore(own, VISION.to_dict())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"shards": [{}]}', b'{"shards": 3}'])
+def test_the_manifest_can_be_rebuilt(own: Path, content: bytes | None) -> None:
+    lines = read_manifest(own)
+    (own / "manifest.json").unlink()
+    if content is not None:
+        (own / "manifest.json").write_bytes(content)
+    assert len(VisionStore(own, VISION.to_dict())) == sum(COUNTS)
+    assert read_manifest(own) == []
+    assert reconcile_manifest(own) == lines
+    assert [line["rows"] for line in lines] == list(COUNTS)
+
+
+def test_a_damaged_shard_is_not_taken_into_the_manifest(own: Path) -> None:
+    (own / "manifest.json").unlink()
+    (own / shard_name(1)).write_bytes(b"x")
+    with pytest.raises(CorruptShardError, match="shard-00001"):
+        reconcile_manifest(own)
+
+
+def test_shards_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    parts = [vision_shard(["a"], 0), vision_shard(["b"], 1, shape=(1, 1, 4))]
+    folder = make(tmp_path, VISION, parts)
+    with pytest.raises(CorruptShardError, match=r"has shape \(1, 1, 4\), expected \(1, 5, 4\)"):
+        VisionStore(folder, VISION.to_dict())
+
+
+def test_shards_are_in_numeric_order(tmp_path: Path) -> None:
+    for number in (100000, 2, 99999):
+        (tmp_path / shard_name(number)).touch()
+    names = [path.name for path in shard_paths(tmp_path)]
+    assert names == ["shard-00002.h5", "shard-99999.h5", "shard-100000.h5"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b'{"a": 1}', b'{"a": {"reason": "x"}}', b"\xff"])
+def test_a_broken_quarantine_list(own: Path, content: bytes) -> None:
+    assert read_quarantine(own) == {}
+    (own / "quarantine.json").write_bytes(content)
+    with pytest.raises(CorruptShardError, match="delete it and extract again"):
+        read_quarantine(own)
+
+
+def test_what_open_store_says(own: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    with pytest.raises(MissingFeaturesError, match="no text features .* run `extract`"):
+        open_store(tmp_path, TEXT, "extract")
+    other = dataclasses.replace(VISION, tokens="all", dtype="float32")
+    wanted = "dtype: wanted 'float32', stored 'float16'; tokens: wanted 'all', stored 'patches'"
+    with pytest.raises(StaleFeaturesError, match=wanted):
+        open_store(tmp_path, other, "extract")
+    empty = other.folder(tmp_path)
+    empty.mkdir()
+    (empty / "spec.json").write_text(json.dumps({"spec": other.to_dict()}))
+    with pytest.raises(StaleFeaturesError, match=wanted):
+        open_store(tmp_path, other, "extract")
+    (own / "spec.json").write_text("{}")
+    with pytest.raises(CorruptShardError, match="no readable spec"):
+        open_store(tmp_path, VISION, "extract")
+    with pytest.raises(MissingFeaturesError):
+        open_store(tmp_path, other, "extract")
+
+
+def test_gather_copies_no_more_than_the_batch(tmp_path: Path) -> None:
+    keys = [f"k{i}" for i in range(64)]
+    make(tmp_path, VISION, [vision_shard(keys, 0, shape=(1, 64, 64))])
+    store = open_store(tmp_path, VISION, "x")
+    chosen = np.arange(0, 64, 8)
+    out = np.empty((8, 64, 64), np.float16)
+    tracemalloc.start()
+    try:
+        store.gather(chosen, out)
+        assert tracemalloc.get_traced_memory()[1] < out[0].nbytes
+        tracemalloc.reset_peak()
+        store.gather(chosen)
+        assert tracemalloc.get_traced_memory()[1] < out.nbytes * 1.2
+    finally:
+        tracemalloc.stop()
+
+
+def test_threads(root: Path, text: TextStore) -> None:
+    store = open_store(root, VISION, "x")
+    wanted = plain_vision(VISION.folder(root))
+
+    def work(seed: int) -> bool:
+        chosen = np.random.default_rng(seed).integers(0, len(store), 40)
+        text.gather(chosen, 8)
+        return bool((store.gather(chosen) == wanted[chosen]).all())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(64)))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_after_a_fork(root: Path) -> None:
+    store = open_store(root, VISION, "x")
+    wanted = plain_vision(VISION.folder(root))
+    child = os.fork()
+    if not child:
+        same = np.array_equal(store.gather(np.arange(len(store))), wanted)
+        os._exit(0 if same and store.lookup(["k3"])[0] == 3 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert np.array_equal(store.gather(np.arange(len(store))), wanted)

@@ -1,0 +1,93 @@
+"""A small data set with a rule that only the picture tells, and runs on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from featstore.config import DataConfig, EncodersConfig, StoreConfig
+from featstore.dataset import Dataset, load_dataset
+from featstore.extract import bring_images
+from trainer.config import Config, TrainConfig
+
+SENTENCES = (
+    "a dog",
+    "the man sits on the red ball",
+    "two cats in the park",
+    "the woman is not sleeping , the dog runs in the park . the man is not in the park .",
+)
+IMAGES_OF_SPLIT = {"train": 32, "val": 12, "test": 12}
+
+
+def write_data(folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Write photos, rows and a split; return the `[data]` settings.
+
+    A row is entailment exactly where its photo is red rather than blue. Each
+    photo has every sentence, and each split as many red photos as blue: a
+    model of the sentence alone is right for exactly half the rows.
+    """
+    rng = np.random.default_rng(seed)
+    images = folder / "images"
+    images.mkdir(parents=True)
+    rows, splits = [], {}
+    numbers = itertools.count()
+    for split, count in IMAGES_OF_SPLIT.items():
+        splits[split] = []
+        for i in range(count):
+            image_id = f"photo{next(numbers):03d}"
+            pixels = rng.integers(0, 90, (40, 48, 3), np.uint8)
+            pixels[..., 0 if i % 2 else 2] += 150
+            Image.fromarray(pixels).save(images / f"{image_id}.png")
+            splits[split].append(image_id)
+            label = "entailment" if i % 2 else "contradiction"
+            rows += [
+                {"Image_ID": image_id, "Hypothesis": text, "Label": label} for text in SENTENCES
+            ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(lines)
+    (folder / "split.json").write_text(json.dumps(splits))
+    return {
+        "rows": str(folder / "rows.jsonl"),
+        "images": str(images),
+        "split_file": str(folder / "split.json"),
+    }
+
+
+def tiny_config(folder: Path, vit: Path, text: Path, **train: Any) -> Config:
+    """Write a data set into `folder` and return the settings of a run on it."""
+    settings = {
+        "k_txt": 0,
+        "lr": 3e-3,
+        "batch_size": 16,
+        "epochs": 2,
+        "num_heads": 2,
+        "head_dim": 4,
+        "mlp_dim": 8,
+    }
+    return Config(
+        data=DataConfig(**write_data(folder)),
+        encoders=EncodersConfig(vit=str(vit), text=str(text), sequence_length=24),
+        store=StoreConfig(
+            root=str(folder / "cache"), dtype="float32", shard_rows=20, encode_batch_size=8
+        ),
+        train=TrainConfig(**{**settings, **train}),
+    )
+
+
+def extracted(config: Config) -> Dataset:
+    """Extract the image features of a configuration; return its dataset."""
+    dataset = load_dataset(config.data, Path(config.store.root))
+    ids = dataset.examples.image_ids.tolist()
+    bring_images(config.encoders, config.store, ids, dataset.images)
+    return dataset
+
+
+def with_train(config: Config, **changes: Any) -> Config:
+    """Return the configuration with other `[train]` settings."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
