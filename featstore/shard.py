@@ -354,7 +354,8 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str) -> Shard:
         OverflowError,
         MemoryError,
     ) as error:
-        raise CorruptShardError(f"{path}: not a readable shard ({error})") from error
+        reason = " ".join(str(error).split())
+        raise CorruptShardError(f"{path}: not a readable shard ({reason})") from error
     _check_shapes(path, kind, shape, index)
     header = {
         "format": FORMAT,
@@ -383,6 +384,8 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str) -> Shard:
             )
         versions = dict(json.loads(str(header["versions"])))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CorruptShardError(f"{path}: not a readable shard ({error})") from error
-    features = features.view(feature_dtype(dtype))
+        reason = " ".join(str(error).split())
+        raise CorruptShardError(f"{path}: not a readable shard ({reason})") from error
+    # A plain array on the map: each slice of a memmap object costs microseconds more.
+    features = np.asarray(features).view(feature_dtype(dtype))
     return Shard(path, kind, fingerprint, dtype, features, index, versions)

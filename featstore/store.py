@@ -272,7 +272,12 @@ class TextStore(Store):
         return int(self.shards[0].features.shape[1])
 
     def lengths(self, positions: IntArray) -> IntArray:
-        """Return the number of valid tokens of rows, int64 of shape (batch,)."""
+        """Return the number of valid tokens of rows, int64 of shape (batch,).
+
+        Raises:
+            IndexError: A position is outside [0, len(self)).
+        """
+        self.locate(positions)
         return self._lengths[np.asarray(positions, np.int64)]
 
     def gather(self, positions: IntArray, length: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:

@@ -75,9 +75,9 @@ def test_what_is_refused(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read .No such file"):
+    with pytest.raises(ConfigError, match=r"cannot be read .No such file"):
         load_config(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="cannot be read .Is a directory"):
+    with pytest.raises(ConfigError, match=r"cannot be read .Is a directory"):
         load_config(tmp_path)
     (tmp_path / "latin.toml").write_bytes(b"# caf\xe9\n")
     with pytest.raises(ConfigError, match="not a TOML file"):

@@ -76,9 +76,14 @@ def test_an_exception_of_the_writer_passes_and_leaves_nothing(
 ) -> None:
     path = tmp_path / "x"
     write_bytes(path, b"old")
-    with pytest.raises(type(error)), publish(path) as temporary:
-        temporary.write_bytes(b"half")
-        raise error
+
+    def write_half() -> None:
+        with publish(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write_half()
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x"]
 

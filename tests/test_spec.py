@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -246,8 +247,6 @@ def test_a_missing_spec_is_an_error(folder: Path) -> None:
 
 
 def test_another_format_is_named(tmp_path: Path) -> None:
-    import hashlib
-
     spec = {**VISION.to_dict(), "format": 99}
     name = hashlib.blake2b(canonical_json(spec).encode(), digest_size=16).hexdigest()
     (tmp_path / name).mkdir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import tracemalloc
@@ -103,7 +105,7 @@ def plain_text(folder: Path) -> list[np.ndarray]:
     for path in sorted(folder.glob("*.h5")):
         with h5py.File(path) as file:
             ends = file["offsets"][...]
-            rows += [file["features"][a:b] for a, b in zip(ends, ends[1:], strict=False)]
+            rows += [file["features"][a:b] for a, b in itertools.pairwise(ends)]
     return rows
 
 
@@ -153,8 +155,6 @@ def test_text_lengths_and_the_first_token(root: Path, text: TextStore) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 def test_dtypes(tmp_path: Path, dtype: str) -> None:
-    import dataclasses
-
     parts = [vision_shard(["a", "b"], 0, dtype), vision_shard(["c"], 1, dtype)]
     spec = dataclasses.replace(VISION, dtype=dtype)
     make(tmp_path, spec, parts)
@@ -239,7 +239,7 @@ def test_a_missing_shard_and_a_wrong_size(own: Path) -> None:
     moved = own / shard_name(1)
     content = moved.read_bytes()
     moved.unlink()
-    with pytest.raises(CorruptShardError, match="shard-00001.h5 is missing"):
+    with pytest.raises(CorruptShardError, match=r"shard-00001.h5 is missing"):
         VisionStore(own, VISION.to_dict())
     moved.write_bytes(content + b"\0")
     with pytest.raises(CorruptShardError, match=f"{len(content) + 1} bytes, expected"):
@@ -288,9 +288,7 @@ def test_a_broken_quarantine_list(own: Path, content: bytes) -> None:
 
 
 def test_what_open_store_says(own: Path, tmp_path: Path) -> None:
-    import dataclasses
-
-    with pytest.raises(MissingFeaturesError, match="no text features .* run `extract`"):
+    with pytest.raises(MissingFeaturesError, match=r"no text features .* run `extract`"):
         open_store(tmp_path, TEXT, "extract")
     other = dataclasses.replace(VISION, tokens="all", dtype="float32")
     wanted = "dtype: wanted 'float32', stored 'float16'; tokens: wanted 'all', stored 'patches'"

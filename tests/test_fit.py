@@ -1,0 +1,473 @@
+"""A run: its files, its seeds, stopping and going on, plateaus, divergence, controls."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_runs import extracted, tiny_config, with_train
+
+import trainer.fit
+from featstore.dataset import Dataset, load_dataset
+from featstore.errors import ConfigError, RunError, StoppedError, UsageError
+from trainer.checkpoint import Progress, build_model, load_best
+from trainer.config import Config, TrainConfig, render_config
+from trainer.end_to_end import trained_weights
+from trainer.features import open_features
+from trainer.fit import Reporter, Training, judge, monitored
+from trainer.fusion import HEAD_LAYERS
+from trainer.run import Run
+
+TIMES = {"seconds", "val_seconds", "wait_share"}
+STEPS = 8  # 32 photos × 4 sentences, 16 rows a step
+
+
+@dataclasses.dataclass
+class Workspace:
+    """Extracted features, and a folder for each run."""
+
+    config: Config
+    dataset: Dataset
+    folder: Path
+    _numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+
+    def run(self, name: str = "") -> Run:
+        return Run(self.folder / (name or f"run{next(self._numbers)}"))
+
+    def training(
+        self,
+        run: Run | None = None,
+        init_from: Run | None = None,
+        reporter: Reporter | None = None,
+        compiled: bool = False,
+        **changes: Any,
+    ) -> Training:
+        """Return a training without XLA, which compiles longer than tiny models run."""
+        features = open_features(with_train(self.config, **changes), self.dataset)
+        run = run or self.run()
+        return Training(run, features, init_from, reporter, compiled=compiled)
+
+    def fit(self, **kwargs: Any) -> Training:
+        training = self.training(**kwargs)
+        training.fit()
+        return training
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path, tiny_text: Path) -> Workspace:
+    folder = tmp_path_factory.mktemp("fit")
+    config = tiny_config(folder / "data", tiny_vit, tiny_text)
+    return Workspace(config, extracted(config), folder / "runs")
+
+
+@pytest.fixture(scope="module")
+def plain(work: Workspace) -> Training:
+    """An uninterrupted run that learns the rule."""
+    return work.fit(epochs=4)
+
+
+def history(training: Training | Run) -> list[dict[str, str]]:
+    run = training if isinstance(training, Run) else training.run
+    with run.history_path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files if name != "progress"}
+
+
+def assert_same_run(a: Run, b: Run) -> None:
+    """Check that two runs have the same figures, and the same state bit for bit."""
+    assert history(a) == history(b)
+    assert a.metrics() == b.metrics()
+    first, second = arrays(a.checkpoint_path), arrays(b.checkpoint_path)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.tobytes() == second[name].tobytes(), name
+    best = zip(load_best(a).get_weights(), load_best(b).get_weights(), strict=True)
+    assert all(x.tobytes() == y.tobytes() for x, y in best)
+
+
+def stop_after(steps: int) -> Reporter:
+    asked = itertools.count(1)
+    return Reporter(stopping=lambda: next(asked) >= steps)
+
+
+def test_a_run_writes_every_file_that_it_promises(plain: Training) -> None:
+    documented = [
+        line.split()[0]
+        for line in (sys.modules["trainer.run"].__doc__ or "").splitlines()
+        if line.startswith("    ") and not line.split()[0].startswith("evaluate")
+    ]
+    assert len(documented) >= 8
+    for name in documented:
+        assert (plain.run.folder / name).exists(), name
+    extra = {path.name for path in plain.run.folder.iterdir()} - {n.rstrip("/") for n in documented}
+    assert extra <= {".lock"}
+
+
+def test_a_run_learns_the_rule(plain: Training) -> None:
+    metrics = plain.run.metrics()
+    assert metrics["at_half"]["accuracy"] > 0.95
+    assert metrics["rows"] == 48
+    losses = [float(row["loss"]) for row in history(plain)]
+    assert losses[-1] < losses[0] / 2
+
+
+def test_the_manifest_says_what_the_run_is(plain: Training, work: Workspace) -> None:
+    manifest = plain.run.manifest()
+    assert manifest["status"] == "finished"
+    assert manifest["data"]["rows_digest"] == work.dataset.examples.digest()
+    assert manifest["data"]["counts"]["train"] == {
+        "rows": 128,
+        "images": 32,
+        "entailment": 64,
+        "contradiction": 64,
+    }
+    count = sum(w.size for w in plain.model.get_weights())
+    assert manifest["parameters"]["trainable"] == count
+    assert {"python", "tensorflow", "keras", "numpy"} <= manifest["versions"].keys()
+    wall = manifest["wall_seconds"]
+    assert 0 < wall["training"] + wall["validation"] <= wall["total"]
+    assert plain.run.config() == with_train(work.config, epochs=4)
+
+
+def test_the_figures_of_the_best_epoch_are_those_of_its_weights(
+    plain: Training, work: Workspace
+) -> None:
+    records = history(plain)
+    best = min(records, key=lambda row: float(row["val_loss"]))
+    metrics = plain.run.metrics()
+    assert metrics["epoch"] == int(best["epoch"])
+    assert metrics["loss"] == pytest.approx(float(best["val_loss"]))
+    rows = plain.features.rows("val")
+    batch = rows.batch(np.arange(len(rows)), len(rows))
+    logits = np.asarray(load_best(plain.run)(batch.inputs()), np.float64)[:, 0]
+    p = 1 / (1 + np.exp(-logits))
+    loss = -np.mean(np.where(rows.labels == 1, np.log(p), np.log(1 - p)))
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("k_txt", [0, 2])
+def test_a_seed_decides_everything(work: Workspace, k_txt: int) -> None:
+    first, second = work.fit(k_txt=k_txt), work.fit(k_txt=k_txt)
+    assert_same_run(first.run, second.run)
+    assert history(work.fit(k_txt=k_txt, seed=1)) != history(first)
+
+
+def test_xla_runs_are_repeatable_and_near_the_plain_graph(work: Workspace, plain: Training) -> None:
+    first, second = work.fit(compiled=True), work.fit(compiled=True)
+    assert_same_run(first.run, second.run)
+    # Dropout draws other numbers under XLA.
+    gap = float(history(first)[0]["val_loss"]) - float(history(plain)[0]["val_loss"])
+    assert abs(gap) < 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 5, STEPS, STEPS + 1, 2 * STEPS - 1])
+def test_a_stopped_run_goes_on_as_if_it_had_not(work: Workspace, steps: int) -> None:
+    whole = work.fit(k_txt=0)
+    run = work.run()
+    with pytest.raises(StoppedError, match=f"--name {run.name}") as stopped:
+        work.fit(run=run, reporter=stop_after(steps))
+    assert "\n" not in str(stopped.value)
+    assert run.manifest()["status"] == "stopped"
+    work.fit(run=run)
+    assert_same_run(run, whole.run)
+    assert run.manifest()["status"] == "finished"
+
+
+def test_a_run_stopped_many_times_with_trained_text_layers(work: Workspace) -> None:
+    whole = work.fit(k_txt=1)
+    run = work.run()
+    for _ in range(3):
+        with pytest.raises(StoppedError):
+            work.fit(run=run, k_txt=1, reporter=stop_after(4))
+    work.fit(run=run, k_txt=1)
+    assert_same_run(run, whole.run)
+
+
+def test_a_kill_between_state_and_reports_loses_no_report(work: Workspace, plain: Training) -> None:
+    run = work.run()
+    work.fit(run=run, epochs=4)
+    for path in (run.history_path, run.metrics_path, run.curves_path):
+        path.unlink()
+    run.write_manifest({**run.manifest(), "status": "running"})
+    work.fit(run=run, epochs=4)
+    assert_same_run(run, plain.run)
+    assert run.curves_path.exists()
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from featstore.dataset import load_dataset
+from trainer.config import load_config
+from trainer.features import open_features
+from trainer.fit import Reporter, Training
+from trainer.run import Run
+config = load_config(sys.argv[1])
+run = Run(Path(sys.argv[2]))
+features = open_features(config, load_dataset(config.data, Path(config.store.root)))
+slow = Reporter(stopping=lambda: time.sleep(float(sys.argv[3])), epoch=lambda r: print(r["epoch"], flush=True))
+with run.writing():
+    Training(run, features, reporter=slow, compiled=False).fit()
+"""
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not(work: Workspace, plain: Training) -> None:
+    run = work.run()
+    config = work.folder / "killed.toml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(render_config(with_train(work.config, epochs=4)))
+    root = Path(trainer.fit.__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(config), str(run.folder), "0.3"],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "1"
+        time.sleep(0.5)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    assert run.manifest()["status"] == "running"
+    assert len(history(run)) < 4
+    with run.writing():
+        work.fit(run=run, epochs=4)
+    assert_same_run(run, plain.run)
+
+
+def test_going_on_with_other_inputs_is_refused(work: Workspace, tmp_path: Path) -> None:
+    run = work.run()
+    with pytest.raises(StoppedError):
+        work.fit(run=run, reporter=stop_after(3))
+    with pytest.raises(UsageError, match=r"other settings \(train\.lr: wanted 0\.1, stored 0\.003"):
+        run.check_free_or_same(with_train(work.config, lr=0.1))
+    run.check_free_or_same(work.config)
+    other = work.run()
+    work.fit(run=other, epochs=1)
+    with pytest.raises(RunError, match="--init-from changed"):
+        work.training(run=run, init_from=other)
+    rows = tmp_path / "rows.jsonl"
+    lines = Path(str(work.config.data.rows)).read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[:-1]))
+    data = dataclasses.replace(work.config.data, rows=str(rows))
+    fewer = load_dataset(data, Path(work.config.store.root))
+    with pytest.raises(RunError, match="the rows changed"):
+        Training(run, open_features(work.config, fewer), compiled=False)
+
+
+def test_a_damaged_checkpoint_is_one_line(work: Workspace) -> None:
+    run = work.run()
+    with pytest.raises(StoppedError):
+        work.fit(run=run, reporter=stop_after(3))
+    whole = run.checkpoint_path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"PK\x05\x06" + bytes(18)):
+        run.checkpoint_path.write_bytes(damaged)
+        with pytest.raises(RunError, match="delete it to start again") as caught:
+            work.training(run=run)
+        assert "\n" not in str(caught.value)
+
+
+def test_two_trainings_of_one_run_exclude_each_other(work: Workspace) -> None:
+    run = work.run()
+    with run.writing(), pytest.raises(RunError, match="another process"), Run(run.folder).writing():
+        raise AssertionError("the lock was given twice")
+
+
+def test_a_finished_name_is_taken(plain: Training) -> None:
+    with pytest.raises(UsageError, match="finished run; choose another --name"):
+        plain.run.check_free_or_same(plain.config)
+
+
+def verdicts(values: list[float], **settings: Any) -> list[tuple[bool, bool, bool]]:
+    train, progress = TrainConfig(**settings), Progress()
+    found = []
+    for epoch, value in enumerate(values):
+        progress.epoch = epoch
+        found.append(judge(train, progress, value))
+    return found
+
+
+def test_judge_cuts_and_stops_after_its_patience() -> None:
+    found = verdicts([5, 5, 4, 4, 4, 4, 4], reduce_lr_patience=2, early_stop_patience=6)
+    assert [best for best, _, _ in found] == [True] + [False] * 6
+    assert [cut for _, cut, _ in found] == [False, False, True, False, True, False, True]
+    assert [stop for _, _, stop in found] == [False] * 6 + [True]
+
+
+def test_judge_with_patience_1_acts_at_once() -> None:
+    found = verdicts([1, 1, 2, 1], reduce_lr_patience=1, early_stop_patience=1)
+    assert found == [
+        (True, False, False),
+        (False, True, True),
+        (True, False, False),
+        (False, True, True),
+    ]
+
+
+def test_a_gain_starts_both_patiences_again() -> None:
+    found = verdicts([1, 0, 2, 1, 1], reduce_lr_patience=2, early_stop_patience=2)
+    assert found[3] == (False, False, False)
+    assert found[4] == (False, True, True)
+
+
+def test_the_monitored_value_is_better_when_higher() -> None:
+    record = {"val_loss": 0.3, "val_macro_f1": 0.8, "val_accuracy": 0.7, "val_auc": None}
+    assert monitored(TrainConfig(monitor="val_loss"), record) == -0.3
+    assert monitored(TrainConfig(monitor="val_macro_f1"), record) == 0.8
+    assert monitored(TrainConfig(monitor="val_accuracy"), record) == 0.7
+    with pytest.raises(RunError, match="val_auc"):
+        monitored(TrainConfig(monitor="val_auc"), record)
+
+
+def test_a_plateau_cuts_the_rate_and_ends_the_run(work: Workspace) -> None:
+    # A rate too small to change float32 weights: no epoch is better than the first.
+    training = work.fit(
+        lr=1e-12,
+        weight_decay=0.0,
+        epochs=9,
+        reduce_lr_patience=1,
+        reduce_lr_factor=0.25,
+        early_stop_patience=3,
+    )
+    rates = [float(row["lr"]) for row in history(training)]
+    assert rates == pytest.approx([1e-12, 1e-12, 2.5e-13, 6.25e-14])
+    assert training.run.metrics()["epoch"] == 1
+    assert training.run.manifest()["status"] == "finished"
+
+
+@pytest.mark.parametrize("monitor", ["val_loss", "val_macro_f1", "val_accuracy", "val_auc"])
+def test_the_monitor_chooses_the_epoch(work: Workspace, monitor: str) -> None:
+    training = work.fit(monitor=monitor, epochs=3, lr=0.03)
+    values = [float(row[monitor]) for row in history(training)]
+    best = min(values) if monitor == "val_loss" else max(values)
+    metrics = training.run.metrics()
+    assert metrics["epoch"] == values.index(best) + 1
+    assert metrics["monitor"] == monitor
+
+
+@pytest.mark.parametrize("batch_size", [16, 128])
+def test_divergence_is_one_line_and_the_run_is_stopped(work: Workspace, batch_size: int) -> None:
+    # With one step an epoch it is not the loss but the val logits that are not finite.
+    run = work.run()
+    with pytest.raises(RunError, match="smaller --lr") as caught:
+        work.fit(run=run, lr=1e30, clipnorm=0.0, batch_size=batch_size, epochs=3)
+    assert "\n" not in str(caught.value)
+    assert run.manifest()["status"] == "stopped"
+
+
+def layer_arrays(training: Training) -> dict[str, np.ndarray]:
+    return {name: np.asarray(w) for name, w in trained_weights(training.model).items()}
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 1)])
+def test_init_from_copies_the_head_and_shared_text_layers(
+    work: Workspace, before: int, after: int
+) -> None:
+    source = work.fit(k_txt=before, epochs=1, lr=0.05)
+    fresh = layer_arrays(work.training(k_txt=after, seed=5))
+    training = work.training(k_txt=after, seed=5, init_from=source.run)
+    started = layer_arrays(training)
+    theirs = {n: np.asarray(w) for n, w in trained_weights(load_best(source.run)).items()}
+    text = {name.split("/")[0] for name in started} - set(HEAD_LAYERS)
+    assert len(text) == after
+    for name, value in started.items():
+        expected = theirs.get(name, fresh[name])
+        np.testing.assert_array_equal(value, expected, err_msg=name)
+    shared = {name for name in started if name in theirs}
+    assert {name.split("/")[0] for name in shared} >= {"xattn", "mlp_1", "logit"}
+    assert any((started[name] != fresh[name]).any() for name in shared)
+    manifest = training.manifest
+    assert manifest["init_from"] == str(source.run.folder)
+    assert set(manifest["initialised_layers"]) == {name.split("/")[0] for name in shared}
+
+
+def test_init_from_another_head_is_refused(work: Workspace, plain: Training) -> None:
+    with pytest.raises(RunError, match=r"--init-from run\d+: layer mlp_1: .*shape") as caught:
+        work.training(mlp_dim=9, init_from=plain.run)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_picture_a_run_falls_to_chance(work: Workspace, plain: Training) -> None:
+    blind = work.fit(control="hypothesis-only", epochs=4).run.metrics()
+    # Each sentence is right for half its photos: exactly half, whatever the model says.
+    assert blind["auc"] == pytest.approx(0.5, abs=1e-6)
+    assert blind["at_half"]["accuracy"] == 0.5
+    shuffled = work.fit(control="shuffled-images", epochs=4).run.metrics()
+    assert shuffled["at_half"]["accuracy"] < 0.75
+    assert plain.run.metrics()["at_half"]["accuracy"] > 0.95
+    assert blind["control"] == "hypothesis-only"
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "k_txt": {"k_txt": 1},
+    "lr": {"lr": 1e-3},
+    "weight_decay": {"weight_decay": 0.5},
+    "clipnorm": {"clipnorm": 1e-3},
+    "dropout": {"dropout": 0.5},
+    "batch_size": {"batch_size": 32},
+    "epochs": {"epochs": 1},
+    "num_heads": {"num_heads": 1},
+    "head_dim": {"head_dim": 8},
+    "mlp_dim": {"mlp_dim": 16},
+    "monitor": {"monitor": "val_accuracy"},
+    "reduce_lr_factor": {"reduce_lr_factor": 0.1},
+    "reduce_lr_patience": {"reduce_lr_patience": 2},
+    "early_stop_patience": {"early_stop_patience": 1},
+    "seed": {"seed": 3},
+    "control": {"control": "hypothesis-only"},
+    "dtype_policy": {"dtype_policy": "mixed_bfloat16"},
+}
+# Figures that react to every setting: the rate is high enough for plateaus to come.
+RESTLESS = {"lr": 0.3, "epochs": 4, "reduce_lr_patience": 1, "early_stop_patience": 3}
+
+
+@pytest.fixture(scope="module")
+def restless(work: Workspace) -> Training:
+    return work.fit(**RESTLESS)
+
+
+def test_every_setting_is_in_the_table() -> None:
+    assert CHANGES.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_setting_has_an_effect(work: Workspace, restless: Training, name: str) -> None:
+    changed = work.fit(**{**RESTLESS, **CHANGES[name]})
+    figures = [(history(t), t.run.metrics()["epoch"]) for t in (restless, changed)]
+    assert figures[0] != figures[1]
+
+
+def test_heads_may_follow_from_the_width(work: Workspace) -> None:
+    model = build_model(with_train(work.config, num_heads=0, head_dim=4), (16, 16))
+    assert model.get_layer("xattn").num_heads == 4
+    with pytest.raises(ConfigError, match="head_dim"):
+        build_model(with_train(work.config, num_heads=0, head_dim=5), (16, 16))
+
+
+def test_losses_are_fetched_in_bounded_numbers(
+    work: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.fit, "LOSS_EVERY_STEPS", 3)
+    monkeypatch.setattr(trainer.fit, "CHECKPOINT_SECONDS", 0.0)
+    whole = work.fit()
+    monkeypatch.undo()
+    assert json.dumps(history(whole)) == json.dumps(history(work.fit()))
