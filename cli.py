@@ -421,7 +421,9 @@ def train(
     from trainer.run import Run, find_run, run_folder
 
     source = find_run(Path(runs), init_from) if init_from else None
-    run = Run(run_folder(Path(runs), name or _free_name(Path(runs), config.train.k_txt)))
+    run = Run(
+        run_folder(Path(runs), _free_name(Path(runs), config.train.k_txt) if name is None else name)
+    )
     from featstore.dataset import load_dataset
     from trainer.features import open_features
 

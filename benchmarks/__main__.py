@@ -18,7 +18,9 @@ def benchmarks() -> None:
 @click.option("--count", default=256, show_default=True, help="Photos to extract.")
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--keep/--no-keep", "kept", default=True, help="Write benchmarks/results.")
-def extraction(vit: str | None, photos: str | None, count: int, batch_size: int, kept: bool) -> None:
+def extraction(
+    vit: str | None, photos: str | None, count: int, batch_size: int, kept: bool
+) -> None:
     """Extraction against the bare compiled forward pass."""
     from benchmarks.extraction import measure
     from benchmarks.results_file import keep

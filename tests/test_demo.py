@@ -156,7 +156,7 @@ class TestBalance:
         all_scenes, questions = drawn
         true = Counter(q.scene for q in questions if q.label)
         false = Counter(q.scene for q in questions if not q.label)
-        assert true == false == dict.fromkeys(range(len(all_scenes)), 2)
+        assert true == false == dict.fromkeys(range(len(all_scenes)), scenes.SENTENCES // 2)
 
     def test_no_image_has_a_sentence_twice(self, drawn: tuple[list[Scene], list[Question]]) -> None:
         asked = Counter((q.scene, q.statement.text) for q in drawn[1])
@@ -207,7 +207,7 @@ class TestDemoData:
         rows, images = demo.ensure_demo_data(tmp_path)
         assert rows.parent.parent == images.parent.parent == tmp_path / "demo"
         parsed = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-        assert len(parsed) == 6 * 4
+        assert len(parsed) == 6 * scenes.SENTENCES
         for row in parsed:
             assert set(row) == {"Image_ID", "Label", "Hypothesis", "Premise"}
             assert row["Label"] in ("entailment", "contradiction")
@@ -241,7 +241,7 @@ class TestDemoData:
                 demo.ensure_demo_data(tmp_path)
         assert [path.name for path in (tmp_path / "demo").iterdir()] in ([], [".lock"])
         rows, _ = demo.ensure_demo_data(tmp_path)
-        assert len(rows.read_text().splitlines()) == 24
+        assert len(rows.read_text().splitlines()) == 6 * scenes.SENTENCES
 
     def test_killed_creation_is_swept_and_redone(self, tmp_path: Path) -> None:
         code = (
@@ -258,7 +258,7 @@ class TestDemoData:
         assert list((tmp_path / "demo").glob(".making-*"))
         assert not list((tmp_path / "demo").glob("scenes-*"))
         rows, _ = demo.ensure_demo_data(tmp_path)
-        assert len(rows.read_text().splitlines()) == 24
+        assert len(rows.read_text().splitlines()) == 6 * scenes.SENTENCES
         assert not list((tmp_path / "demo").glob(".making-*"))
 
     def test_processes_at_once(self, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ class TestDemoData:
         assert [error for _, error in answers] == ["", "", ""]
         rows = {Path(output.strip()) for output, _ in answers}
         assert len(rows) == 1
-        assert len(rows.pop().read_text().splitlines()) == 60 * 4
+        assert len(rows.pop().read_text().splitlines()) == 60 * scenes.SENTENCES
         left = [p.name for p in (tmp_path / "demo").iterdir() if p.name != ".lock"]
         assert left == [f"scenes-v{demo.VERSION}-s{demo.SEED}"]
 

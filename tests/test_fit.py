@@ -161,7 +161,7 @@ def test_the_figures_of_the_best_epoch_are_those_of_its_weights(
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("k_txt", [0, 2])
+@pytest.mark.parametrize("k_txt", [0, 1])
 def test_a_seed_decides_everything(work: Workspace, k_txt: int) -> None:
     first, second = work.fit(k_txt=k_txt), work.fit(k_txt=k_txt)
     assert_same_run(first.run, second.run)
@@ -192,9 +192,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(work: Workspace, steps: int) -> 
 def test_a_run_stopped_many_times_with_trained_text_layers(work: Workspace) -> None:
     whole = work.fit(k_txt=1)
     run = work.run()
-    for _ in range(3):
+    for steps in (3, 7):
         with pytest.raises(StoppedError):
-            work.fit(run=run, k_txt=1, reporter=stop_after(4))
+            work.fit(run=run, k_txt=1, reporter=stop_after(steps))
     work.fit(run=run, k_txt=1)
     assert_same_run(run, whole.run)
 
@@ -221,7 +221,10 @@ from trainer.run import Run
 config = load_config(sys.argv[1])
 run = Run(Path(sys.argv[2]))
 features = open_features(config, load_dataset(config.data, Path(config.store.root)))
-slow = Reporter(stopping=lambda: time.sleep(float(sys.argv[3])), epoch=lambda r: print(r["epoch"], flush=True))
+slow = Reporter(
+    stopping=lambda: time.sleep(float(sys.argv[3])),
+    epoch=lambda record: print(record["epoch"], flush=True),
+)
 with run.writing():
     Training(run, features, reporter=slow, compiled=False).fit()
 """
@@ -428,7 +431,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "num_heads": {"num_heads": 1},
     "head_dim": {"head_dim": 8},
     "mlp_dim": {"mlp_dim": 16},
-    "monitor": {"monitor": "val_accuracy"},
+    "monitor": {"monitor": "val_loss"},
     "reduce_lr_factor": {"reduce_lr_factor": 0.1},
     "reduce_lr_patience": {"reduce_lr_patience": 2},
     "early_stop_patience": {"early_stop_patience": 1},
@@ -436,8 +439,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "control": {"control": "hypothesis-only"},
     "dtype_policy": {"dtype_policy": "mixed_bfloat16"},
 }
-# Figures that react to every setting: the rate is high enough for plateaus to come.
-RESTLESS = {"lr": 0.3, "epochs": 4, "reduce_lr_patience": 1, "early_stop_patience": 3}
+# The accuracy soon stands at 1 and gains no more: rate cuts and the early stop come.
+RESTLESS = {
+    "lr": 0.05,
+    "epochs": 6,
+    "monitor": "val_accuracy",
+    "reduce_lr_patience": 1,
+    "early_stop_patience": 3,
+}
 
 
 @pytest.fixture(scope="module")

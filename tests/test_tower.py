@@ -14,8 +14,8 @@ import pytest
 import tensorflow as tf
 from tiny_presets import randomise, tiny_text_backbone
 
-from featstore.presets import resolve_preset
 from featstore.errors import ConfigError, PresetError, RunError
+from featstore.presets import resolve_preset
 from trainer.config import TrainConfig
 from trainer.tower import (
     TextTail,

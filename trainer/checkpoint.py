@@ -144,12 +144,13 @@ def save_state(
     path: Path, model: keras.Model, optimizer_variables: list[Any], progress: Progress
 ) -> None:
     """Publish everything that the rest of a training depends on, as one .npz."""
-    arrays = {f"model/{i}": np.asarray(v) for i, v in enumerate(model.trainable_variables)}
-    arrays |= {f"optimizer/{i}": np.asarray(v) for i, v in enumerate(optimizer_variables)}
+    numpy = keras.ops.convert_to_numpy
+    arrays = {f"model/{i}": numpy(v) for i, v in enumerate(model.trainable_variables)}
+    arrays |= {f"optimizer/{i}": numpy(v) for i, v in enumerate(optimizer_variables)}
     arrays |= {f"random/{name}": value for name, value in random_state(model).items()}
     arrays["progress"] = np.array(json.dumps(vars(progress), allow_nan=False))
     with publish(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)
 
 
 def load_state(path: Path, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Progress:

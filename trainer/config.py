@@ -109,7 +109,7 @@ def load_config(
     for name, values in given.items():
         if name not in SECTIONS:
             raise ConfigError(
-                f"{file}: unknown section [{name}]{suggest(name, SECTIONS)};"
+                f"{file}: unknown section {name!r}{suggest(name, SECTIONS)};"
                 f" known: {', '.join(SECTIONS)}"
             )
         if not isinstance(values, dict):

@@ -24,6 +24,29 @@ def extract_command(what: str, split: str) -> str:
     return f"python cli.py extract-{what} --split {split}"
 
 
+def usable_rows(
+    dataset: Dataset, vision: VisionStore, split: str
+) -> tuple[IntArray, dict[str, str]]:
+    """Return a split's rows whose photo has features; see `Features.usable`."""
+    rows = dataset.rows(split)
+    if not len(rows):
+        raise DataError(f"split {split!r} has no rows; give it a share in [data] fractions")
+    ids = dataset.examples.image_ids[rows]
+    present = vision.lookup(ids) >= 0
+    absent = dict.fromkeys(ids[~present])
+    quarantine = read_quarantine(vision.folder) if absent else {}
+    missing = [image_id for image_id in absent if image_id not in quarantine]
+    if missing:
+        raise MissingFeaturesError(
+            f"{vision.folder}: {len(missing)} of {len(set(ids))} photos of split"
+            f" {split!r} have no features (first: {missing[0]!r}); run"
+            f" `{extract_command('vit', split)}`"
+        )
+    if not present.any():
+        raise DataError(f"split {split!r} has no row whose photo could be read")
+    return rows[present], {key: quarantine[key]["reason"] for key in absent}
+
+
 @dataclass
 class Features:
     """Both stores of a configuration and the rows of its dataset."""
@@ -49,23 +72,7 @@ class Features:
             MissingFeaturesError: A photo was never extracted.
             DataError: No row is left.
         """
-        rows = self.dataset.rows(split)
-        if not len(rows):
-            raise DataError(f"split {split!r} has no rows; give it a share in [data] fractions")
-        ids = self.dataset.examples.image_ids[rows]
-        present = self.vision.lookup(ids) >= 0
-        absent = dict.fromkeys(ids[~present])
-        quarantine = read_quarantine(self.vision.folder) if absent else {}
-        missing = [image_id for image_id in absent if image_id not in quarantine]
-        if missing:
-            raise MissingFeaturesError(
-                f"{self.vision.folder}: {len(missing)} of {len(set(ids))} photos of split"
-                f" {split!r} have no features (first: {missing[0]!r}); run"
-                f" `{extract_command('vit', split)}`"
-            )
-        if not present.any():
-            raise DataError(f"split {split!r} has no row whose photo could be read")
-        return rows[present], {key: quarantine[key]["reason"] for key in absent}
+        return usable_rows(self.dataset, self.vision, split)
 
     def rows(self, split: str, control: str = "none") -> CachedRows:
         """Return a split's rows, ready to be read in batches.
@@ -106,7 +113,7 @@ def open_features(config: Config, dataset: Dataset, bar: ProgressBar = no_progre
         bar: Shows the encoding of sentences.
 
     Raises:
-        MissingFeaturesError: Nothing was extracted yet.
+        MissingFeaturesError: A photo of the train or val split was not extracted.
         StaleFeaturesError: What was extracted is of other specs.
         DataError: The train or val split has rows of one class only.
     """
@@ -117,6 +124,9 @@ def open_features(config: Config, dataset: Dataset, bar: ProgressBar = no_progre
         rows = dataset.rows(split)
         require_both_classes(dataset.examples.select(rows), f"split {split!r}")
     vision = open_store(root, image_spec, extract_command("vit", "all"))
+    for split in ("train", "val"):
+        # Before the sentences are encoded, which would be for nothing.
+        usable_rows(dataset, vision, split)
     sentences = dataset.examples.hypotheses.tolist()
     bring_text(config.encoders, config.store, sentences, config.train.k_txt, bar)
     text = open_store(root, sentence_spec, extract_command("text", "all"))

@@ -35,6 +35,7 @@ from trainer.run import Run
 from trainer.step import Stepper, make_optimizer, make_stepper
 
 CHECKPOINT_SECONDS = 120.0
+CURVES_SECONDS = 10.0
 LOSS_EVERY_STEPS = 50
 
 
@@ -156,7 +157,7 @@ class Training:
         self.config: Config = features.config
         self.train_config = self.config.train
         self.reporter = reporter or Reporter()
-        self.started = time.perf_counter()
+        self.started = self._drawn = time.perf_counter()
         keras.utils.set_random_seed(self.train_config.seed)
         self.rows = features.rows("train", self.train_config.control)
         self.val_rows = features.rows("val", self.train_config.control)
@@ -175,7 +176,8 @@ class Training:
 
     def _manifest(self, row_shape: tuple[int, int], init_from: Run | None) -> dict[str, Any]:
         features = self.features
-        _, unread = features.usable("all")
+        # Not of the test split, whose photos need not be extracted yet.
+        unread = features.usable("train")[1] | features.usable("val")[1]
         trainable = sum(math.prod(v.shape) for v in self.model.trainable_variables)
         return {
             "name": self.run.name,
@@ -259,6 +261,8 @@ class Training:
         except BaseException:
             self._write_manifest("stopped")
             raise
+        finally:
+            self._draw_curves()
         self._write_manifest("finished")
         return self.run.metrics()
 
@@ -375,10 +379,20 @@ class Training:
                 **self.progress.best_metrics,
             },
         )
-        plot_learning_curves(
-            history, run.curves_path, monitor=self.train_config.monitor, title=run.name
-        )
+        # Drawing takes longer than a small model's epoch.
+        if time.perf_counter() - self._drawn > CURVES_SECONDS:
+            self._draw_curves()
         self._write_manifest("running")
+
+    def _draw_curves(self) -> None:
+        if self.progress.history:
+            plot_learning_curves(
+                self.progress.history,
+                self.run.curves_path,
+                monitor=self.train_config.monitor,
+                title=self.run.name,
+            )
+        self._drawn = time.perf_counter()
 
 
 def _write_tensorboard(run: Run, record: dict[str, Any]) -> None:

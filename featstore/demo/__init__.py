@@ -22,18 +22,18 @@ TEXT_PRESET = str(_PRESETS / "text_demo")
 # `[train]` settings that suit these encoders: 64 wide instead of 768.
 DEMO_TRAIN: dict[str, Any] = {
     "k_txt": 3,
-    "lr": 1e-3,
+    "lr": 5e-4,
     "dropout": 0.1,
     "epochs": 10,
     "num_heads": 4,
-    "head_dim": 32,
-    "mlp_dim": 128,
+    "head_dim": 64,
+    "mlp_dim": 512,
 }
 
 # A change of what the generator writes needs a new version.
 VERSION = 1
 SEED = 0
-IMAGES = 1800
+IMAGES = 2400
 
 
 def ensure_demo_data(root: Path) -> tuple[Path, Path]:

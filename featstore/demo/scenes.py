@@ -43,6 +43,8 @@ SHAPES = ("circle", "square", "triangle", "star")
 DIRECTIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("one", "two", "three", "four")
 MOST_SHAPES = 5
+# Sentences of one image.
+SENTENCES = 6
 TRUE, FALSE, UNDEFINED = 1, 0, -1
 
 # Two shapes closer than this along an axis have no clear order on it.
@@ -364,7 +366,7 @@ def _choose(rng: random.Random, statements: Sequence[int], size: int) -> list[in
 
 
 def draw_questions(
-    images: int, seed: int, sentences: int = 4
+    images: int, seed: int, sentences: int = SENTENCES
 ) -> tuple[list[Scene], list[Question]]:
     """Draw scenes and sentences that cannot be judged without them.
 
