@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 demo: install
 	$(BIN)/python cli.py extract-vit
 	$(BIN)/python cli.py train --k-txt 3 --name demo-$$(date +%Y%m%d-%H%M%S)
-	$(BIN)/python cli.py train --k-txt 3 --control shuffled-images --epochs 5 --name shuffled-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/python cli.py train --k-txt 3 --control shuffled-images --epochs 3 --name shuffled-$$(date +%Y%m%d-%H%M%S)
 
 test: install-dev check
 

@@ -257,8 +257,8 @@ def init(config_file: str, force: bool) -> None:
     path = Path(config_file)
     if path.exists() and not force:
         raise UsageError(f"{path}: there already; --force replaces it")
-    write_text(path, render_config(Config(), comments=True))
-    click.echo(f"{path}: set [data] rows and images, then run `python cli.py extract-vit`")
+    write_text(path, render_config(Config(), comments=True, defaults=False))
+    click.echo(f"{path}: set rows and images in [data], then run `python cli.py extract-vit`")
 
 
 @cli.command("extract-vit")

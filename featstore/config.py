@@ -274,8 +274,15 @@ def toml_value(value: Any) -> str:
     return repr(value)
 
 
-def render_toml(config: Any, comments: bool = True) -> str:
-    """Write a composite of sections as TOML, with each setting's help above it."""
+def render_toml(config: Any, comments: bool = False, defaults: bool = True) -> str:
+    """Write a composite of sections as TOML.
+
+    Args:
+        config: The sections.
+        comments: Write each setting's help above it.
+        defaults: Set what has its default value; False writes it as a comment,
+            so that it still follows what a later version or the demo defaults to.
+    """
     blocks = []
     for part in dataclasses.fields(config):
         lines = [f"[{part.name}]"]
@@ -286,6 +293,8 @@ def render_toml(config: Any, comments: bool = True) -> str:
                 if field.metadata["choices"]:
                     text += f" ({' | '.join(map(str, field.metadata['choices']))})"
                 lines.append(f"# {text}")
-            lines.append(f"{field.name} = {toml_value(getattr(section, field.name))}")
+            value = getattr(section, field.name)
+            mark = "" if defaults or value != field.default else "# "
+            lines.append(f"{mark}{field.name} = {toml_value(value)}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"

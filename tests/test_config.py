@@ -36,7 +36,7 @@ def test_every_setting_has_a_help_text(name: str, field: dataclasses.Field[Any])
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[stor]", r"unknown section \[stor\] \(did you mean 'store'\?\); known: data, encoders"),
+        ("[stor]", r"unknown section 'stor' \(did you mean 'store'\?\); known: data, encoders"),
         ("[train]\nlearning_rat = 1", r"unknown setting 'learning_rat' in \[train\].*known: k_txt"),
         ("[train]\nbatchsize = 1", r"\(did you mean 'batch_size'\?\)"),
         ("[store]\nshards_rows = 1", r"\(did you mean 'shard_rows'\?\)"),
@@ -156,7 +156,7 @@ def test_without_rows_the_demo_fills_what_is_not_given(tmp_path: Path) -> None:
     assert not own.is_demo
     assert demo.train.lr == own.train.lr == 0.5
     assert demo.encoders.vit != own.encoders.vit
-    assert own.train.mlp_dim == Config().train.mlp_dim != demo.train.mlp_dim
+    assert own.train.num_heads == Config().train.num_heads != demo.train.num_heads
 
 
 def test_suggest() -> None:

@@ -135,6 +135,6 @@ def load_config(
     return Config(**{**sections, "store": dataclasses.replace(sections["store"], root=str(root))})
 
 
-def render_config(config: Config, comments: bool = False) -> str:
-    """Return the settings as TOML that `load_config` reads back."""
-    return render_toml(config, comments)
+def render_config(config: Config, comments: bool = False, defaults: bool = True) -> str:
+    """Return the settings as TOML that `load_config` reads back; see `render_toml`."""
+    return render_toml(config, comments, defaults)

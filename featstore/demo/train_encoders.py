@@ -7,10 +7,7 @@ sentence of `scenes.STATEMENTS` on every scene: a cross-attention whose query is
 the text `[CLS]` and whose keys and values are the ViT's patches, as in the
 trainer's head. Since all sentences are asked of all scenes of a batch, each
 sentence is encoded once a step. Linear probes on each patch (what lies here,
-what lies on its four sides, how many of each there are) help the ViT to see,
-and one on `[CLS]` (what the sentence claims) keeps the parts of a sentence
-apart. The cross-attention starts anew in a few epochs, so that the encoders suit
-any head and not only the one that they grew up with.
+what lies on its four sides, how many of each there are) help the ViT to see.
 
 The scenes are drawn with seeds that the demo's own data never use. One epoch is
 a minute and a half on two free cores; the presets that ship took 39 minutes on
@@ -40,7 +37,6 @@ from keras import ops
 from featstore.demo.scenes import (
     CLEAR_OFFSET,
     COLOURS,
-    DIRECTIONS,
     IMAGE_SIZE,
     MOST_SHAPES,
     NUMBERS,
@@ -167,26 +163,6 @@ def probe_targets(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
     }
 
 
-def claim_targets() -> np.ndarray:
-    """Tell the parts of each statement: kind, subject, object, number and direction.
-
-    Returns:
-        float32 of shape (statements, parts), of 0 and 1.
-    """
-    kinds = sorted({statement.kind for statement in STATEMENTS})
-    rows = [
-        [
-            *(statement.kind == kind for kind in kinds),
-            *(name in statement.subject.split() for name in CLASSES),
-            *(name == statement.object for name in CLASSES),
-            *(statement.number == number for number in range(1, len(NUMBERS) + 1)),
-            *(statement.direction == direction for direction in DIRECTIONS),
-        ]
-        for statement in STATEMENTS
-    ]
-    return np.array(rows, np.float32)
-
-
 class JointModel(keras.Model):
     """Judges every statement on every image, from pixels.
 
@@ -226,8 +202,6 @@ class JointModel(keras.Model):
             "around": keras.layers.Dense(SIDES * len(CLASSES)),
             "counts": keras.layers.Dense(len(CLASSES) * (MOST_SHAPES + 1)),
         }
-        self.claims = claim_targets()
-        self.claim_probe = keras.layers.Dense(self.claims.shape[1])
 
     def call(self, pixels: Any, training: bool = False) -> dict[str, Any]:
         """Judge a batch.
@@ -252,26 +226,9 @@ class JointModel(keras.Model):
         seen = ops.einsum("bhsp,bphd->bshd", scores, value)
         seen = ops.reshape(seen, (-1, len(self.token_ids), self.num_heads * self.head_dim))
         fused = self.norm(self.output_projection(seen) + sentences[None])
-        claims = self.claim_probe(sentences)
-        self.add_loss(ops.mean(ops.softplus(claims) - self.claims * claims))
         outputs = {name: probe(patches) for name, probe in self.probes.items()}
         outputs["statements"] = self.logit(self.hidden(fused))[..., 0]
         return outputs
-
-    def restart_head(self) -> None:
-        """Give the cross-attention and what follows it fresh weights."""
-        for layer in (
-            self.query,
-            self.key,
-            self.value,
-            self.output_projection,
-            self.hidden,
-            self.logit,
-        ):
-            layer.kernel.assign(keras.initializers.GlorotUniform()(layer.kernel.shape))
-            layer.bias.assign(ops.zeros_like(layer.bias))
-        self.norm.gamma.assign(ops.ones_like(self.norm.gamma))
-        self.norm.beta.assign(ops.zeros_like(self.norm.beta))
 
 
 def statement_loss(table: np.ndarray) -> Any:
@@ -395,13 +352,6 @@ def main(out: Path, seed: int, scenes: int, epochs: int, batch_size: int, lr: fl
         jit_compile=True,
     )
 
-    # The last third is left for the last head.
-    restarts = {epochs * share // 12 for share in (4, 6, 8)}
-
-    def restart(epoch: int, logs: dict[str, float] | None) -> None:
-        if epoch in restarts:
-            model.restart_head()
-
     def report(epoch: int, logs: dict[str, float] | None) -> None:
         found = model.predict(held_out_pixels[:512], batch_size=batch_size, verbose=0)
         kinds = accuracy_by_kind(held_out_table[:512], found["statements"])
@@ -416,7 +366,7 @@ def main(out: Path, seed: int, scenes: int, epochs: int, batch_size: int, lr: fl
         batch_size=batch_size,
         epochs=epochs,
         verbose=0,
-        callbacks=[keras.callbacks.LambdaCallback(on_epoch_begin=restart, on_epoch_end=report)],
+        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=report)],
     )
 
     folders = {"vit_demo": (vit, converter), "text_demo": (text, tokenizer)}
