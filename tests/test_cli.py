@@ -486,6 +486,7 @@ def command(*args: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_an_extraction(project: Project, tmp_path: Path, number: signal.Signals) -> None:
     images, count = tmp_path / "images", 300
@@ -519,6 +520,7 @@ def test_stopping_an_extraction(project: Project, tmp_path: Path, number: signal
     assert rest["extracted"] == count - kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_a_training(
     project: Project, extraction: object, tmp_path: Path, number: signal.Signals

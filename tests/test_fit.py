@@ -161,6 +161,7 @@ def test_the_figures_of_the_best_epoch_are_those_of_its_weights(
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k_txt", [0, 1])
 def test_a_seed_decides_everything(work: Workspace, k_txt: int) -> None:
     first, second = work.fit(k_txt=k_txt), work.fit(k_txt=k_txt)
@@ -168,6 +169,7 @@ def test_a_seed_decides_everything(work: Workspace, k_txt: int) -> None:
     assert history(work.fit(k_txt=k_txt, seed=1)) != history(first)
 
 
+@pytest.mark.slow
 def test_xla_runs_are_repeatable_and_near_the_plain_graph(work: Workspace, plain: Training) -> None:
     first, second = work.fit(compiled=True), work.fit(compiled=True)
     assert_same_run(first.run, second.run)
@@ -189,6 +191,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(work: Workspace, steps: int) -> 
     assert run.manifest()["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_run_stopped_many_times_with_trained_text_layers(work: Workspace) -> None:
     whole = work.fit(k_txt=1)
     run = work.run()
@@ -230,6 +233,7 @@ with run.writing():
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_it_had_not(work: Workspace, plain: Training) -> None:
     run = work.run()
     config = work.folder / "killed.toml"
