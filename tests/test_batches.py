@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 
 import numpy as np
@@ -136,9 +137,10 @@ def test_other_images_replaces_each_image_by_one_other(images: list[int], seed: 
 
 
 def test_trim_lengths_end_at_the_longest() -> None:
-    assert trim_lengths(24) == (8, 12, 24)
-    for length in range(3, 70):
-        trims = trim_lengths(length)
+    assert trim_lengths(24, rows=1000) == (8, 12, 24)
+    assert trim_lengths(24, rows=31_340) == (8, 10, 12, 16, 24)
+    for length, rows in itertools.product(range(3, 70), (1000, 31_340)):
+        trims = trim_lengths(length, rows)
         assert trims[-1] == length
         assert list(trims) == sorted(set(trims))
         assert trims[0] >= 3

@@ -11,8 +11,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-import tensorflow as tf
-from tiny_presets import randomise, tiny_text_backbone
+from tiny_presets import tiny_text_backbone
 
 from featstore.errors import ConfigError, PresetError, RunError
 from featstore.presets import resolve_preset
@@ -20,7 +19,6 @@ from trainer.config import TrainConfig
 from trainer.tower import (
     TextTail,
     build_cached_model,
-    first_token_layer,
     load_text_layers,
     random_state,
     set_random_state,
@@ -66,50 +64,6 @@ def test_sizes_of_the_study(k_txt: int, count: int) -> None:
     assert sum(weight.value.shape.num_elements() for weight in model.trainable_weights) == count
     names = [layer.name for layer in model.get_layer("text_tail").transformer_layers]
     assert names == [f"transformer_layer_{i}" for i in range(6 - k_txt, 6)]
-
-
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 9])
-def test_first_token_layer_equals_keras_hub(pre_norm: bool, masked: bool, length: int) -> None:
-    layer = keras_hub.layers.TransformerEncoder(
-        intermediate_dim=12, num_heads=2, dropout=0.1, activation="gelu", normalize_first=pre_norm
-    )
-    layer.build((None, None, 8))
-    randomise(layer, 5)
-    rng = np.random.default_rng(1)
-    hidden = tf.constant(rng.normal(size=(4, length, 8)).astype(np.float32))
-    mask = np.arange(length) < rng.integers(1, length + 1, size=(4, 1)) if masked else None
-    results = []
-    for call in (
-        lambda: layer(hidden, padding_mask=mask, training=False)[:, :1],
-        lambda: first_token_layer(layer, hidden, mask, training=False),
-    ):
-        with tf.GradientTape() as tape:
-            tape.watch(hidden)
-            output = call()
-            loss = tf.reduce_sum(tf.sin(output))
-        gradients = tape.gradient(loss, [hidden, *layer.trainable_variables])
-        assert None not in gradients
-        results.append([output, *gradients])
-    for plain, fast in zip(*results, strict=True):
-        np.testing.assert_allclose(fast, plain, atol=1e-5)
-
-
-def test_first_token_layer_drops_as_often() -> None:
-    """Over many draws, mean and spread of the output are those of the plain layer."""
-    layer = keras_hub.layers.TransformerEncoder(intermediate_dim=12, num_heads=2, dropout=0.3)
-    layer.build((None, None, 8))
-    randomise(layer, 5)
-    one = np.random.default_rng(1).normal(size=(1, 5, 8)).astype(np.float32)
-    hidden = np.repeat(one, 20_000, axis=0)
-    mask = np.repeat([[True, True, True, True, False]], len(hidden), axis=0)
-    plain = np.asarray(layer(hidden, padding_mask=mask, training=True)[:, 0])
-    fast = np.asarray(first_token_layer(layer, hidden, mask, training=True)[:, 0])
-    assert plain.std(0).min() > 0.05
-    error = 6 * plain.std(0) / np.sqrt(len(hidden))
-    assert (np.abs(plain.mean(0) - fast.mean(0)) < error).all()
-    np.testing.assert_allclose(fast.std(0), plain.std(0), rtol=0.05)
 
 
 @pytest.mark.parametrize("fast", [True, False])

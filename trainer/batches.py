@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -17,6 +18,8 @@ from featstore.store import TextStore, VisionStore
 
 IntArray = NDArray[np.int64]
 
+MANY_ROWS = 4096
+ALIGNMENT = 64
 WINDOW_BATCHES = 64
 PREFETCHED = 4
 
@@ -50,10 +53,33 @@ class Batch:
         }
 
 
-def trim_lengths(sequence_length: int) -> tuple[int, ...]:
-    """Return the few lengths that batches are padded to: each costs one compilation."""
-    steps = {sequence_length // 3, sequence_length // 2, sequence_length}
+def trim_lengths(sequence_length: int, rows: int) -> tuple[int, ...]:
+    """Return the few lengths that batches are padded to.
+
+    Each costs a compilation of some seconds. From `MANY_ROWS` on, two more pay:
+    at 24 tokens, the hypotheses of SNLI-VE are then padded to 10.9 tokens on
+    average instead of 12.6.
+
+    Args:
+        sequence_length: The longest.
+        rows: Rows of an epoch.
+    """
+    twelfths = (4, 6, 12) if rows < MANY_ROWS else (4, 5, 6, 8, 12)
+    steps = {sequence_length * part // 12 for part in twelfths}
     return tuple(sorted(step for step in steps if step >= 3))
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Return an array that starts on a multiple of `ALIGNMENT` bytes.
+
+    TensorFlow and JAX can take such a one over on a CPU without a copy. It
+    must not be written again while a step may read it.
+    """
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def epoch_batches(
@@ -143,7 +169,7 @@ class CachedRows:
         self.text_positions = text_positions
         self.blind = control == "hypothesis-only"
         self.k_txt = k_txt
-        trims = np.array(trim_lengths(sequence_length) if k_txt else (1,))
+        trims = np.array(trim_lengths(sequence_length, len(labels)) if k_txt else (1,))
         self.lengths = trims[
             np.searchsorted(trims, np.minimum(text.lengths(text_positions), trims[-1]))
         ]
@@ -161,10 +187,11 @@ class CachedRows:
         """
         filled = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
         positions = self.image_positions[filled]
+        features = aligned_empty((batch_size, *self.vision.row_shape), self.vision.dtype)
         if self.blind:
-            features = np.zeros((batch_size, *self.vision.row_shape), self.vision.dtype)
+            features.fill(0)
         else:
-            features = self.vision.gather(positions)
+            self.vision.gather(positions, features)
         hidden, mask = self.text.gather(self.text_positions[filled], int(self.lengths[rows].max()))
         weights = np.zeros(batch_size, np.float32)
         weights[: len(rows)] = 1

@@ -1,11 +1,4 @@
-"""The fusion head: one text query attends over an image's tokens, then a small MLP.
-
-With one query, attention is `softmax(q·(W_k x_j)) · (W_v x_j)`. Both products
-can be regrouped so that no token is projected: `(W_kᵀ q)·x_j` for the scores,
-and `W_v (Σ a_j x_j) + b_v Σ a_j` for the result. Same weights, same gradients,
-far fewer multiplications. `Σ a_j` stays because dropout on the scores moves it
-away from 1.
-"""
+"""The fusion head: one text query attends over an image's tokens, then a small MLP."""
 
 from __future__ import annotations
 
@@ -16,52 +9,9 @@ from keras import ops
 
 from featstore.errors import ConfigError
 from trainer.config import TrainConfig
+from trainer.fastpath import single_query_attention
 
 HEAD_LAYERS = ("xattn", "xattn_residual", "xattn_norm", "flatten_cls", "mlp_1", "drop_1", "logit")
-
-
-def single_query_attention(
-    attention: keras.layers.MultiHeadAttention,
-    query: Any,
-    features: Any,
-    attention_mask: Any = None,
-    training: bool | None = None,
-) -> tuple[Any, Any]:
-    """Apply a built `MultiHeadAttention` to one query without projecting the features.
-
-    Args:
-        attention: A built layer; its own weights, softmax and dropout are used.
-        query: Float of shape (batch, 1, query_width).
-        features: Float of shape (batch, tokens, width): keys and values.
-        attention_mask: Bool of shape (batch, 1, tokens), True where the query
-            may look, or None.
-        training: Whether dropout applies to the scores.
-
-    Returns:
-        The output, of shape (batch, 1, output_width), and the attention
-        weights before dropout, of shape (batch, heads, 1, tokens).
-    """
-    dtype = attention.compute_dtype
-    features = ops.cast(features, dtype)
-    # Heads first and features last: every product is then a plain batched GEMM.
-    q = attention.query_dense(query)[:, 0] * ops.cast(attention._inverse_sqrt_key_dim, dtype)
-    key_kernel = ops.transpose(ops.cast(attention.key_dense.kernel, dtype), (1, 2, 0))
-    absorbed = ops.matmul(ops.transpose(q, (1, 0, 2)), key_kernel)
-    scores = ops.matmul(ops.transpose(absorbed, (1, 0, 2)), ops.transpose(features, (0, 2, 1)))
-    if attention.use_bias:
-        # One constant a head, which softmax ignores. Kept so that the key bias still has a
-        # gradient (of zero), and the optimizer treats it as it does end to end.
-        key_bias = ops.cast(attention.key_dense.bias, dtype)
-        scores = scores + ops.sum(q * key_bias, axis=-1, keepdims=True)
-    weights = attention._masked_softmax(ops.expand_dims(scores, 2), attention_mask)
-    kept = attention._dropout_layer(weights, training=training)
-    pooled = ops.matmul(kept[:, :, 0], features)
-    value_kernel = ops.transpose(ops.cast(attention.value_dense.kernel, dtype), (1, 0, 2))
-    value = ops.transpose(ops.matmul(ops.transpose(pooled, (1, 0, 2)), value_kernel), (1, 0, 2))
-    if attention.use_bias:
-        value_bias = ops.cast(attention.value_dense.bias, dtype)
-        value = value + ops.sum(kept, axis=-1) * value_bias
-    return attention.output_dense(ops.expand_dims(value, 1)), weights
 
 
 @keras.saving.register_keras_serializable(package="featstore")
@@ -116,7 +66,8 @@ class CrossAttention(keras.layers.MultiHeadAttention):
             and getattr(self, "_sliding_window", None) is None
         )
         if absorbs:
-            output, weights = single_query_attention(self, query, value, training=training)
+            output, weights = single_query_attention(self, query[:, 0], value, training=training)
+            output = ops.expand_dims(output, 1)
             return (output, weights) if return_attention_scores else output
         return super().call(
             query,

@@ -9,12 +9,12 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from featstore.encoders import check_k_txt, transformer_layers
 from featstore.errors import PresetError, RunError
 from trainer.config import TrainConfig
-from trainer.fusion import apply_head, single_query_attention
+from trainer.fastpath import encoder_layer, first_token_layer, use_threefry
+from trainer.fusion import apply_head
 
 TAIL_NAME = "text_tail"
 
@@ -27,9 +27,8 @@ class TextTail(keras.layers.Layer):
         layer_configs: `get_config()` of each keras-hub `TransformerEncoder`,
             in the order in which they run. None at all: the layer only picks
             the first token.
-        fast: Compute the last layer's query, output projection and
-            feed-forward for the first token alone. The weights and the result
-            are those of the plain layer.
+        fast: Run the layers by `trainer.fastpath`, the last for the first
+            token alone. Weights, draws and result are the plain layers'.
     """
 
     def __init__(
@@ -65,12 +64,13 @@ class TextTail(keras.layers.Layer):
             Shape (batch, 1, width): the state of the first token.
         """
         x = hidden
-        plain = self.transformer_layers[:-1] if self.fast else self.transformer_layers
-        for layer in plain:
-            x = layer(x, padding_mask=padding_mask, training=training)
-        if self.fast and self.transformer_layers:
-            return first_token_layer(self.transformer_layers[-1], x, padding_mask, training)
-        return x[:, :1]
+        if not self.fast or not self.transformer_layers:
+            for layer in self.transformer_layers:
+                x = layer(x, padding_mask=padding_mask, training=training)
+            return x[:, :1]
+        for layer in self.transformer_layers[:-1]:
+            x = encoder_layer(layer, x, padding_mask, training)
+        return first_token_layer(self.transformer_layers[-1], x, padding_mask, training)
 
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...], **_: Any
@@ -82,36 +82,6 @@ class TextTail(keras.layers.Layer):
         """Return the constructor's arguments."""
         config = super().get_config()
         return {**config, "layer_configs": self.layer_configs, "fast": self.fast}
-
-
-def first_token_layer(
-    layer: Any, hidden: Any, padding_mask: Any = None, training: bool | None = None
-) -> Any:
-    """Run a built keras-hub `TransformerEncoder` for its first token only.
-
-    Args:
-        layer: The layer, post-norm or pre-norm.
-        hidden: Float of shape (batch, length, width).
-        padding_mask: Bool of shape (batch, length), or None.
-        training: Whether the layer's dropout applies. Its rate is the
-            layer's, its draws are those of one token, not of all.
-
-    Returns:
-        Shape (batch, 1, width): token 0 of the layer's output.
-    """
-    pre_norm = layer.normalize_first
-    normalised = layer._self_attention_layer_norm(hidden) if pre_norm else hidden
-    mask = None if padding_mask is None else ops.cast(ops.expand_dims(padding_mask, 1), "bool")
-    x, _ = single_query_attention(
-        layer._self_attention_layer, normalised[:, :1], normalised, mask, training
-    )
-    x = layer._self_attention_dropout(x, training=training) + hidden[:, :1]
-    if not pre_norm:
-        x = layer._self_attention_layer_norm(x)
-    y = layer._feedforward_layer_norm(x) if pre_norm else x
-    y = layer._feedforward_output_dense(layer._feedforward_intermediate_dense(y))
-    x = layer._feedforward_dropout(y, training=training) + x
-    return x if pre_norm else layer._feedforward_layer_norm(x)
 
 
 def text_layer_configs(text_config: Mapping[str, Any], k_txt: int) -> list[dict[str, Any]]:
@@ -195,7 +165,9 @@ def build_cached_model(
     with seeded(f"head {train.seed}"):
         logit = apply_head(cls, features, train, fast=fast)
     inputs = {"features": features, "hidden": hidden, "padding_mask": padding_mask}
-    return keras.Model(inputs, logit, name="cached")
+    model = keras.Model(inputs, logit, name="cached")
+    use_threefry(model)
+    return model
 
 
 def load_text_layers(model: keras.Model, text_backbone: Any) -> None:
