@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +25,16 @@ from featstore.encoders import TextEncoder, VisionEncoder
 from featstore.errors import ImageError, StoreError
 from featstore.images import ImageIndex, decode_image, read_bytes
 from featstore.plan import Plan, plan_images, plan_text, text_spec, vision_spec
-from featstore.publish import command_line, package_versions, remove_leftovers, write_json
+from featstore.publish import package_versions, remove_leftovers
 from featstore.shard import ShardRows, digest_bytes, feature_dtype, shard_name, write_shard
-from featstore.store import read_quarantine, reconcile_manifest, shard_paths
+from featstore.spec import FeatureSpec, write_spec
+from featstore.store import (
+    read_quarantine,
+    reconcile_manifest,
+    shard_paths,
+    write_manifest,
+    write_quarantine,
+)
 
 TEXT_SHARD_TOKENS = 1 << 18
 Progress = Callable[[int], None]
@@ -95,12 +102,9 @@ class _Publisher:
         self.plan = plan
         self.folder = plan.folder
         self.versions = package_versions()
-        self.quarantine = read_quarantine(plan.folder)
+        self.quarantine = read_quarantine(plan.folder, with_lost=True)
         if not shard_paths(self.folder) or not (self.folder / "spec.json").exists():
-            write_json(
-                self.folder / "spec.json",
-                {"spec": plan.spec.to_dict(), "names": names, "command": command_line()},
-            )
+            write_spec(self.folder, plan.spec, names)
         self.lines = reconcile_manifest(self.folder)
         numbers = [int(path.stem.split("-")[1]) for path in shard_paths(self.folder)]
         self.next_number = max(numbers, default=-1) + 1
@@ -136,18 +140,9 @@ class _Publisher:
         self._write_lists(quarantine)
 
     def _write_lists(self, quarantine: dict[str, Any]) -> None:
-        write_json(
-            self.folder / "manifest.json",
-            {
-                "format": self.plan.spec.to_dict()["format"],
-                "fingerprint": self.plan.spec.fingerprint,
-                "command": command_line(),
-                "versions": self.versions,
-                "shards": self.lines,
-            },
-        )
         if quarantine or (self.folder / "quarantine.json").exists():
-            write_json(self.folder / "quarantine.json", quarantine)
+            write_quarantine(self.folder, quarantine)
+        write_manifest(self.folder, self.plan.spec.fingerprint, self.lines)
 
     def _wait(self) -> None:
         if self._pending is not None:
@@ -172,7 +167,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-class _Batched:
+class Batched:
     """Calls an encoder with one fixed batch shape; halves it when memory runs out."""
 
     def __init__(self, encoder: Encoder, batch_size: int, on_halved: Callable[[int], None]) -> None:
@@ -201,6 +196,10 @@ class _Batched:
             yield np.asarray(self.encoder.encode(*part))[:count]
 
 
+def _does_not_fit(dtype: str) -> str:
+    return f"features do not fit {dtype}; use [store] dtype float32"
+
+
 def _stored(values: NDArray[Any], dtype: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Cast to the stored dtype; also return which rows stayed finite."""
     with np.errstate(over="ignore"):
@@ -226,12 +225,14 @@ def _decode(key: str, path: Path, encoder: VisionEncoder) -> _Decoded:
         return _Decoded(key, digest, None, str(error))
 
 
-def _decoded(plan: Plan, encoder: VisionEncoder, threads: int, ahead: int) -> Iterator[_Decoded]:
-    """Yield the plan's photos in order, decoded `ahead` of the reader by threads."""
+def _decoded(
+    photos: Iterable[tuple[str, Path]], encoder: VisionEncoder, threads: int, ahead: int
+) -> Iterator[_Decoded]:
+    """Yield photos in order, decoded `ahead` of the reader by threads."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[_Decoded]] = deque()
         try:
-            for key, path in zip(plan.keys, plan.paths, strict=True):
+            for key, path in photos:
                 waiting.append(pool.submit(_decode, key, path, encoder))
                 if len(waiting) >= ahead:
                     yield waiting.popleft().result()
@@ -239,6 +240,66 @@ def _decoded(plan: Plan, encoder: VisionEncoder, threads: int, ahead: int) -> It
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class EncodedPhoto:
+    """One photo's features, or why it has none.
+
+    Attributes:
+        key: Image id.
+        digest: Of the file's bytes; None where it cannot be read.
+        features: Stored dtype, shape (tokens, width); None where it failed.
+        reason: Why it failed.
+    """
+
+    key: str
+    digest: tuple[int, int] | None
+    features: NDArray[Any] | None
+    reason: str = ""
+
+
+def encode_photos(
+    photos: Iterable[tuple[str, Path]],
+    encoder: VisionEncoder,
+    batched: Batched,
+    store: StoreConfig,
+    dtype: str,
+) -> Iterator[EncodedPhoto]:
+    """Decode and encode photos; one that fails never shifts another.
+
+    Args:
+        photos: Image id and file.
+        encoder: The frozen vision encoder.
+        batched: Calls it.
+        store: Threads and batch size.
+        dtype: Stored number format.
+
+    Yields:
+        Each photo once, in order but for those that cannot be decoded, which
+        come as soon as that is known.
+    """
+    batch: list[_Decoded] = []
+
+    def encoded() -> Iterator[EncodedPhoto]:
+        values = batched(np.stack([item.pixels for item in batch if item.pixels is not None]))
+        rows, finite = _stored(values, dtype)
+        for item, row, ok in zip(batch, rows, finite.tolist(), strict=True):
+            if ok:
+                yield EncodedPhoto(item.key, item.digest, row)
+            else:
+                yield EncodedPhoto(item.key, item.digest, None, _does_not_fit(dtype))
+        batch.clear()
+
+    for item in _decoded(photos, encoder, store.decode_threads, 3 * store.encode_batch_size):
+        if item.pixels is None:
+            yield EncodedPhoto(item.key, item.digest, None, item.reason)
+            continue
+        batch.append(item)
+        if len(batch) >= batched.batch_size:
+            yield from encoded()
+    if batch:
+        yield from encoded()
 
 
 def extract_images(
@@ -266,17 +327,12 @@ def extract_images(
     summary = Summary(batch_size=store.encode_batch_size)
     started = time.perf_counter()
     publisher = _Publisher(plan, {"preset": name})
-    batched = _Batched(encoder, store.encode_batch_size, on_halved)
+    batched = Batched(encoder, store.encode_batch_size, on_halved)
     row_shape = (1, encoder.num_tokens, encoder.width)
     capacity = min(store.shard_rows, max(1, len(plan.keys)))
-    batch: list[_Decoded] = []
     keys: list[str] = []
     digests: list[tuple[int, int]] = []
     features = np.empty((capacity, *row_shape), feature_dtype(plan.spec.dtype))
-
-    def fail(item: _Decoded, reason: str) -> None:
-        summary.failed[item.key] = reason
-        publisher.quarantine_row(item.key, reason, item.digest)
 
     def publish() -> None:
         nonlocal keys, digests, features
@@ -285,34 +341,20 @@ def extract_images(
         keys, digests = [], []
         features = np.empty_like(features)
 
-    def encode() -> None:
-        values = batched(np.stack([item.pixels for item in batch if item.pixels is not None]))
-        rows, finite = _stored(values, plan.spec.dtype)
-        for item, row, ok in zip(batch, rows, finite.tolist(), strict=True):
-            if not ok:
-                fail(item, f"features do not fit {plan.spec.dtype}; use [store] dtype float32")
+    try:
+        photos = zip(plan.keys, plan.paths, strict=True)
+        for item in encode_photos(photos, encoder, batched, store, plan.spec.dtype):
+            progress(1)
+            if item.features is None:
+                summary.failed[item.key] = item.reason
+                publisher.quarantine_row(item.key, item.reason, item.digest)
                 continue
             assert item.digest is not None
-            features[len(keys), 0] = row
+            features[len(keys), 0] = item.features
             keys.append(item.key)
             digests.append(item.digest)
             if len(keys) == capacity:
                 publish()
-        progress(len(batch))
-        batch.clear()
-
-    try:
-        ahead = 3 * store.encode_batch_size
-        for item in _decoded(plan, encoder, store.decode_threads, ahead):
-            if item.pixels is None:
-                fail(item, item.reason)
-                progress(1)
-                continue
-            batch.append(item)
-            if len(batch) >= batched.batch_size:
-                encode()
-        if batch:
-            encode()
         if keys:
             publish()
         publisher.close()
@@ -334,6 +376,53 @@ class _Boundary:
         return self.encoder.encode(token_ids, padding_mask, self.k_txt)
 
 
+@dataclass(frozen=True)
+class EncodedSentence:
+    """One sentence's hidden states.
+
+    Attributes:
+        key: The sentence.
+        token_ids: int32 of shape (valid tokens,).
+        features: Stored dtype, shape (valid tokens, width); None where they
+            do not fit it.
+    """
+
+    key: str
+    token_ids: NDArray[np.int32]
+    features: NDArray[Any] | None
+
+
+def text_batches(
+    encoder: TextEncoder,
+    spec: FeatureSpec,
+    store: StoreConfig,
+    on_halved: Callable[[int], None] = lambda size: None,
+) -> Batched:
+    """Return what runs a text encoder up to a spec's boundary."""
+    cut = _Boundary(encoder, encoder.num_layers - spec.boundary)
+    return Batched(cut, store.encode_batch_size, on_halved)
+
+
+def encode_sentences(
+    sentences: Sequence[str],
+    encoder: TextEncoder,
+    batched: Batched,
+    store: StoreConfig,
+    dtype: str,
+) -> Iterator[EncodedSentence]:
+    """Encode sentences, yielding each once and in order; only valid tokens are kept."""
+    token_ids, mask = encoder.tokenize(sentences)
+    lengths = mask.sum(axis=1)
+    step = store.encode_batch_size * 8
+    for first in range(0, len(sentences), step):
+        span = slice(first, first + step)
+        cast, _ = _stored(batched(token_ids[span], mask[span]), dtype)
+        for i, row in enumerate(cast, first):
+            valid = row[: lengths[i]].copy()
+            fits = bool(np.isfinite(valid).all())
+            yield EncodedSentence(sentences[i], token_ids[i, : lengths[i]], valid if fits else None)
+
+
 def extract_text(
     plan: Plan,
     encoder: TextEncoder,
@@ -352,34 +441,23 @@ def extract_text(
     summary = Summary(batch_size=store.encode_batch_size)
     started = time.perf_counter()
     publisher = _Publisher(plan, {"preset": name})
-    k_txt = encoder.num_layers - plan.spec.boundary
-    batched = _Batched(_Boundary(encoder, k_txt), store.encode_batch_size, on_halved)
+    batched = text_batches(encoder, plan.spec, store, on_halved)
     rows_of_shard = min(store.shard_rows, max(1, TEXT_SHARD_TOKENS // encoder.sequence_length))
-    step = store.encode_batch_size * 8
     try:
         for start in range(0, len(plan.keys), rows_of_shard):
-            sentences = plan.keys[start : start + rows_of_shard]
-            token_ids, mask = encoder.tokenize(sentences)
-            lengths = mask.sum(axis=1)
             keys: list[str] = []
             parts: list[NDArray[Any]] = []
             ids: list[NDArray[np.int32]] = []
-            for first in range(0, len(sentences), step):
-                span = slice(first, first + step)
-                values = batched(token_ids[span], mask[span])
-                cast, _ = _stored(values, plan.spec.dtype)
-                for offset, row in enumerate(cast):
-                    i = first + offset
-                    valid = row[: lengths[i]]
-                    if not np.isfinite(valid).all():
-                        reason = f"features do not fit {plan.spec.dtype}; use [store] dtype float32"
-                        summary.failed[sentences[i]] = reason
-                        publisher.quarantine_row(sentences[i], reason, None)
-                        continue
-                    keys.append(sentences[i])
-                    parts.append(valid.copy())
-                    ids.append(token_ids[i, : lengths[i]])
-                progress(len(cast))
+            sentences = plan.keys[start : start + rows_of_shard]
+            for item in encode_sentences(sentences, encoder, batched, store, plan.spec.dtype):
+                progress(1)
+                if item.features is None:
+                    summary.failed[item.key] = _does_not_fit(plan.spec.dtype)
+                    publisher.quarantine_row(item.key, summary.failed[item.key], None)
+                    continue
+                keys.append(item.key)
+                parts.append(item.features)
+                ids.append(item.token_ids)
             if keys:
                 offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
                 publisher.publish(

@@ -159,7 +159,8 @@ class Plan:
         }
 
 
-def _free_bytes(folder: Path) -> int:
+def free_space(folder: Path) -> int:
+    """Return the free bytes of the disk that a folder is, or will be, on."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -236,7 +237,7 @@ def plan_images(
         changed=changed,
         quarantined=quarantined,
         todo_bytes=len(todo) * row_bytes,
-        free_bytes=_free_bytes(folder),
+        free_bytes=free_space(folder),
     )
 
 
@@ -265,5 +266,5 @@ def plan_text(spec: TextSpec, store: StoreConfig, sentences: Sequence[str]) -> P
         changed=0,
         quarantined=len(missing) - len(todo),
         todo_bytes=words * width * itemsize,
-        free_bytes=_free_bytes(folder),
+        free_bytes=free_space(folder),
     )

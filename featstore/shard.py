@@ -20,9 +20,11 @@ bytes.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from featstore.publish import publish
 from featstore.spec import FORMAT
 
 PAGE_BYTES = 4096
+VERIFY = "run `python cli.py store verify`"
 
 INDEX_DATASETS: dict[str, dict[str, tuple[str, int]]] = {
     "vit": {
@@ -55,6 +58,18 @@ INDEX_DATASETS: dict[str, dict[str, tuple[str, int]]] = {
         "checksums": ("uint64", 1),
     },
 }
+
+# What h5py raises on a file whose bytes were changed.
+HDF5_ERRORS = (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)
 
 ATTRIBUTES = ("format", "kind", "fingerprint", "dtype", "versions", "index_checksum")
 
@@ -173,7 +188,18 @@ def write_shard(
     """
     if path.exists():
         raise CorruptShardError(f"{path}: a published shard is never written again")
-    arrays = rows.index()
+    return _publish_shard(path, kind, fingerprint, dtype, rows, rows.index(), versions)
+
+
+def _publish_shard(
+    path: Path,
+    kind: str,
+    fingerprint: str,
+    dtype: str,
+    rows: ShardRows,
+    arrays: dict[str, NDArray[Any]],
+    versions: dict[str, str],
+) -> dict[str, Any]:
     features = np.ascontiguousarray(rows.features).view(_disk_dtype(dtype))
     header = {
         "format": FORMAT,
@@ -217,6 +243,7 @@ class Shard:
         features: Read-only map of `/features`.
         index: The other datasets by name.
         versions: Packages that wrote it.
+        features_offset: Where `/features` starts in the file; 0 where it is empty.
     """
 
     path: Path
@@ -226,6 +253,7 @@ class Shard:
     features: NDArray[Any]
     index: dict[str, NDArray[Any]]
     versions: dict[str, str] = field(default_factory=dict)
+    features_offset: int = 0
 
     def __len__(self) -> int:
         return len(self.index["checksums"])
@@ -244,6 +272,93 @@ class Shard:
         else:
             found = row_checksum(self.features[row])
         return found == int(self.index["checksums"][row])
+
+    def check_row(self, row: int) -> None:
+        """Read a row.
+
+        Raises:
+            CorruptShardError: It no longer has its checksum.
+        """
+        if not self.row_is_intact(row):
+            raise CorruptShardError(
+                f"{self.path}: row {row} ({self.keys()[row]!r}) does not have its checksum;"
+                " run `python cli.py store repair`"
+            )
+
+    def row_ends(self) -> NDArray[np.int64]:
+        """Return where each row's features end in the file, int64 of shape (rows,)."""
+        ends = self.index["offsets"][1:] if self.kind == "text" else np.arange(1, len(self) + 1)
+        step = self.features.dtype.itemsize * math.prod(self.features.shape[1:])
+        return np.asarray(self.features_offset + ends * step, np.int64)
+
+
+def rewrite_shard(shard: Shard, keep: NDArray[np.int64], restored: Set[int]) -> dict[str, Any]:
+    """Publish a shard again under its own name, with some of its rows.
+
+    With every row kept and restored to its old value, the file has the bytes
+    that it was first published with (by the same version of HDF5).
+
+    Args:
+        shard: Opened with `private`; its restored rows are already put right
+            in `features`.
+        keep: int64, ascending: the rows to keep.
+        restored: Rows whose features were computed anew; every other row must
+            still have its checksum.
+
+    Returns:
+        The shard's new line of the manifest.
+
+    Raises:
+        CorruptShardError: A kept row is damaged; nothing was written.
+        FeatstoreError: The file system refused.
+
+    Cost: where rows are left out, the memory of those that stay.
+    """
+    index, keys = shard.index, shard.keys()
+    rows = ShardRows([keys[row] for row in keep.tolist()], shard.features)
+    whole = len(keep) == len(shard)
+    if shard.kind == "vit":
+        rows.source_digests = [tuple(pair) for pair in index["source_digests"][keep].tolist()]
+        if not whole:
+            rows.features = shard.features[keep]
+    elif whole:
+        rows.offsets, rows.token_ids = index["offsets"], index["token_ids"]
+    else:
+        spans = [np.arange(*index["offsets"][row : row + 2]) for row in keep.tolist()]
+        tokens = np.concatenate([np.zeros(0, np.int64), *spans])
+        rows.features, rows.token_ids = shard.features[tokens], index["token_ids"][tokens]
+        rows.offsets = np.concatenate([[0], np.cumsum([len(span) for span in spans])])
+        rows.offsets = rows.offsets.astype(np.int64)
+    arrays = rows.index()
+    for row, found in zip(keep.tolist(), arrays["checksums"], strict=True):
+        # Writing a damaged row again would give it a checksum that fits.
+        if row not in restored and found != index["checksums"][row]:
+            shard.check_row(row)
+    return _publish_shard(
+        shard.path, shard.kind, shard.fingerprint, shard.dtype, rows, arrays, shard.versions
+    )
+
+
+def salvage_keys(path: Path) -> list[str]:
+    """Return the keys of a damaged shard that can still be told, in row order.
+
+    A key counts only where it has its own digest. A file that HDF5 cannot read
+    gives none.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            data = file["keys"][...].tobytes()
+            offsets = file["key_offsets"][...].tolist()
+            digests = file["key_digests"][...]
+            found = []
+            for (a, b), digest in zip(itertools.pairwise(offsets), digests, strict=False):
+                with contextlib.suppress(UnicodeDecodeError):
+                    key = data[max(a, 0) : max(b, 0)].decode()
+                    if np.array_equal(digest_keys([key])[0], digest):
+                        found.append(key)
+            return found
+    except (*HDF5_ERRORS, IndexError):
+        return []
 
 
 def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
@@ -295,12 +410,13 @@ def _check_shapes(path: Path, kind: str, shape: tuple[int, ...], index: dict[str
         )
 
 
-def open_shard(path: Path, kind: str, fingerprint: str, dtype: str) -> Shard:
+def open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bool = False) -> Shard:
     """Open a shard and check everything but the features' own bytes.
 
     Args:
         path: The shard.
         kind, fingerprint, dtype: What its folder's spec says.
+        private: The features may be written to; the file never sees it.
 
     Returns:
         The shard, its index read and checked, its features mapped. No HDF5
@@ -310,6 +426,13 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str) -> Shard:
         CorruptShardError: The file is truncated, damaged, of another spec, or
             holds anything but plain contiguous datasets of its own.
     """
+    try:
+        return _open_shard(path, kind, fingerprint, dtype, private)
+    except CorruptShardError as error:
+        raise CorruptShardError(f"{error}; {VERIFY}") from error
+
+
+def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bool) -> Shard:
     names = INDEX_DATASETS[kind]
     try:
         file_bytes = path.stat().st_size
@@ -344,16 +467,7 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str) -> Shard:
                 )
     except CorruptShardError:
         raise
-    except (
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except HDF5_ERRORS as error:
         reason = " ".join(str(error).split())
         raise CorruptShardError(f"{path}: not a readable shard ({reason})") from error
     _check_shapes(path, kind, shape, index)
@@ -372,15 +486,18 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str) -> Shard:
             )
     if attributes["index_checksum"] != _index_checksum(index, header):
         raise CorruptShardError(
-            f"{path}: keys, digests or offsets were changed (index checksum differs);"
-            " run `store verify`"
+            f"{path}: keys, digests or offsets were changed (index checksum differs)"
         )
     try:
         if offset is None:
             features: NDArray[Any] = np.empty(shape, _disk_dtype(dtype))
         else:
             features = np.memmap(
-                path, dtype=_disk_dtype(dtype), mode="r", offset=offset, shape=shape
+                path,
+                dtype=_disk_dtype(dtype),
+                mode="c" if private else "r",
+                offset=offset,
+                shape=shape,
             )
         versions = dict(json.loads(str(header["versions"])))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -388,4 +505,4 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str) -> Shard:
         raise CorruptShardError(f"{path}: not a readable shard ({reason})") from error
     # A plain array on the map: each slice of a memmap object costs microseconds more.
     features = np.asarray(features).view(feature_dtype(dtype))
-    return Shard(path, kind, fingerprint, dtype, features, index, versions)
+    return Shard(path, kind, fingerprint, dtype, features, index, versions, offset or 0)

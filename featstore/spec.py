@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from featstore.errors import CorruptShardError, StoreError
+from featstore.publish import command_line, write_json
 
 FORMAT = 1
 
@@ -170,3 +171,11 @@ def read_spec(folder: Path) -> dict[str, Any]:
             f"{path}: store format {spec.get('format')!r}; this version reads format {FORMAT}"
         )
     return spec
+
+
+def write_spec(folder: Path, spec: FeatureSpec, names: dict[str, str]) -> None:
+    """Publish a features folder's `spec.json`, with the names that people know it by."""
+    write_json(
+        folder / "spec.json",
+        {"spec": spec.to_dict(), "names": names, "command": command_line()},
+    )

@@ -191,8 +191,8 @@ def test_plain_and_fast_models_train_alike(tiny_text: Path, k_txt: int) -> None:
     losses, models = [], []
     for fast in (True, False):
         model = build_cached_model(config, 9, 7, train, fast=fast)
-        stepper = make_stepper(model, make_optimizer(train), compiled=False)
-        losses.append([float(stepper.train(batch)) for batch in batches])
+        stepper = make_stepper([(model, make_optimizer(train))], compiled=False)
+        losses.append([float(stepper.train(batch)[0]) for batch in batches])
         models.append(model)
     np.testing.assert_allclose(losses[0], losses[1], atol=2e-5)
     assert len(set(np.round(losses[0], 6))) == len(batches)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tiny_runs import extracted, tiny_config, with_train
 
-import trainer.fit
+import trainer.loop
 from featstore.dataset import Dataset, load_dataset
 from featstore.errors import ConfigError, RunError, StoppedError, UsageError
 from trainer.checkpoint import Progress, build_model, load_best
@@ -239,7 +239,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not(work: Workspace, plain: Training)
     config = work.folder / "killed.toml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(render_config(with_train(work.config, epochs=4)))
-    root = Path(trainer.fit.__file__).parent.parent
+    root = Path(trainer.loop.__file__).parent.parent
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(config), str(run.folder), "0.3"],
         cwd=root,
@@ -479,8 +479,80 @@ def test_heads_may_follow_from_the_width(work: Workspace) -> None:
 def test_losses_are_fetched_in_bounded_numbers(
     work: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.fit, "LOSS_EVERY_STEPS", 3)
-    monkeypatch.setattr(trainer.fit, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer.loop, "LOSS_EVERY_STEPS", 3)
+    monkeypatch.setattr(trainer.loop, "CHECKPOINT_SECONDS", 0.0)
     whole = work.fit()
     monkeypatch.undo()
     assert json.dumps(history(whole)) == json.dumps(history(work.fit()))
+
+
+def test_runs_trained_together_end_as_each_alone(work: Workspace) -> None:
+    """Other rates, sizes, dropout and lengths of run; one of them was stopped and catches up."""
+    changes: list[dict[str, Any]] = [
+        {"epochs": 3},
+        {"epochs": 2, "lr": 1e-2, "mlp_dim": 5, "weight_decay": 0.1},
+        {"epochs": 3, "dropout": 0.4, "num_heads": 1},
+    ]
+    alone = [work.fit(**change) for change in changes]
+    runs = [work.run() for _ in changes]
+    with pytest.raises(StoppedError):
+        work.training(runs[2], reporter=stop_after(STEPS + 3), **changes[2]).fit()
+    together = [work.training(run, **change) for run, change in zip(runs, changes, strict=True)]
+    assert trainer.loop.train_together(together) == [None, None, None]
+    for expected, run in zip(alone, runs, strict=True):
+        assert_same_run(expected.run, run)
+        assert run.manifest()["status"] == "finished"
+
+
+def test_what_ends_one_run_leaves_the_others(work: Workspace) -> None:
+    def refuse(record: dict[str, Any]) -> None:
+        raise ValueError("enough")
+
+    alone = work.fit(epochs=2)
+    healthy = work.training(epochs=2)
+    diverging = work.training(epochs=2, lr=1e30, clipnorm=0.0)
+    refused = work.training(epochs=2, reporter=Reporter(epoch=refuse))
+    failures = trainer.loop.train_together([diverging, healthy, refused])
+    assert isinstance(failures[0], RunError)
+    assert failures[1] is None
+    assert isinstance(failures[2], ValueError)
+    assert_same_run(alone.run, healthy.run)
+    assert diverging.run.manifest()["status"] == "stopped"
+    assert len(history(refused)) == 1
+
+
+def test_stopping_saves_every_run(work: Workspace) -> None:
+    alone = [work.fit(epochs=2), work.fit(epochs=2, lr=1e-2)]
+    runs = [work.run(), work.run()]
+    stopped = [
+        work.training(runs[0], epochs=2, reporter=stop_after(5)),
+        work.training(runs[1], epochs=2, lr=1e-2),
+    ]
+    with pytest.raises(StoppedError):
+        trainer.loop.train_together(stopped)
+    assert [t.progress.step for t in stopped] == [5, 5]
+    again = [work.training(runs[0], epochs=2), work.training(runs[1], epochs=2, lr=1e-2)]
+    trainer.loop.train_together(again)
+    for expected, run in zip(alone, runs, strict=True):
+        assert_same_run(expected.run, run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, r"\[train\] seed is 1 and 0"),
+        ({"batch_size": 8}, r"\[train\] batch_size is 8 and 16"),
+        ({"control": "hypothesis-only"}, r"\[train\] control"),
+        ({"k_txt": 1}, r"\[train\] k_txt is 1 and 0"),
+    ],
+)
+def test_only_runs_of_the_same_batches_go_together(
+    work: Workspace, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        trainer.loop.train_together([work.training(), work.training(**change)])
+
+
+def test_text_layers_do_not_train_together(work: Workspace) -> None:
+    with pytest.raises(UsageError, match="k_txt 0 only"):
+        trainer.loop.train_together([work.training(k_txt=1), work.training(k_txt=1)])

@@ -125,6 +125,82 @@ def test_gather_equals_a_plain_read(root: Path, vision: VisionStore, chosen: lis
     assert out.tobytes() == wanted.tobytes()
 
 
+@pytest.fixture(scope="module", params=[1, 3])
+def store_of_views(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[VisionStore, list[bytes]]:
+    """A store of several shards and views, and the plain view of each of its rows."""
+    shape = (request.param, *SHAPE[1:])
+    parts = [vision_shard(keys, i, shape=shape) for i, keys in enumerate(key_lists())]
+    spec = dataclasses.replace(VISION, views=request.param)
+    root = tmp_path_factory.mktemp("views")
+    make(root, spec, parts)
+    rows = [row[0].tobytes() for part in parts for row in part.features]
+    return open_store(root, spec, "extract"), rows
+
+
+@settings(deadline=None)
+@given(positions, st.integers(0, 63))
+def test_gather_takes_view_0_into_memory_at_any_address(
+    store_of_views: tuple[VisionStore, list[bytes]], chosen: list[int], offset: int
+) -> None:
+    store, rows = store_of_views
+    size = sum(len(rows[i]) for i in chosen)
+    memory = np.zeros(size + 2 * offset, np.uint8)
+    out = memory[2 * offset :].view(np.float16).reshape(len(chosen), *SHAPE[1:])
+    assert store.gather(np.array(chosen, np.int64), out) is out
+    assert [row.tobytes() for row in out] == [rows[i] for i in chosen]
+    assert not memory[: 2 * offset].any()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 4096])
+def test_an_empty_batch_is_aligned(vision: VisionStore, rows: int) -> None:
+    found = vision.empty(rows)
+    assert found.dtype == np.float16
+    assert found.shape == (rows, *SHAPE[1:])
+    assert found.ctypes.data % 64 == 0
+    assert found.flags.c_contiguous
+    assert found.flags.writeable
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no read-ahead advice")
+def test_read_ahead_names_the_bytes_of_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [vision_shard(keys, i, shape=(2, 5, 4)) for i, keys in enumerate(key_lists())]
+    make(tmp_path, dataclasses.replace(VISION, views=2), parts)
+    store = open_store(tmp_path, dataclasses.replace(VISION, views=2), "x")
+    advise, found = os.posix_fadvise, []
+
+    def recorded(descriptor: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        found.append(os.pread(descriptor, length, start))
+        advise(descriptor, start, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", recorded)
+    rows = [row for part in parts for row in part.features]
+    store.will_need(np.array([11, 0, 7, 8]))
+    assert sorted(found) == sorted(rows[i].tobytes() for i in (11, 0, 7, 8))
+    found.clear()
+    store.gather(np.array([3, 9]))
+    assert sorted(found) == sorted(rows[i].tobytes() for i in (3, 9))
+    found.clear()
+    store.gather(np.array([9, 3, 3]))
+    store.will_need(np.array([], np.int64))
+    assert not found
+
+
+def test_read_ahead_is_only_a_hint(own: Path) -> None:
+    store = VisionStore(own, VISION.to_dict())
+    wanted = plain_vision(own)
+    for path in own.glob("*.h5"):
+        path.unlink()
+    store.will_need(np.arange(len(store)))
+    assert np.array_equal(store.gather(np.arange(len(store))), wanted)
+    with pytest.raises(IndexError):
+        store.will_need(np.array([len(store)]))
+
+
 @settings(deadline=None)
 @given(positions, st.integers(8, 12))
 def test_text_gather_equals_a_plain_read(

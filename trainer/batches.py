@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import queue
 import threading
 import time
@@ -19,9 +19,9 @@ from featstore.store import TextStore, VisionStore
 IntArray = NDArray[np.int64]
 
 MANY_ROWS = 4096
-ALIGNMENT = 64
 WINDOW_BATCHES = 64
 PREFETCHED = 4
+READ_AHEAD = 4
 
 
 @dataclass
@@ -67,19 +67,6 @@ def trim_lengths(sequence_length: int, rows: int) -> tuple[int, ...]:
     twelfths = (4, 6, 12) if rows < MANY_ROWS else (4, 5, 6, 8, 12)
     steps = {sequence_length * part // 12 for part in twelfths}
     return tuple(sorted(step for step in steps if step >= 3))
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Return an array that starts on a multiple of `ALIGNMENT` bytes.
-
-    TensorFlow and JAX can take such a one over on a CPU without a copy. It
-    must not be written again while a step may read it.
-    """
-    dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(size + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def epoch_batches(
@@ -187,7 +174,7 @@ class CachedRows:
         """
         filled = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
         positions = self.image_positions[filled]
-        features = aligned_empty((batch_size, *self.vision.row_shape), self.vision.dtype)
+        features = self.vision.empty(batch_size)
         if self.blind:
             features.fill(0)
         else:
@@ -196,6 +183,13 @@ class CachedRows:
         weights = np.zeros(batch_size, np.float32)
         weights[: len(rows)] = 1
         return Batch(features, hidden, mask, self.labels[filled].astype(np.float32), weights, rows)
+
+    def will_need(self, rows: IntArray) -> None:
+        """Have the system read a later batch's features from the disk meanwhile."""
+        # What is wrong with a row is said when it is read.
+        with contextlib.suppress(IndexError):
+            if not self.blind:
+                self.vision.will_need(self.image_positions[rows])
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[IntArray]:
         """Return the rows of each training step of an epoch."""
@@ -240,9 +234,13 @@ class Prefetcher:
 
     def _read(self, rows: CachedRows, steps: Sequence[IntArray], batch_size: int) -> None:
         try:
-            for step in steps:
+            for ahead in steps[:READ_AHEAD]:
+                rows.will_need(ahead)
+            for i, step in enumerate(steps):
                 if self._stopping.is_set():
                     return
+                for ahead in steps[i + READ_AHEAD : i + READ_AHEAD + 1]:
+                    rows.will_need(ahead)
                 self._put(rows.batch(step, batch_size))
             self._put(None)
         except BaseException as error:

@@ -13,7 +13,7 @@ from featstore.publish import command_line, package_versions, write_json
 from trainer.checkpoint import load_best
 from trainer.config import Config
 from trainer.features import Features, open_features
-from trainer.fit import predict_logits
+from trainer.loop import predict_logits
 from trainer.metrics import evaluate_logits
 from trainer.run import Run
 from trainer.step import make_optimizer, make_stepper
@@ -100,9 +100,9 @@ def evaluate(
     check_same_features(run, features.config)
     threshold = float(run.metrics()["threshold"])
     model = load_best(run)
-    stepper = make_stepper(model, make_optimizer(features.config.train), compiled)
+    stepper = make_stepper([(model, make_optimizer(features.config.train))], compiled)
     rows = features.rows(split, control)
-    logits = predict_logits(stepper, rows, features.config.train.batch_size)
+    logits = predict_logits(stepper, rows, features.config.train.batch_size)[0]
     _, unread = features.usable(split)
     result = {
         "run": run.name,

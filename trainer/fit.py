@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,9 +15,8 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import RunError, StoppedError
+from featstore.errors import RunError
 from featstore.publish import command_line, package_versions, write_json, write_text
-from trainer.batches import CachedRows, Prefetcher
 from trainer.checkpoint import (
     Progress,
     build_model,
@@ -29,14 +28,13 @@ from trainer.checkpoint import (
 )
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import Features, row_counts
+from trainer.loop import train_together
 from trainer.metrics import evaluate_logits
 from trainer.report import plot_learning_curves
 from trainer.run import Run
-from trainer.step import Stepper, make_optimizer, make_stepper
+from trainer.step import make_optimizer
 
-CHECKPOINT_SECONDS = 120.0
 CURVES_SECONDS = 10.0
-LOSS_EVERY_STEPS = 50
 
 
 class StepBar(Protocol):
@@ -67,19 +65,6 @@ class Reporter:
     bar: EpochBar = lambda epoch, steps: nullcontext(_Silent())
     epoch: Callable[[dict[str, Any]], None] = lambda record: None
     stopping: Callable[[], bool] = lambda: False
-
-
-def predict_logits(stepper: Stepper, rows: CachedRows, batch_size: int) -> NDArray[np.float32]:
-    """Return the logit of every row, in the order of the rows.
-
-    Returns:
-        float32 of shape (len(rows),). Every row is computed exactly once.
-    """
-    logits = np.full(len(rows), np.nan, np.float32)
-    with Prefetcher(rows, rows.in_order(batch_size), batch_size) as batches:
-        for batch in batches:
-            logits[batch.rows] = stepper.predict(batch)
-    return logits
 
 
 def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
@@ -168,7 +153,8 @@ class Training:
         load_pretrained(self.model, self.config)
         self.initialised = start_from(self.model, init_from) if init_from else []
         self.optimizer = make_optimizer(self.train_config)
-        self.stepper = make_stepper(self.model, self.optimizer, compiled)
+        self.optimizer.build(self.model.trainable_variables)
+        self.compiled = compiled
         self.progress = Progress()
         self.manifest = self._manifest(row_shape, init_from)
         if run.checkpoint_path.exists():
@@ -245,45 +231,67 @@ class Training:
 
         Ends after `epochs`, or when the monitored metric has not improved for
         `early_stop_patience` epochs. The state is saved after every epoch and
-        every `CHECKPOINT_SECONDS`, and when asked to stop; a later call goes on
+        some minutes, and when asked to stop; a later call goes on
         from there and gives what one uninterrupted call gives.
 
         Raises:
             RunError: The loss is no longer finite.
             StoppedError: `reporter.stopping` said so; the state is saved.
         """
+        (failure,) = train_together([self])
+        if failure is not None:
+            raise failure
+        return self.run.metrics()
+
+    def begin(self) -> None:
+        """Write what a run's folder holds from the start."""
         self.run.write_config(render_config(self.config))
         self._write_manifest("running")
         if self.progress.history:
             # A kill may have come after the state was saved and before its reports were.
             self._write_reports()
-        try:
-            while not self._finished():
-                self._epoch()
-        except BaseException:
-            self._write_manifest("stopped")
-            raise
-        finally:
-            self._draw_curves()
-        self._write_manifest("finished")
-        return self.run.metrics()
 
-    def _finished(self) -> bool:
+    def end(self, status: str) -> None:
+        """Write what a run's folder holds at the end."""
+        self._draw_curves()
+        self._write_manifest(status)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no epoch is left to run."""
         train, progress = self.train_config, self.progress
         return progress.epoch >= train.epochs or progress.waited >= train.early_stop_patience
 
-    def _epoch(self) -> None:
+    def collect(self, losses: Sequence[tuple[Any, int]], seconds: float) -> None:
+        """Take over the losses of some steps.
+
+        Args:
+            losses: Mean loss, still on the device, and rows of each step.
+            seconds: Wall time of these steps.
+
+        Raises:
+            RunError: A loss is not finite.
+        """
+        for loss, rows in losses:
+            self.progress.loss_sum += float(loss) * rows
+            self.progress.rows += rows
+        self.progress.seconds += seconds
+        self._check_finite(self.progress.loss_sum, "the loss")
+
+    def end_epoch(
+        self, steps: int, logits: NDArray[np.float32], wait_seconds: float, val_seconds: float
+    ) -> None:
+        """Judge an epoch by the logits of the val split and keep everything about it.
+
+        Raises:
+            RunError: A logit is not finite.
+        """
         train, progress = self.train_config, self.progress
-        steps = self.rows.epoch(train.batch_size, train.seed, progress.epoch)
-        wait = self._steps(steps)
-        self.stepper.sync()
-        started = time.perf_counter()
-        logits = predict_logits(self.stepper, self.val_rows, train.batch_size)
         self._check_finite(float(np.abs(logits).max()), "a val logit")
         metrics = evaluate_logits(self.val_rows.labels, logits)
         record = {
             "epoch": progress.epoch + 1,
-            "steps": len(steps),
+            "steps": steps,
             "lr": learning_rate(self.optimizer),
             "loss": progress.loss_sum / progress.rows,
             "val_loss": metrics["loss"],
@@ -292,8 +300,8 @@ class Training:
             "val_auc": metrics["auc"],
             "threshold": metrics["threshold"],
             "seconds": round(progress.seconds, 3),
-            "wait_share": round(wait / progress.seconds, 4) if progress.seconds else 0.0,
-            "val_seconds": round(time.perf_counter() - started, 3),
+            "wait_share": round(wait_seconds / progress.seconds, 4) if progress.seconds else 0.0,
+            "val_seconds": round(val_seconds, 3),
         }
         best, cut, _ = judge(train, progress, monitored(train, record))
         if best:
@@ -304,7 +312,7 @@ class Training:
         progress.history.append(record)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.rows, progress.seconds = 0.0, 0, 0.0
-        self._save()
+        self.save()
         self._write_reports()
         _write_tensorboard(self.run, record)
         self.reporter.epoch(record)
@@ -316,53 +324,10 @@ class Training:
                 " diverged: try a smaller --lr, or a --clipnorm, under another --name"
             )
 
-    def _steps(self, steps: list[NDArray[np.int64]]) -> float:
-        """Take the rest of an epoch's steps; return the time spent waiting for data."""
-        progress = self.progress
-        rest = steps[progress.step :]
-        pending: list[tuple[Any, int]] = []
-        since_save = time.perf_counter()
-        started = time.perf_counter()
-        before = progress.seconds
-
-        def collect() -> None:
-            for loss, rows in pending:
-                progress.loss_sum += float(loss) * rows
-                progress.rows += rows
-            pending.clear()
-            self._check_finite(progress.loss_sum, "the loss")
-            progress.seconds = before + time.perf_counter() - started
-
-        with (
-            Prefetcher(self.rows, rest, self.train_config.batch_size) as batches,
-            self.reporter.bar(progress.epoch + 1, len(steps)) as bar,
-        ):
-            bar.update(progress.step)
-            for batch in batches:
-                pending.append((self.stepper.train(batch), len(batch.rows)))
-                progress.step += 1
-                bar.update()
-                if len(pending) >= LOSS_EVERY_STEPS:
-                    collect()
-                    bar.set_postfix(loss=f"{progress.loss_sum / progress.rows:.4f}")
-                    if time.perf_counter() - since_save > CHECKPOINT_SECONDS:
-                        self._save()
-                        since_save = time.perf_counter()
-                if self.reporter.stopping():
-                    collect()
-                    self._save()
-                    raise StoppedError(
-                        f"{self.run.name}: stopped in epoch {progress.epoch + 1} after step"
-                        f" {progress.step} of {len(steps)}; the same command with"
-                        f" --name {self.run.name} goes on"
-                    )
-            collect()
-            bar.set_postfix(loss=f"{progress.loss_sum / max(progress.rows, 1):.4f}")
-            return batches.wait_seconds
-
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save the state between two steps."""
         self.progress.total_seconds = self._total_seconds()
-        save_state(self.run.checkpoint_path, self.model, self.stepper.variables(), self.progress)
+        save_state(self.run.checkpoint_path, self.model, self.optimizer.variables, self.progress)
 
     def _write_reports(self) -> None:
         run, history = self.run, self.progress.history

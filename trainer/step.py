@@ -1,4 +1,4 @@
-"""One compiled training step, and one compiled prediction, of a Keras model.
+"""One compiled training step, and one compiled prediction, of one Keras model or several.
 
 The same two calls on either backend: TensorFlow (`tf.function` under XLA) and
 JAX (`jax.jit` over the model's stateless form).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import keras
@@ -16,27 +17,30 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from trainer.batches import ALIGNMENT, Batch
+from featstore.store import ALIGNMENT_BYTES
+from trainer.batches import Batch
 from trainer.config import TrainConfig
+
+Member = tuple[keras.Model, keras.optimizers.Optimizer]
 
 
 class Stepper(Protocol):
-    """What the training loop needs of a backend."""
+    """What the training loop needs of a backend: steps of one or more models on one batch.
 
-    def train(self, batch: Batch) -> Any:
-        """Take one optimizer step; return the batch's mean loss, on the device."""
+    The models share nothing but the batch: each result is what the model alone
+    would give.
+    """
+
+    def train(self, batch: Batch) -> list[Any]:
+        """Take one optimizer step of each model; return the mean losses, on the device."""
         ...
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
-        """Return the logits of the batch's valid rows, float32 of shape (rows,)."""
-        ...
-
-    def variables(self) -> list[Any]:
-        """Return the optimizer's variables, up to date."""
+        """Return the logits of the batch's valid rows, float32 of shape (models, rows)."""
         ...
 
     def sync(self) -> None:
-        """Write what the steps changed back to the model's and optimizer's variables."""
+        """Write what the steps changed back to the models' and optimizers' variables."""
         ...
 
 
@@ -87,132 +91,138 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def make_stepper(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer, compiled: bool = True
-) -> Stepper:
+def make_stepper(members: Sequence[Member], compiled: bool = True) -> Stepper:
     """Return the stepper of the backend that Keras runs on.
 
     Args:
-        model: From `build_cached_model`.
-        optimizer: Is built here if it is not yet.
-        compiled: Use XLA; False traces a plain graph.
+        members: Models from `build_cached_model`, each with its optimizer,
+            which is built here if it is not yet.
+        compiled: Use XLA; False traces a plain graph. JAX always compiles.
     """
     keep_freed_memory()
-    if not optimizer.built:
-        optimizer.build(model.trainable_variables)
+    for model, optimizer in members:
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
     if keras.backend.backend() == "jax":
-        return _JaxStepper(model, optimizer)
-    return _TensorFlowStepper(model, optimizer, compiled)
+        return _JaxStepper(members)
+    return _TensorFlowStepper(members, compiled)
 
 
 class _TensorFlowStepper:
-    def __init__(
-        self, model: keras.Model, optimizer: keras.optimizers.Optimizer, compiled: bool
-    ) -> None:
+    def __init__(self, members: Sequence[Member], compiled: bool) -> None:
         import tensorflow as tf
 
         def gradients(inputs: Any, labels: Any, weights: Any) -> Any:
-            with tf.GradientTape() as tape:
-                logits = model(inputs, training=True)[:, 0]
-                loss = binary_cross_entropy(labels, logits, weights)
-                scaled = optimizer.scale_loss(loss)
-            return loss, tape.gradient(scaled, model.trainable_variables)
+            losses, values = [], []
+            for model, optimizer in members:
+                with tf.GradientTape() as tape:
+                    logits = model(inputs, training=True)[:, 0]
+                    loss = binary_cross_entropy(labels, logits, weights)
+                    scaled = optimizer.scale_loss(loss)
+                losses.append(loss)
+                values.append(tape.gradient(scaled, model.trainable_variables))
+            return losses, values
 
         def update(values: Any) -> None:
-            optimizer.apply(values, model.trainable_variables)
+            for (model, optimizer), part in zip(members, values, strict=True):
+                optimizer.apply(part, model.trainable_variables)
+
+        def predict(inputs: Any) -> Any:
+            return tf.stack([model(inputs, training=False)[:, 0] for model, _ in members])
 
         # In two parts: the gradients are compiled once for each length of sentence, and the
         # optimizer, the larger half of the compilation, once in all.
         self._gradients = tf.function(gradients, jit_compile=compiled)
         self._update = tf.function(update, jit_compile=compiled)
-        self._predict = tf.function(
-            lambda inputs: model(inputs, training=False)[:, 0], jit_compile=compiled
-        )
-        self._optimizer = optimizer
+        self._predict = tf.function(predict, jit_compile=compiled)
         self._from_dlpack = tf.experimental.dlpack.from_dlpack
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Hand the features over as they lie in memory; TensorFlow would copy an array."""
         inputs: dict[str, Any] = batch.inputs()
-        if batch.features.dtype.isbuiltin and not batch.features.ctypes.data % ALIGNMENT:
+        # DLPack knows NumPy's own dtypes; TensorFlow takes aligned memory only.
+        if batch.features.dtype.isbuiltin and not batch.features.ctypes.data % ALIGNMENT_BYTES:
             inputs["features"] = self._from_dlpack(batch.features.__dlpack__())
         return inputs
 
-    def train(self, batch: Batch) -> Any:
-        loss, values = self._gradients(self._inputs(batch), batch.labels, batch.weights)
+    def train(self, batch: Batch) -> list[Any]:
+        losses, values = self._gradients(self._inputs(batch), batch.labels, batch.weights)
         self._update(values)
-        return loss
+        return losses
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
-        return self._predict(self._inputs(batch)).numpy()[: len(batch.rows)]
-
-    def variables(self) -> list[Any]:
-        return self._optimizer.variables
+        return self._predict(self._inputs(batch)).numpy()[:, : len(batch.rows)]
 
     def sync(self) -> None:
         """Nothing to do: the steps assign to the variables."""
 
 
 class _JaxStepper:
-    def __init__(self, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
+    def __init__(self, members: Sequence[Member]) -> None:
         import jax
 
-        self._model, self._optimizer = model, optimizer
+        self._members = members
 
-        def loss_of(trainable: Any, rest: Any, batch: Any) -> Any:
-            inputs, labels, weights = batch
-            logits, rest = model.stateless_call(trainable, rest, inputs, training=True)
-            loss = binary_cross_entropy(labels, logits[:, 0], weights)
-            return optimizer.scale_loss(loss), (loss, rest)
-
-        gradient = jax.value_and_grad(loss_of, has_aux=True)
-
-        def train(state: Any, batch: Any) -> Any:
+        def train_one(member: Member, state: Any, batch: Any) -> Any:
+            model, optimizer = member
             trainable, rest, moments = state
-            (_, (loss, rest)), gradients = gradient(trainable, rest, batch)
+            inputs, labels, weights = batch
+
+            def loss_of(trainable: Any) -> Any:
+                logits, after = model.stateless_call(trainable, rest, inputs, training=True)
+                loss = binary_cross_entropy(labels, logits[:, 0], weights)
+                return optimizer.scale_loss(loss), (loss, after)
+
+            (_, (loss, rest)), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
             trainable, moments = optimizer.stateless_apply(moments, gradients, trainable)
             return loss, (trainable, rest, moments)
 
+        def train(states: Any, batch: Any) -> Any:
+            pairs = [train_one(m, s, batch) for m, s in zip(members, states, strict=True)]
+            return [loss for loss, _ in pairs], [state for _, state in pairs]
+
+        def predict(states: Any, inputs: Any) -> Any:
+            logits = [
+                model.stateless_call(trainable, rest, inputs, training=False)[0][:, 0]
+                for (model, _), (trainable, rest, _) in zip(members, states, strict=True)
+            ]
+            return jax.numpy.stack(logits)
+
         self._train = jax.jit(train, donate_argnums=0)
-        self._predict = jax.jit(
-            lambda trainable, rest, inputs: model.stateless_call(
-                trainable, rest, inputs, training=False
-            )[0][:, 0]
-        )
-        self._state: Any = None
+        self._predict = jax.jit(predict)
+        self._states: Any = None
 
     def _load(self) -> Any:
-        if self._state is None:
-            self._state = (
-                [variable.value for variable in self._model.trainable_variables],
-                [variable.value for variable in self._model.non_trainable_variables],
-                [variable.value for variable in self._optimizer.variables],
-            )
-        return self._state
+        if self._states is None:
+            self._states = [
+                (
+                    [variable.value for variable in model.trainable_variables],
+                    [variable.value for variable in model.non_trainable_variables],
+                    [variable.value for variable in optimizer.variables],
+                )
+                for model, optimizer in self._members
+            ]
+        return self._states
 
-    def train(self, batch: Batch) -> Any:
+    def train(self, batch: Batch) -> list[Any]:
         inputs = (batch.inputs(), batch.labels, batch.weights)
-        loss, self._state = self._train(self._load(), inputs)
-        return loss
+        losses, self._states = self._train(self._load(), inputs)
+        return losses
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
-        trainable, rest, _ = self._load()
-        return np.asarray(self._predict(trainable, rest, batch.inputs()))[: len(batch.rows)]
-
-    def variables(self) -> list[Any]:
-        self.sync()
-        return self._optimizer.variables
+        return np.asarray(self._predict(self._load(), batch.inputs()))[:, : len(batch.rows)]
 
     def sync(self) -> None:
-        if self._state is None:
+        if self._states is None:
             return
-        variables = (
-            self._model.trainable_variables,
-            self._model.non_trainable_variables,
-            self._optimizer.variables,
-        )
-        for group, values in zip(variables, self._state, strict=True):
-            for variable, value in zip(group, values, strict=True):
-                variable.assign(value)
+        for (model, optimizer), state in zip(self._members, self._states, strict=True):
+            groups = (
+                model.trainable_variables,
+                model.non_trainable_variables,
+                optimizer.variables,
+            )
+            for group, values in zip(groups, state, strict=True):
+                for variable, value in zip(group, values, strict=True):
+                    variable.assign(value)
         # The next step donates its inputs: it must not be given the variables' own arrays.
-        self._state = None
+        self._states = None

@@ -1,0 +1,274 @@
+"""Find what nothing needs any more, and delete it when told to.
+
+Only files that this program writes are ever deleted; anything else is listed.
+A process that has mapped a deleted file goes on reading it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featstore.errors import RunError, StoreError
+from featstore.extract import writing
+from featstore.maintain import KINDS, Source, disk_bytes, feature_folders, open_folder
+from featstore.publish import TEMPORARY
+from featstore.shard import open_shard, rewrite_shard
+from featstore.spec import read_spec
+from featstore.store import reconcile_manifest, shard_paths, write_manifest
+
+DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
+# In this order a folder that is deleted in part is still a sound store of its newest rows.
+LISTS = ("quarantine.json", "spec.json", ".lock")
+ROOT_ENTRIES = (*KINDS, "splits", "reports", "demo", "README.md", ".gitignore")
+# Splits and reports are written without a lock: a younger file may be in the making.
+TEMPORARY_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that can go.
+
+    Attributes:
+        what: "features", "superseded rows", "temporary file", "split" or "report".
+        path: File or folder.
+        bytes: What deleting it frees; an estimate for superseded rows.
+        detail: Why it can go.
+    """
+
+    what: str
+    path: Path
+    bytes: int
+    detail: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it JSON-able."""
+        return {**vars(self), "path": str(self.path)}
+
+
+@dataclass
+class Collection:
+    """What a store has to spare.
+
+    Attributes:
+        garbage: What can go.
+        unknown: Files that this program did not write; never deleted.
+        notes: What could not be judged, and why.
+        deleted: What of the garbage was deleted.
+        kept: What of it was not, and why.
+    """
+
+    garbage: list[Garbage] = field(default_factory=list)
+    unknown: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    deleted: list[Garbage] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it JSON-able."""
+        return {
+            "garbage": [item.to_dict() for item in self.garbage],
+            "bytes": sum(item.bytes for item in self.garbage),
+            "unknown": [str(path) for path in self.unknown],
+            "notes": self.notes,
+            "deleted": [item.to_dict() for item in self.deleted],
+            "kept": self.kept,
+        }
+
+
+def referenced_by_runs(runs: Path) -> set[str]:
+    """Return every fingerprint and split digest that a manifest below `runs` names.
+
+    Raises:
+        RunError: A manifest cannot be read: what it refers to is not known.
+    """
+    found: set[str] = set()
+    for path in sorted(runs.rglob("manifest.json")):
+        try:
+            text = path.read_text(encoding="utf-8")
+            json.loads(text)
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunError(
+                f"{path}: cannot be read ({error}), so the features that the run needs are not"
+                " known; mend or delete that run first"
+            ) from error
+        found |= set(DIGEST.findall(text))
+    return found
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell whether a file of a feature folder was written by this program."""
+    name = path.name
+    return path.is_file() and (
+        path in shard_paths(path.parent)
+        or name in (*LISTS, "manifest.json")
+        or name.startswith(TEMPORARY)
+    )
+
+
+def _superseded(folder: Path) -> dict[Path, list[int]]:
+    """Return shard to its rows whose key has a newer row."""
+    opened = open_folder(folder)
+    older = np.setdiff1d(np.arange(len(opened)), opened.newest())
+    shards, rows = opened.locate(older)
+    found: dict[Path, list[int]] = {}
+    for number, row in zip(shards.tolist(), rows.tolist(), strict=True):
+        found.setdefault(opened.shards[number].path, []).append(row)
+    return found
+
+
+def _inside(folder: Path, needed: set[str], found: Collection) -> None:
+    """Judge one feature folder."""
+    files = sorted(folder.iterdir())
+    ours = [path for path in files if _is_ours(path)]
+    found.unknown += [path for path in files if path not in ours]
+    if folder.name not in needed:
+        detail = "neither the configuration nor a run refers to it"
+        found.garbage.append(Garbage("features", folder, disk_bytes(ours), detail))
+        return
+    for path in ours:
+        if path.name.startswith(TEMPORARY):
+            found.garbage.append(
+                Garbage("temporary file", path, disk_bytes([path]), "left by a killed writer")
+            )
+    try:
+        for path, rows in _superseded(folder).items():
+            shard = open_shard(path, folder.parent.name, folder.name, read_spec(folder)["dtype"])
+            freed = path.stat().st_size * len(rows) // max(1, len(shard))
+            detail = f"{len(rows)} of {len(shard)} rows have a newer one"
+            found.garbage.append(Garbage("superseded rows", path, freed, detail))
+    except StoreError as error:
+        found.notes.append(f"superseded rows not looked for: {error}")
+
+
+def _beside(source: Source, needed: set[str], found: Collection) -> None:
+    """Judge the splits and the reports."""
+    asked_split = asked_report = ""
+    if source.has_dataset:
+        asked_split = source.dataset.splits_path.name
+        asked_report = source.dataset.report.name if source.dataset.report else ""
+    now = time.time()
+    for kind, pattern, asked in (
+        ("split", re.compile(r"([0-9a-f]{32})\.json"), asked_split),
+        ("report", re.compile(r"rows-([0-9a-f]{16})\.csv"), asked_report),
+    ):
+        for path in sorted((source.root / f"{kind}s").glob("*")):
+            match = pattern.fullmatch(path.name)
+            if path.name.startswith(TEMPORARY) and path.is_file():
+                if now - path.stat().st_mtime > TEMPORARY_SECONDS:
+                    detail = "left by a killed writer"
+                    found.garbage.append(
+                        Garbage("temporary file", path, disk_bytes([path]), detail)
+                    )
+            elif not match or not path.is_file():
+                found.unknown.append(path)
+            elif path.name != asked and match[1] not in needed:
+                detail = f"the {kind} of other rows than the configuration's"
+                if kind == "split":
+                    detail += "; no run refers to it"
+                found.garbage.append(Garbage(kind, path, disk_bytes([path]), detail))
+
+
+def find_garbage(source: Source, runs: Path) -> Collection:
+    """List what neither the configuration nor a run needs; change nothing.
+
+    Args:
+        source: The configuration.
+        runs: Folder of the runs; may be absent.
+
+    Raises:
+        StoreError: There is no store.
+        RunError: A run's manifest cannot be read.
+        PresetError: The configuration's fingerprints cannot be computed.
+    """
+    found = Collection()
+    folders = feature_folders(source.root)
+    needed = referenced_by_runs(runs) | {spec.fingerprint for spec in source.asked.values()}
+    found.unknown += [
+        path for path in sorted(source.root.iterdir()) if path.name not in ROOT_ENTRIES
+    ]
+    for kind in KINDS:
+        beside = sorted((source.root / kind).glob("*"))
+        found.unknown += [path for path in beside if path not in folders]
+    for folder in folders:
+        _inside(folder, needed, found)
+    _beside(source, needed, found)
+    return found
+
+
+def _delete_folder(folder: Path) -> None:
+    """Delete a feature folder's own files, oldest shard first; the folder too if it is empty."""
+    with writing(folder, timeout_seconds=0):
+        (folder / "manifest.json").unlink(missing_ok=True)
+        for path in shard_paths(folder):
+            path.unlink()
+        for name in LISTS:
+            (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def compact(folder: Path) -> int:
+    """Write the shards of a folder again without their superseded rows.
+
+    A kill leaves every key with its newest row: the manifest gives up a
+    shard's line before the shard changes.
+
+    Returns:
+        Rows left out.
+
+    Raises:
+        StoreError: Another process holds the lock.
+        CorruptShardError: A row that stays is damaged; that shard is as it was.
+    """
+    count = 0
+    with writing(folder, timeout_seconds=0):
+        kind, dtype = folder.parent.name, read_spec(folder)["dtype"]
+        lines = {line["name"]: line for line in reconcile_manifest(folder)}
+        for path, rows in _superseded(folder).items():
+            shard = open_shard(path, kind, folder.name, dtype)
+            keep = np.setdiff1d(np.arange(len(shard)), rows)
+            for row in keep.tolist():
+                # Before the manifest changes.
+                shard.check_row(row)
+            lines.pop(path.name)
+            write_manifest(folder, folder.name, list(lines.values()))
+            if len(keep):
+                lines[path.name] = rewrite_shard(shard, keep, frozenset())
+            else:
+                path.unlink()
+            count += len(rows)
+            write_manifest(folder, folder.name, reconcile_manifest(folder))
+    return count
+
+
+def delete(found: Collection) -> None:
+    """Delete the garbage that was found; what another process is using stays.
+
+    Args:
+        found: From `find_garbage`; its `deleted` and `kept` are filled.
+    """
+    for item in found.garbage:
+        folder = item.path.parent
+        try:
+            if item.what == "features":
+                _delete_folder(item.path)
+            elif item.what == "superseded rows":
+                compact(folder)
+            elif item.what == "temporary file" and folder.parent.name in KINDS:
+                # Under the lock no writer is at work: its leftovers are removed then.
+                with writing(folder, timeout_seconds=0):
+                    pass
+            else:
+                item.path.unlink(missing_ok=True)
+        except (StoreError, OSError) as error:
+            found.kept.append(f"{item.path}: {error}")
+        else:
+            found.deleted.append(item)

@@ -1,0 +1,449 @@
+"""Find what is damaged in a store, and name it.
+
+A full check reads every file once. The manifest keeps a digest of each
+shard's bytes, so that no byte is left out; the checksum of each row and of the
+index, which are in the shard itself, then tell which part it is. Where the
+manifest was lost, these still cover every number that is ever returned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import xxhash
+
+from featstore.errors import CorruptShardError, ImageError, StoreError
+from featstore.extract import ProgressBar, no_progress
+from featstore.images import ImageIndex, read_bytes
+from featstore.maintain import KINDS, Source, feature_folders, open_folder
+from featstore.publish import TEMPORARY
+from featstore.shard import HDF5_ERRORS, VERIFY, Shard, digest_bytes, open_shard, salvage_keys
+from featstore.spec import FORMAT, read_spec
+from featstore.store import VisionStore, read_manifest, read_quarantine, shard_paths
+
+BLOCK_BYTES = 4 << 20
+MEND = "python cli.py store repair"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it was published.
+
+    Attributes:
+        what: "spec", "manifest", "quarantine", "missing shard", "unreadable
+            shard", "unlisted shard", "damaged rows", "damaged bytes",
+            "repeated keys", "other shape", "changed photos" or "vanished
+            photos".
+        path: The file.
+        detail: What was found, in one line.
+        rows: Row numbers inside the shard, where rows are meant.
+        keys: Their keys; of an unreadable shard, those that can be told.
+        mend: What to type.
+    """
+
+    what: str
+    path: Path
+    detail: str
+    rows: tuple[int, ...] = ()
+    keys: tuple[str, ...] = ()
+    mend: str = MEND
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it JSON-able."""
+        return {
+            "what": self.what,
+            "path": str(self.path),
+            "detail": self.detail,
+            "rows": list(self.rows),
+            "keys": list(self.keys),
+            "mend": self.mend,
+        }
+
+
+@dataclass
+class FolderReport:
+    """What a check of one feature folder found.
+
+    Attributes:
+        folder: Of the features.
+        shards: Shards on the disk.
+        rows: Rows in the shards that can be read, superseded ones included.
+        checked_rows: Rows whose checksum was compared.
+        problems: What is wrong; empty where all is well.
+        notes: What is worth knowing and harms nothing.
+    """
+
+    folder: Path
+    shards: int = 0
+    rows: int = 0
+    checked_rows: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it JSON-able."""
+        return {
+            "folder": str(self.folder),
+            "kind": self.folder.parent.name,
+            "fingerprint": self.folder.name,
+            "shards": self.shards,
+            "rows": self.rows,
+            "checked_rows": self.checked_rows,
+            "problems": [problem.to_dict() for problem in self.problems],
+            "notes": self.notes,
+        }
+
+
+def blocks_of(folder: Path) -> int:
+    """Return the 4 MiB blocks that a full check of a folder reads."""
+    return sum(-(-path.stat().st_size // BLOCK_BYTES) for path in shard_paths(folder))
+
+
+def folder_dtype(folder: Path) -> str:
+    """Return the stored dtype of a folder; where its spec is lost, as its shards say.
+
+    Raises:
+        CorruptShardError: Neither says it.
+    """
+    try:
+        return str(read_spec(folder)["dtype"])
+    except StoreError:
+        for path in shard_paths(folder):
+            try:
+                with h5py.File(path, "r", locking=False) as file:
+                    return str(file.attrs["dtype"])
+            except HDF5_ERRORS:
+                continue
+        raise
+
+
+def _short(error: Exception, path: Path) -> str:
+    """Return an error without its path and without the advice to run what is running."""
+    return str(error).removeprefix(f"{path}: ").removesuffix(f"; {VERIFY}")
+
+
+def _check_bytes(
+    path: Path, shard: Shard | None, on_block: Callable[[int], None]
+) -> tuple[str, int, list[int]]:
+    """Read a file once; return its digest, its size and the damaged rows.
+
+    A row is compared right after its bytes were read: its pages are in memory,
+    and a bad sector of the disk was met by `read`, which reports it, and not
+    by the map, which would end the process.
+    """
+    state, size, row = xxhash.xxh3_128(), 0, 0
+    ends = shard.row_ends() if shard is not None else np.zeros(0, np.int64)
+    damaged = []
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            state.update(block)
+            size += len(block)
+            while shard is not None and row < len(ends) and ends[row] <= size:
+                if not shard.row_is_intact(row):
+                    damaged.append(row)
+                row += 1
+            on_block(1)
+    return state.hexdigest(), size, damaged
+
+
+def _repeated_rows(shard: Shard) -> list[int]:
+    """Return the rows whose key stands again further down in the same shard."""
+    last = {tuple(pair): row for row, pair in enumerate(shard.index["key_digests"].tolist())}
+    return sorted(set(range(len(shard))) - set(last.values()))
+
+
+def _check_shard(
+    path: Path,
+    line: dict[str, Any] | None,
+    dtype: str,
+    report: FolderReport,
+    on_block: Callable[[int], None],
+) -> tuple[Shard | None, str]:
+    """Check one shard whole; return it, if it can be read, and its digest."""
+    folder = report.folder
+    shard, reason, keys = None, "", list[str]()
+    try:
+        shard = open_shard(path, folder.parent.name, folder.name, dtype)
+        keys = shard.keys()
+    except CorruptShardError as error:
+        reason = _short(error, path)
+    try:
+        digest, size, damaged = _check_bytes(path, shard, on_block)
+    except OSError as error:
+        shard, reason, digest, size, damaged = None, error.strerror or str(error), "", 0, []
+    if line is not None and line["bytes"] != size:
+        reason = f"{size} bytes, the manifest says {line['bytes']}" + (reason and f"; {reason}")
+    if shard is None:
+        keys = keys or salvage_keys(path)
+        known = f"; {len(keys)} of its keys can be told" if keys else ""
+        report.problems.append(Problem("unreadable shard", path, reason + known, keys=tuple(keys)))
+        return None, digest
+    report.rows += len(shard)
+    report.checked_rows += len(shard)
+    if damaged:
+        named = tuple(keys[row] for row in damaged)
+        detail = f"{len(damaged)} of {len(shard)} rows do not have their checksum"
+        report.problems.append(Problem("damaged rows", path, detail, tuple(damaged), named))
+    elif line is not None and line.get("digest") != digest:
+        detail = reason or "every row and the index are intact, bytes around them are not"
+        report.problems.append(Problem("damaged bytes", path, detail))
+    elif line is not None and line.get("rows") != len(shard):
+        detail = f"{path.name} has {len(shard)} rows, the manifest says {line.get('rows')}"
+        report.problems.append(Problem("manifest", folder / "manifest.json", detail))
+    repeated = _repeated_rows(shard)
+    if repeated:
+        named = tuple(keys[row] for row in repeated)
+        detail = f"{len(repeated)} rows have a key that stands again in this shard"
+        report.problems.append(Problem("repeated keys", path, detail, tuple(repeated), named))
+    return shard, digest
+
+
+def _check_lists(report: FolderReport) -> None:
+    """Check the spec, the manifest's own fields and the quarantine list."""
+    folder = report.folder
+    try:
+        kind = read_spec(folder).get("kind")
+        if kind != folder.parent.name:
+            detail = f"kind {kind!r} below {folder.parent.name}/"
+            report.problems.append(Problem("spec", folder / "spec.json", detail))
+    except StoreError as error:
+        path = folder / "spec.json"
+        report.problems.append(Problem("spec", path, _short(error, path)))
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        lines = manifest["shards"]
+        if (manifest["format"], manifest["fingerprint"]) != (FORMAT, folder.name):
+            detail = "its format or fingerprint is not this folder's"
+            report.problems.append(Problem("manifest", path, detail))
+        elif len(read_manifest(folder)) != len(lines):
+            report.problems.append(Problem("manifest", path, "its lines cannot be read"))
+        elif len({line["name"] for line in lines}) != len(lines):
+            report.problems.append(Problem("manifest", path, "it lists a shard twice"))
+    except FileNotFoundError:
+        if shard_paths(folder):
+            numbers = {int(shard.stem.split("-")[1]) for shard in shard_paths(folder)}
+            gaps = sorted(set(range(max(numbers))) - numbers)
+            lost = f"; shards may be lost too: numbers {gaps} are not there" if gaps else ""
+            report.problems.append(Problem("manifest", path, f"is missing{lost}"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        report.problems.append(Problem("manifest", path, f"cannot be read ({error})"))
+    path = folder / "quarantine.json"
+    try:
+        read_quarantine(folder)
+    except StoreError as error:
+        report.problems.append(Problem("quarantine", path, _short(error, path)))
+    leftovers = list(folder.glob(f"{TEMPORARY}*"))
+    if leftovers:
+        report.notes.append(
+            f"{len(leftovers)} leftover temporary files; `python cli.py store gc` removes them"
+        )
+
+
+def verify_folder(folder: Path, progress: Callable[[int], None] = lambda n: None) -> FolderReport:
+    """Check every byte of a feature folder.
+
+    Args:
+        folder: Of the features. It is not locked: while another process
+            writes to it, a shard may be reported that was replaced meanwhile.
+        progress: Called with the number of 4 MiB blocks just read.
+
+    Returns:
+        What was found; nothing is changed.
+
+    Cost: reads every file once; memory for one shard's index and one block.
+    """
+    lines = {line["name"]: line for line in read_manifest(folder)}
+    report = FolderReport(folder)
+    _check_lists(report)
+    paths = shard_paths(folder)
+    report.shards = len(paths)
+    for name in sorted(lines.keys() - {path.name for path in paths}):
+        rows = lines[name].get("rows")
+        detail = f"is gone, with {rows} rows whose keys cannot be told"
+        report.problems.append(Problem("missing shard", folder / name, detail))
+    try:
+        dtype = folder_dtype(folder)
+    except StoreError:
+        return report
+    shape, unlisted, digests = None, [], dict[str, str]()
+    for path in paths:
+        line = lines.get(path.name)
+        shard, digest = _check_shard(path, line, dtype, report, progress)
+        copied = digests.setdefault(digest, path.name) if digest else path.name
+        if shard is None:
+            continue
+        if line is None:
+            unlisted.append((path, copied))
+        shape = shape or shard.features.shape[1:]
+        if shard.features.shape[1:] != shape:
+            detail = f"a row has shape {shard.features.shape[1:]}, expected {shape}"
+            report.problems.append(Problem("other shape", path, detail, keys=tuple(shard.keys())))
+    manifest_lost = any(problem.what == "manifest" for problem in report.problems)
+    # A shard that was published while this ran is in the manifest by now.
+    listed = {line["name"] for line in read_manifest(folder)}
+    for path, copied in unlisted:
+        if path.name not in listed and not manifest_lost:
+            copy = f", a copy of {copied}" if copied != path.name else ""
+            detail = f"is not in the manifest{copy}; a kill may have left it"
+            report.problems.append(Problem("unlisted shard", path, detail))
+    return report
+
+
+def sample_folder(folder: Path, rows: int, seed: int = 0) -> FolderReport:
+    """Check the lists, every shard's index, and the checksums of some random rows.
+
+    Args:
+        folder: Of the features.
+        rows: How many to draw, without repeats, from all shards together.
+        seed: Of the draw.
+    """
+    report = FolderReport(folder)
+    _check_lists(report)
+    lines = {line["name"]: line for line in read_manifest(folder)}
+    shards: list[Shard] = []
+    for path in shard_paths(folder):
+        report.shards += 1
+        line = lines.pop(path.name, None)
+        size = path.stat().st_size
+        try:
+            if line is not None and line["bytes"] != size:
+                raise CorruptShardError(f"{size} bytes, the manifest says {line['bytes']}")
+            shards.append(open_shard(path, folder.parent.name, folder.name, folder_dtype(folder)))
+        except StoreError as error:
+            keys = tuple(salvage_keys(path))
+            report.problems.append(
+                Problem("unreadable shard", path, _short(error, path), keys=keys)
+            )
+    for name in sorted(lines):
+        report.problems.append(Problem("missing shard", folder / name, "is gone"))
+    starts = np.concatenate([[0], np.cumsum([len(shard) for shard in shards], dtype=np.int64)])
+    report.rows = int(starts[-1])
+    report.checked_rows = min(rows, report.rows)
+    chosen = np.random.default_rng(seed).choice(report.rows, report.checked_rows, replace=False)
+    for position in sorted(chosen.tolist()):
+        number = int(np.searchsorted(starts, position, side="right")) - 1
+        shard, row = shards[number], int(position - starts[number])
+        if not shard.row_is_intact(row):
+            key = shard.keys()[row]
+            detail = "a row of the sample does not have its checksum"
+            report.problems.append(Problem("damaged rows", shard.path, detail, (row,), (key,)))
+    return report
+
+
+def photo_digest(path: Path) -> tuple[int, int] | None:
+    """Return the digest of a photo's bytes, or None where it cannot be read."""
+    try:
+        return digest_bytes(read_bytes(path))
+    except ImageError:
+        return None
+
+
+def compare_sources(
+    folder: Path, index: ImageIndex, threads: int, progress: Callable[[int], None] = lambda n: None
+) -> list[Problem]:
+    """Compare each live row's photo with the bytes that the row was made from.
+
+    Args:
+        folder: Of image features; undamaged.
+        index: Where the photos are.
+        threads: That read them.
+        progress: Called with the number of photos just read.
+
+    Returns:
+        At most two problems: the photos that changed, and those that are gone.
+    """
+    opened = open_folder(folder)
+    if not isinstance(opened, VisionStore):
+        return []
+    live, keys = opened.live(), opened.keys()
+    ids = [keys[position] for position in live.tolist()]
+    stored = [tuple(pair) for pair in opened.source_digests(live).tolist()]
+    paths = [index.lookup(image_id) for image_id in ids]
+
+    def compare(number: int) -> str:
+        path = paths[number]
+        found = None if path is None else photo_digest(path)
+        if found is None:
+            return "vanished"
+        return "same" if found == stored[number] else "changed"
+
+    verdicts = []
+    with ThreadPoolExecutor(max(4, threads)) as pool:
+        for verdict in pool.map(compare, range(len(ids))):
+            verdicts.append(verdict)
+            progress(1)
+    problems = []
+    for verdict, detail, mend in (
+        ("changed", "photos have other bytes than their features were made from", "extract-vit"),
+        ("vanished", "stored photos are not there or cannot be read", "store info"),
+    ):
+        named = tuple(key for key, found in zip(ids, verdicts, strict=True) if found == verdict)
+        if named:
+            problems.append(
+                Problem(
+                    f"{verdict} photos",
+                    index.folder,
+                    f"{len(named)} of {len(ids)} {detail}",
+                    keys=named,
+                    mend=f"python cli.py {mend}",
+                )
+            )
+    return problems
+
+
+def verify_store(
+    source: Source,
+    kinds: Sequence[str] = KINDS,
+    mine: bool = False,
+    sample: int | None = None,
+    photos: bool = False,
+    bar: ProgressBar = no_progress,
+) -> list[FolderReport]:
+    """Check the feature folders of a store.
+
+    Args:
+        source: The configuration; of it, only the store's root is needed
+            unless `mine` or `photos` is set.
+        kinds: "vit", "text" or both.
+        mine: Only the folders that the configuration asks for.
+        sample: Check that many random rows of each folder instead of all.
+        photos: Compare the photos with what the rows were made from, too.
+        bar: Makes a progress display for a number of MiB, or of photos.
+
+    Returns:
+        One report a folder; all is well where none has a problem.
+
+    Raises:
+        StoreError: There is no store.
+    """
+    folders = feature_folders(source.root, kinds)
+    if mine:
+        wanted = {spec.fingerprint for spec in source.asked.values()}
+        folders = [folder for folder in folders if folder.name in wanted]
+    if sample is not None:
+        reports = [sample_folder(folder, sample) for folder in folders]
+    else:
+        block_mib = BLOCK_BYTES >> 20
+        with bar(sum(map(blocks_of, folders)) * block_mib) as progress:
+            reports = [
+                verify_folder(folder, lambda blocks: progress(blocks * block_mib))
+                for folder in folders
+            ]
+    for report in reports:
+        if photos and report.folder.parent.name == "vit" and not report.problems:
+            with bar(report.rows) as progress:
+                report.problems += compare_sources(
+                    report.folder,
+                    source.dataset.images,
+                    source.store.decode_threads,
+                    progress,
+                )
+    return reports

@@ -1,0 +1,202 @@
+"""The training loop: steps and epochs of one run, or of several in one pass over the store.
+
+With k_txt 0 a step is so short that reading and widening its features is a
+part worth sharing. Runs that see the same batches can therefore be trained
+together; each ends with what it would have reached alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import RunError, StoppedError, UsageError
+from trainer.batches import CachedRows, Prefetcher
+from trainer.step import Stepper, make_stepper
+
+if TYPE_CHECKING:
+    from trainer.fit import Training
+
+CHECKPOINT_SECONDS = 120.0
+LOSS_EVERY_STEPS = 50
+
+
+def predict_logits(stepper: Stepper, rows: CachedRows, batch_size: int) -> NDArray[np.float32]:
+    """Return the logit of every row, in the order of the rows.
+
+    Returns:
+        float32 of shape (models, len(rows)). Every row is computed exactly once.
+    """
+    parts: list[NDArray[np.float32]] = []
+    order: list[NDArray[np.int64]] = []
+    with Prefetcher(rows, rows.in_order(batch_size), batch_size) as batches:
+        for batch in batches:
+            parts.append(stepper.predict(batch))
+            order.append(batch.rows)
+    logits = np.concatenate(parts, axis=1)
+    return logits[:, np.argsort(np.concatenate(order))]
+
+
+def check_same_batches(trainings: Sequence[Training]) -> None:
+    """Refuse to train runs together whose steps read different batches.
+
+    Raises:
+        UsageError: They differ in one of the settings that decide the batches,
+            or a text layer trains.
+    """
+    first = trainings[0]
+    if len(trainings) > 1 and first.train_config.k_txt:
+        raise UsageError("runs can be trained together with k_txt 0 only")
+    for training in trainings[1:]:
+        for name in ("k_txt", "seed", "batch_size", "control"):
+            ours, theirs = getattr(training.train_config, name), getattr(first.train_config, name)
+            if ours != theirs:
+                raise UsageError(
+                    f"{training.run.name} cannot be trained together with {first.run.name}:"
+                    f" [train] {name} is {ours!r} and {theirs!r}"
+                )
+        if training.manifest["data"] != first.manifest["data"] or (
+            training.manifest["features"] != first.manifest["features"]
+        ):
+            raise UsageError(
+                f"{training.run.name} cannot be trained together with {first.run.name}:"
+                " they read different rows or features"
+            )
+
+
+def train_together(trainings: Sequence[Training]) -> list[Exception | None]:
+    """Train runs to their ends, sharing each batch among those that stand at the same step.
+
+    A run that was stopped earlier, and so stands elsewhere, catches up first.
+
+    Args:
+        trainings: One run, or several that read the same batches. The caller
+            holds their locks.
+
+    Returns:
+        For each run the exception that ended it, or None. A loss that is no
+        longer finite, or an exception of a run's own `reporter.epoch`, ends
+        that run alone.
+
+    Raises:
+        UsageError: The runs read different batches.
+        StoppedError: A run's `reporter.stopping` said so; all states are saved.
+    """
+    check_same_batches(trainings)
+    failures: dict[int, Exception] = {}
+    going = list(trainings)
+    members: list[Training] = []
+    try:
+        for training in trainings:
+            training.begin()
+        while True:
+            for training in list(going):
+                if id(training) in failures or training.finished:
+                    going.remove(training)
+                    training.end("stopped" if id(training) in failures else "finished")
+            if not going:
+                break
+            rearmost = min(position(training) for training in going)
+            standing = [training for training in going if position(training) == rearmost]
+            if members != standing:
+                members = standing
+                stepper = make_stepper(
+                    [(t.model, t.optimizer) for t in members], members[0].compiled
+                )
+            _run_epoch(members, stepper, failures)
+    except BaseException:
+        for training in going:
+            training.end("stopped")
+        raise
+    return [failures.get(id(training)) for training in trainings]
+
+
+def position(training: Training) -> tuple[int, int]:
+    """Return where a run stands: epoch and step."""
+    return training.progress.epoch, training.progress.step
+
+
+def _run_epoch(
+    trainings: Sequence[Training], stepper: Stepper, failures: dict[int, Exception]
+) -> None:
+    """Run the rest of an epoch and judge it; what ends a single run goes to `failures`."""
+    first = trainings[0]
+    train = first.train_config
+    steps = first.rows.epoch(train.batch_size, train.seed, first.progress.epoch)
+    wait_seconds = _take_steps(trainings, stepper, steps, failures)
+    stepper.sync()
+    started = time.perf_counter()
+    logits = predict_logits(stepper, first.val_rows, train.batch_size)
+    val_seconds = time.perf_counter() - started
+    for training, own in zip(trainings, logits, strict=True):
+        if id(training) in failures:
+            continue
+        try:
+            training.end_epoch(len(steps), own, wait_seconds, val_seconds)
+        except Exception as error:
+            failures[id(training)] = error
+
+
+def _take_steps(
+    trainings: Sequence[Training],
+    stepper: Stepper,
+    steps: list[NDArray[np.int64]],
+    failures: dict[int, Exception],
+) -> float:
+    """Take the rest of an epoch's steps; return the time spent waiting for data."""
+    first = trainings[0]
+    rest = steps[first.progress.step :]
+    pending: list[tuple[list[Any], int]] = []
+    since_save = since_collect = time.perf_counter()
+
+    def collect() -> None:
+        nonlocal since_collect
+        losses = [(np.asarray(loss), rows) for loss, rows in pending]
+        pending.clear()
+        now = time.perf_counter()
+        for i, training in enumerate(trainings):
+            try:
+                training.collect([(loss[i], rows) for loss, rows in losses], now - since_collect)
+            except RunError as error:
+                failures.setdefault(id(training), error)
+        since_collect = now
+
+    def save() -> None:
+        stepper.sync()
+        for training in trainings:
+            if id(training) not in failures:
+                training.save()
+
+    with (
+        Prefetcher(first.rows, rest, first.train_config.batch_size) as batches,
+        first.reporter.bar(first.progress.epoch + 1, len(steps)) as bar,
+    ):
+        bar.update(first.progress.step)
+        for batch in batches:
+            pending.append((stepper.train(batch), len(batch.rows)))
+            for training in trainings:
+                training.progress.step += 1
+            bar.update()
+            if len(pending) >= LOSS_EVERY_STEPS:
+                collect()
+                if all(id(training) in failures for training in trainings):
+                    break
+                bar.set_postfix(loss=f"{first.progress.loss_sum / first.progress.rows:.4f}")
+                if time.perf_counter() - since_save > CHECKPOINT_SECONDS:
+                    save()
+                    since_save = time.perf_counter()
+            if any(training.reporter.stopping() for training in trainings):
+                collect()
+                save()
+                raise StoppedError(
+                    f"{first.run.name}: stopped in epoch {first.progress.epoch + 1} after step"
+                    f" {first.progress.step} of {len(steps)}; the same command with"
+                    f" --name {first.run.name} goes on"
+                )
+        collect()
+        bar.set_postfix(loss=f"{first.progress.loss_sum / max(first.progress.rows, 1):.4f}")
+        return batches.wait_seconds
