@@ -20,7 +20,7 @@ from typing import Any
 import click
 
 from featstore.config import SPLITS, hints
-from featstore.errors import FeatstoreError, StoppedError, UsageError
+from featstore.errors import FeatstoreError, RunError, StoppedError, UsageError
 from trainer.config import CONTROLS, DEFAULT_FILE, SECTIONS, Config, load_config, render_config
 
 # Said before TensorFlow is imported: it reads them then.
@@ -405,12 +405,14 @@ def _print_metrics(result: dict[str, Any]) -> None:
 @cli.command()
 @click.option("--name", help="Name of the run; an unfinished run of that name goes on.")
 @click.option("--init-from", help="Run to take the head and shared text layers from.")
+@click.option("--plain", is_flag=True, help="Plain Keras layers without XLA: slow, same numbers.")
 @_runs_option
 @_json_option
 @settings("data", "encoders", "store", "train")
 def train(
     name: str | None,
     init_from: str | None,
+    plain: bool,
     runs: str,
     as_json: bool,
     config_file: str | None,
@@ -436,7 +438,14 @@ def train(
 
     with run.writing(), _stop_request() as stopping:
         run.check_free_or_same(config)
-        training = Training(run, features, source, Reporter(_epoch_bar, _print_epoch, stopping))
+        training = Training(
+            run,
+            features,
+            source,
+            Reporter(_epoch_bar, _print_epoch, stopping),
+            compiled=not plain,
+            fast=not plain,
+        )
         if not as_json:
             count = training.manifest["parameters"]["trainable"]
             click.echo(f"run {run.folder}: {count:,} trainable parameters", err=True)
@@ -479,6 +488,300 @@ def evaluate(run: str, split: str, control: str | None, runs: str, as_json: bool
     if result["quarantined_photos"]:
         left = result["rows_of_split"] - result["rows"]
         click.echo(f"{left} rows left out: their photos could not be read", err=True)
+
+
+def _print_parity(result: dict[str, Any]) -> None:
+    click.echo(
+        f"{result['split']}: {result['rows']} of {result['rows_of_split']} rows, stored in"
+        f" {result['stored_dtype']}"
+    )
+
+    def shown(value: float | None) -> str:
+        return "not finite" if value is None else f"{value:.2e}"
+
+    click.echo(f"{'':>20} {'largest':>10} {'mean':>10} {'largest/tol.':>12}  met  tolerance")
+    for found in result["quantities"].values():
+        largest, mean = shown(found["largest"]), shown(found["mean"])
+        over, met = shown(found["largest_over_tolerance"]), "yes" if found["met"] else "NO"
+        click.echo(
+            f"{found['name']:>20} {largest:>10} {mean:>10} {over:>12}  {met:>3}"
+            f"  {found['tolerance']}"
+        )
+    recorded, differing = result["recorded_loss"], result["predictions"]
+    loss = "not finite" if recorded["found"] is None else f"{recorded['found']:.6f}"
+    click.echo(
+        f"{recorded['name']:>20} {recorded['expected']:.6f}, now {loss}"
+        f" over {recorded['rows']} rows; {'met' if recorded['met'] else 'NOT met'}"
+        f" ({recorded['tolerance']:.1e})"
+    )
+    click.echo(f"{'predictions':>20} {len(differing)} differ at τ = {result['threshold']:.2f}")
+    for row in differing:
+        click.echo(
+            f"{row['image_id']!r}, {row['hypothesis']!r}: logit {row['cached_logit']:.4f} cached,"
+            f" {row['end_to_end_logit']:.4f} end to end, threshold {row['threshold_logit']:.4f}"
+        )
+    for path, found in result["metrics"].items():
+        figures = "not finite"
+        if found is not None:
+            figures = f"accuracy {found['accuracy']:.2%}, macro-F1 {found['macro_f1']:.2%}"
+        click.echo(f"{path.replace('_', ' '):>20} {figures}")
+    for note in result["notes"]:
+        click.echo(f"note: {note}")
+
+
+@cli.command()
+@click.argument("run")
+@click.option(
+    "--rows",
+    "count",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Rows drawn from the split.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides which rows."
+)
+@_split_option("test", "val", "train")
+@_runs_option
+@_json_option
+def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool) -> None:
+    """Prove that a run equals the end-to-end model, from the photos' bytes on."""
+    from trainer.run import find_run
+
+    found = find_run(Path(runs), run)
+    _import_framework()
+    from trainer.parity import check_parity
+
+    result = check_parity(
+        found,
+        split,
+        count,
+        seed,
+        lambda total: _bar(total, " sentences"),
+        lambda total: _bar(total, " rows"),
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _print_parity(result)
+    if result["failure"]:
+        raise RunError(result["failure"])
+
+
+@cli.group("store")
+def store_group() -> None:
+    """Look after the stored features: what is there, is it whole, what can go."""
+
+
+def _store_options(command: Command) -> Command:
+    k_txt = click.option("--k-txt", "train__k_txt", type=int, help="last text layers that train")
+    return _json_option(k_txt(settings("data", "encoders", "store")(command)))
+
+
+def _kind_option(*choices: str) -> Callable[[Command], Command]:
+    return click.option("--kind", type=click.Choice(choices), default=choices[0], show_default=True)
+
+
+def _source(config_file: str | None, flags: dict[str, Any]) -> Any:
+    config = _config(config_file, flags)
+    from featstore.maintain import Source
+
+    return Source(config.data, config.encoders, config.store, config.train.k_txt)
+
+
+def _kinds(kind: str) -> tuple[str, ...]:
+    return ("vit", "text") if kind == "all" else (kind,)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _print_keys(keys: list[str]) -> None:
+    if keys:
+        more = f" … and {len(keys) - 20} more (--json names all)" if len(keys) > 20 else ""
+        click.echo(f"    {', '.join(map(repr, keys[:20]))}{more}")
+
+
+def _print_info(found: dict[str, Any]) -> None:
+    for entry in found["features"]:
+        mark = "  asked for by the configuration" if entry["asked_for"] else ""
+        names = ", ".join(entry["names"]) or "unknown preset"
+        click.echo(f"{entry['kind']:4} {entry['fingerprint']}  {names}{mark}")
+        click.echo(f"     {_megabytes(entry['bytes'])} in {entry['shards']} shards")
+        if entry["damaged"]:
+            click.echo(f"     damaged: {entry['damaged']}")
+            continue
+        unit = f"{entry['tokens']} tokens" + (" in all" if entry["kind"] == "text" else " a row")
+        click.echo(
+            f"     boundary {entry['boundary']} of {entry['layers']}, {unit} × {entry['width']}"
+            f" {entry['dtype']}"
+        )
+        click.echo(
+            f"     {entry['rows']} rows, {entry['superseded_rows']} superseded,"
+            f" {entry['stale_rows']} stale, {entry['quarantined']} quarantined"
+        )
+    for split, counts in (found["coverage"] or {}).items():
+        parts = [
+            f"{counts[f'{what}_with_features']} of {counts[what]} {what}"
+            for what in ("images", "sentences")
+            if what in counts
+        ]
+        click.echo(f"{split:5} {', '.join(parts)} have features")
+    for name in ("splits", "reports"):
+        click.echo(f"{name}: {found[name]['files']} files, {_megabytes(found[name]['bytes'])}")
+    for problem in found["problems"]:
+        click.echo(f"note: {problem}", err=True)
+
+
+@store_group.command("info")
+@_store_options
+def store_info(as_json: bool, config_file: str | None, **flags: Any) -> None:
+    """Show what is stored, and what of it the configuration asks for."""
+    source = _source(config_file, flags)
+    from featstore.maintain import describe_store
+
+    found = describe_store(source)
+    click.echo(json.dumps(found)) if as_json else _print_info(found)
+
+
+@store_group.command("verify")
+@_kind_option("all", "vit", "text")
+@click.option("--mine", is_flag=True, help="Only the features that the configuration asks for.")
+@click.option("--sample", type=click.IntRange(min=1), help="Check that many random rows instead.")
+@click.option(
+    "--source", "photos", is_flag=True, help="Compare the photos with their features' source too."
+)
+@_store_options
+def store_verify(
+    kind: str,
+    mine: bool,
+    sample: int | None,
+    photos: bool,
+    as_json: bool,
+    config_file: str | None,
+    **flags: Any,
+) -> None:
+    """Check every byte of the stored features; exit 1 if any is not as it was written."""
+    source = _source(config_file, flags)
+    from featstore.verify import verify_store
+
+    reports = verify_store(
+        source, _kinds(kind), mine, sample, photos, lambda total: _bar(total, " MiB")
+    )
+    if as_json:
+        sound = not any(report.problems for report in reports)
+        found = [report.to_dict() for report in reports]
+        click.echo(json.dumps({"sound": sound, "sample": sample, "folders": found}))
+    else:
+        for report in reports:
+            verdict = f"{len(report.problems)} problems" if report.problems else "sound"
+            share = f"{report.checked_rows} of {report.rows} rows checked"
+            if sample is not None:
+                share += " (a sample; without --sample every byte is)"
+            click.echo(f"{report.folder}: {verdict}; {report.shards} shards, {share}")
+            for problem in report.problems:
+                click.echo(f"  {problem.path}: {problem.what}: {problem.detail}")
+                _print_keys(list(problem.keys))
+                click.echo(f"    mend: {problem.mend}")
+            for note in report.notes:
+                click.echo(f"  note: {note}")
+        if not reports:
+            click.echo("no features are stored")
+    if any(report.problems for report in reports):
+        click.get_current_context().exit(1)
+
+
+@store_group.command("repair")
+@_kind_option("all", "vit", "text")
+@click.option("--dry-run", is_flag=True, help="Print what would be done; change nothing.")
+@_store_options
+def store_repair(
+    kind: str, dry_run: bool, as_json: bool, config_file: str | None, **flags: Any
+) -> None:
+    """Mend what verify finds: damaged rows are computed again, the others are kept."""
+    source = _source(config_file, flags)
+    if not dry_run:
+        _import_framework()
+    from featstore.repair import repair_store
+
+    reports = repair_store(source, _kinds(kind), lambda total: _bar(total, " rows"), dry_run)
+    if as_json:
+        found = [report.to_dict() for report in reports]
+        click.echo(json.dumps({"dry_run": dry_run, "folders": found}))
+    for report in reports if not as_json else []:
+        for action in report.actions:
+            click.echo(action)
+        if report.restored:
+            click.echo(
+                f"{report.folder}: {report.restored} rows computed again, {report.identical} with"
+                " the bits that they had"
+            )
+        if report.dropped:
+            click.echo(f"{report.folder}: {len(report.dropped)} known rows could not be kept")
+            _print_keys(report.dropped)
+        if report.extracted:
+            click.echo(f"{report.folder}: {report.extracted} rows extracted")
+        for key, reason in list(report.failed.items())[:5]:
+            click.echo(f"quarantined {key}: {reason}", err=True)
+    if not as_json and not any(report.actions or report.left for report in reports):
+        click.echo("nothing to mend")
+    left = [line for report in reports for line in report.left]
+    for line in left:
+        _print_error(line)
+    if left:
+        click.get_current_context().exit(1)
+
+
+@store_group.command("gc")
+@click.option("--yes", is_flag=True, help="Delete what is listed.")
+@_runs_option
+@_store_options
+def store_gc(yes: bool, runs: str, as_json: bool, config_file: str | None, **flags: Any) -> None:
+    """List what neither the configuration nor a run needs; delete it with --yes."""
+    source = _source(config_file, flags)
+    from featstore.collect import delete, find_garbage
+
+    found = find_garbage(source, Path(runs))
+    if yes:
+        delete(found)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+        return
+    for item in found.garbage:
+        click.echo(f"{_megabytes(item.bytes):>12}  {item.what}: {item.path} ({item.detail})")
+    for path in found.unknown:
+        click.echo(f"{'unknown':>12}  {path}: not written by this program; never deleted")
+    for line in (*found.notes, *found.kept):
+        click.echo(f"kept: {line}", err=True)
+    total = _megabytes(sum(item.bytes for item in (found.deleted if yes else found.garbage)))
+    click.echo(f"{total} deleted" if yes else f"{total} can go; --yes deletes it")
+
+
+@store_group.command("export")
+@click.option("--out", required=True, help="FILE.npy or FILE.parquet.")
+@_kind_option("vit", "text")
+@_split_option("stored", "all", *SPLITS)
+@_store_options
+def store_export(
+    out: str, kind: str, split: str, as_json: bool, config_file: str | None, **flags: Any
+) -> None:
+    """Write the configuration's features to one file for other tools."""
+    source = _source(config_file, flags)
+    from featstore.export import export_features
+
+    found = export_features(source, kind, Path(out), split, lambda total: _bar(total, " rows"))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    shape = " × ".join(map(str, found["shape"]))
+    click.echo(
+        f"{', '.join(found['files'])}: {found['rows']} rows, {shape} {found['dtype']},"
+        f" {_megabytes(found['bytes'])}"
+    )
+    if found["quarantined"]:
+        click.echo(f"{found['quarantined']} quarantined inputs left out", err=True)
 
 
 def main() -> None:

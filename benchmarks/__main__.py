@@ -31,5 +31,21 @@ def extraction(
         click.echo(f"kept in {keep('extraction', figures)}")
 
 
+@benchmarks.command()
+@click.option("--rows", default=4096, show_default=True, help="Rows of 196×768 float16.")
+@click.option("--rounds", default=7, show_default=True, help="Rounds with each peer.")
+@click.option("--scratch", help="Folder for the files; default: the system's temporary one.")
+@click.option("--keep/--no-keep", "kept", default=True, help="Write benchmarks/results.")
+def loader(rows: int, rounds: int, scratch: str | None, kept: bool) -> None:
+    """Random batches of rows against memcpy and other formats; disk: the rows twice."""
+    from benchmarks.loader import measure, report
+    from benchmarks.results_file import keep
+
+    figures = measure(rows, rounds=rounds, scratch=scratch)
+    click.echo(report(figures))
+    if kept:
+        click.echo(f"kept in {keep('loader', figures)}")
+
+
 if __name__ == "__main__":
     benchmarks(prog_name="python -m benchmarks")

@@ -1,0 +1,507 @@
+"""Random batches of feature rows: the store against memcpy and against other formats.
+
+Speeds of one machine differ from minute to minute, so nothing is compared with
+an earlier figure. Each peer is written, then measured in rounds: memcpy, the
+store and the peer read each batch of a round before the next one is read, in an
+order that changes, and every ratio is taken inside its round. Then the peer's
+files are deleted, so that the disk holds the store and one peer at a time.
+
+Peers without random access stream one whole epoch a round through a shuffle
+buffer, as their users do. Every batch of every way is compared with the rows
+that were written, before anything is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.loader_peers import PEERS, Peer, StreamReader
+from benchmarks.tables import table
+from featstore.config import StoreConfig
+from featstore.publish import write_json
+from featstore.shard import ShardRows, digest_bytes, shard_name, write_shard
+from featstore.spec import VisionSpec
+from featstore.store import VisionStore, open_store
+
+Array = NDArray[Any]
+Batches = list[NDArray[np.int64]]
+Read = Callable[[NDArray[np.int64]], Array]
+
+MEMCPY = "memcpy, random rows"
+SEQUENTIAL = "memcpy, one block"
+OURS = "featstore gather(out=)"
+OURS_ALLOCATING = "featstore gather()"
+OURS_FIRST = "featstore gather(), first reading: checksums"
+WARM_HEADER = (
+    "way",
+    "access",
+    "ms a batch",
+    "min–max",
+    "GB/s",
+    "speed to memcpy",
+    "featstore's speed to this",
+)
+COLD_HEADER = ("way", "ms a batch", "min–max", "GB/s", "speed to raw read")
+INSTALL = "pip install 'featstore[bench]'"
+AHEAD = 4
+
+
+@dataclass
+class Timing:
+    """Seconds a batch of one way, and of memcpy and the store in the same rounds."""
+
+    access: str
+    seconds: list[float] = field(default_factory=list)
+    memcpy: list[float] = field(default_factory=list)
+    ours: list[float] = field(default_factory=list)
+
+    def figures(self, batch_bytes: int) -> dict[str, Any]:
+        middle = statistics.median(self.seconds)
+        return {
+            "access": self.access,
+            "milliseconds_a_batch": round(middle * 1e3, 3),
+            "spread_milliseconds": [
+                round(min(self.seconds) * 1e3, 3),
+                round(max(self.seconds) * 1e3, 3),
+            ],
+            "gigabytes_a_second": round(batch_bytes / middle / 1e9, 2),
+            "speed_to_memcpy": _median_ratio(self.memcpy, self.seconds),
+            "featstore_speed_to_this": _median_ratio(self.seconds, self.ours),
+        }
+
+
+def _median_ratio(above: list[float], below: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 4)
+
+
+def write_store(root: Path, features: Array) -> VisionSpec:
+    """Publish rows as an extraction does: shards, spec, manifest.
+
+    Args:
+        root: The store's root.
+        features: float16 of shape (rows, tokens, width).
+
+    Returns:
+        The spec that names the folder.
+    """
+    spec = VisionSpec(
+        encoder="random features",
+        weights="",
+        architecture={},
+        boundary=0,
+        dtype="float16",
+        precision="float32",
+        final_norm=True,
+        converter={},
+        decoder="",
+        tokens="patches",
+    )
+    folder = spec.folder(root)
+    write_json(folder / "spec.json", {"spec": spec.to_dict()})
+    lines = []
+    step = StoreConfig().shard_rows
+    for number, start in enumerate(range(0, len(features), step)):
+        part = features[start : start + step]
+        keys = [f"{i:08d}" for i in range(start, start + len(part))]
+        rows = ShardRows(keys, part[:, None], [digest_bytes(key.encode()) for key in keys])
+        path = folder / shard_name(number)
+        lines.append(write_shard(path, spec.kind, spec.fingerprint, spec.dtype, rows, {}))
+    write_json(folder / "manifest.json", {"shards": lines})
+    return spec
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return an array at the start of a page, so that no way copies to a slower address."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 4096, np.uint8)
+    start = -raw.ctypes.data % 4096
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _random_features(rows: int, row_shape: tuple[int, int]) -> Array:
+    """Return distinct float16 rows, none of them NaN."""
+    generator = np.random.default_rng(0)
+    features = _aligned((rows, *row_shape), np.float16)
+    for row in features:
+        row[...] = generator.standard_normal(row_shape, np.float32)
+    return features
+
+
+def _interleaved_seconds(
+    reads: dict[str, Read], batches: Batches, generator: np.random.Generator
+) -> dict[str, float]:
+    """Let all ways read each batch before the next; return each way's median seconds a batch.
+
+    Another process's burst lasts longer than a batch and so slows all ways.
+    """
+    found: dict[str, list[float]] = {name: [] for name in reads}
+    for positions in batches:
+        for name in generator.permutation(list(reads)).tolist():
+            started = time.perf_counter()
+            reads[name](positions)
+            found[name].append(time.perf_counter() - started)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+def _epoch_seconds(read: StreamReader, batch_size: int) -> float:
+    started = time.perf_counter()
+    count = sum(1 for _ in read(batch_size))
+    return (time.perf_counter() - started) / count
+
+
+def _check(name: str, read: Read, features: Array, batch_size: int) -> None:
+    """Read every row; raise ValueError where a byte differs from what was written."""
+    order = np.random.default_rng(1).permutation(len(features))
+    for start in range(0, len(order) - batch_size + 1, batch_size):
+        positions = order[start : start + batch_size]
+        if read(positions).tobytes() != features[positions].tobytes():
+            raise ValueError(f"{name}: a batch differs from the rows that were written")
+
+
+def _check_stream(name: str, read: StreamReader, features: Array, batch_size: int) -> None:
+    """Read one epoch; raise ValueError unless it is every row once."""
+    expected = {row.tobytes()[:16]: row for row in features}
+    for batch in read(batch_size):
+        for row in batch:
+            wanted = expected.pop(row.tobytes()[:16], None)
+            if wanted is None or wanted.tobytes() != row.tobytes():
+                raise ValueError(f"{name}: a row differs from those that were written")
+    if expected:
+        raise ValueError(f"{name}: {len(expected)} rows are missing from an epoch")
+
+
+class _Warm:
+    """The ways that are in every round, and what all rounds found."""
+
+    def __init__(
+        self, features: Array, store: VisionStore, batch_size: int, batches: int, rounds: int
+    ) -> None:
+        self.features, self.batch_size = features, batch_size
+        self.batches, self.rounds = batches, rounds
+        self.out = _aligned((batch_size, *features.shape[1:]), features.dtype)
+        self.generator = np.random.default_rng(2)
+        own = store.empty(batch_size)
+        self.own: dict[str, Read] = {
+            MEMCPY: self._memcpy,
+            SEQUENTIAL: self._memcpy_block,
+            OURS: lambda positions: store.gather(positions, own),
+            OURS_ALLOCATING: store.gather,
+        }
+        for name in (MEMCPY, OURS, OURS_ALLOCATING):
+            _check(name, self.own[name], features, batch_size)
+        self.timings = {name: Timing("random") for name in self.own}
+        self.timings[SEQUENTIAL].access = "sequential"
+
+    def _memcpy(self, positions: NDArray[np.int64]) -> Array:
+        for i, position in enumerate(positions.tolist()):
+            np.copyto(self.out[i], self.features[position])
+        return self.out
+
+    def _memcpy_block(self, positions: NDArray[np.int64]) -> Array:
+        start = int(positions[0]) % (len(self.features) - self.batch_size + 1)
+        np.copyto(self.out, self.features[start : start + self.batch_size])
+        return self.out
+
+    def some_batches(self) -> Batches:
+        """Return a round's batches: no row twice in one batch."""
+        rows, size = len(self.features), self.batch_size
+        return [self.generator.permutation(rows)[:size] for _ in range(self.batches)]
+
+    def measure(
+        self,
+        name: str,
+        access: str,
+        opened: Callable[[], Read] | None = None,
+        epoch: Callable[[], float] | None = None,
+    ) -> None:
+        """Time one more way in rounds with the others.
+
+        Args:
+            name: As the table calls it.
+            access: "random" or "stream".
+            opened: Gives the reader of a round, for random access.
+            epoch: Streams one epoch and returns the seconds a batch.
+        """
+        self.timings[name] = Timing(access)
+        for _ in range(self.rounds):
+            reads = self.own | ({name: opened()} if opened else {})
+            found = _interleaved_seconds(reads, self.some_batches(), self.generator)
+            if epoch:
+                found[name] = epoch()
+            for way, seconds in found.items():
+                timing = self.timings[way]
+                timing.seconds.append(seconds)
+                timing.memcpy.append(found[MEMCPY])
+                timing.ours.append(found[OURS])
+
+    def measure_peer(self, peer: Peer, folder: Path) -> None:
+        """Write, check and time one peer.
+
+        Raises:
+            ImportError: Its package is not installed.
+        """
+        with peer.open(self.features, folder) as read:
+            os.sync()  # else the peer's own write-back runs while it is timed
+            if peer.streams:
+                _check_stream(peer.name, read, self.features, self.batch_size)
+                self.measure(
+                    peer.name, "stream", epoch=lambda: _epoch_seconds(read, self.batch_size)
+                )
+                return
+
+            def gather(positions: NDArray[np.int64]) -> Array:
+                return read(positions, self.out)
+
+            _check(peer.name, gather, self.features, self.batch_size)
+            self.measure(peer.name, "random", opened=lambda: gather)
+
+
+def _is_in_memory(path: Path) -> bool:
+    """Tell whether the system holds any page of a file, without reading one."""
+    file = np.memmap(path, np.uint8, "r")
+    held = np.zeros(-(-file.size // mmap.PAGESIZE), np.uint8)
+    mincore = ctypes.CDLL(None, use_errno=True).mincore
+    arguments = (ctypes.c_void_p(file.ctypes.data), ctypes.c_size_t(file.size))
+    if mincore(*arguments, ctypes.c_void_p(held.ctypes.data)):
+        raise OSError(ctypes.get_errno(), f"{path}: mincore failed")
+    return bool((held & 1).any())
+
+
+def drop_page_cache(paths: Sequence[Path]) -> bool:
+    """Make the system forget files' pages.
+
+    Returns:
+        Whether it did: a file in memory, or one that is still mapped, stays.
+    """
+    for _ in range(20):
+        for path in paths:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+        if not any(_is_in_memory(path) for path in paths):
+            return True
+        time.sleep(0.1)  # pages that are still being read ahead cannot be dropped
+    return False
+
+
+def _read_ahead(store: VisionStore, batches: Batches, out: Array) -> None:
+    for positions in batches[:AHEAD]:
+        store.will_need(positions)
+    for i, positions in enumerate(batches):
+        for coming in batches[i + AHEAD : i + AHEAD + 1]:
+            store.will_need(coming)
+        store.gather(positions, out)
+
+
+def _cold(features: Array, folder: Path, batches: int, rounds: int, size: int) -> dict[str, Any]:
+    """Time batches of rows that are on the disk alone.
+
+    Returns:
+        Figures by way; none where the files cannot be dropped from memory.
+        Disks below a virtual machine keep caches of their own, so the ratios
+        say more than the speeds.
+    """
+    import h5py
+
+    spec = write_store(folder, features)
+    shards = sorted(spec.folder(folder).glob("shard-*.h5"))
+    plain, contiguous = folder / "rows.npy", folder / "rows.h5"
+    np.save(plain, features)
+    with h5py.File(contiguous, "w") as file:
+        file.create_dataset("rows", data=features)
+    out = _aligned((size, *features.shape[1:]), features.dtype)
+    block = memoryview(bytearray(out.nbytes))
+
+    def sequential(chosen: Batches) -> float:
+        with plain.open("rb", buffering=0) as file:
+            started = time.perf_counter()
+            for _ in chosen:
+                file.readinto(block)
+            return time.perf_counter() - started
+
+    def ours(chosen: Batches) -> float:
+        store = open_store(folder, spec, "benchmarks")
+        started = time.perf_counter()
+        for positions in chosen:
+            store.gather(positions, out)
+        return time.perf_counter() - started
+
+    def ours_ahead(chosen: Batches) -> float:
+        store = open_store(folder, spec, "benchmarks")
+        started = time.perf_counter()
+        _read_ahead(store, chosen, out)
+        return time.perf_counter() - started
+
+    def memmap(chosen: Batches) -> float:
+        rows = np.load(plain, mmap_mode="r")
+        started = time.perf_counter()
+        for positions in chosen:
+            np.take(rows, positions, axis=0, out=out, mode="clip")
+        return time.perf_counter() - started
+
+    def hdf5(chosen: Batches) -> float:
+        with h5py.File(contiguous, "r") as file:
+            rows = file["rows"]
+            started = time.perf_counter()
+            for positions in chosen:
+                for i, position in enumerate(positions.tolist()):
+                    rows.read_direct(out, np.s_[position], np.s_[i])
+            return time.perf_counter() - started
+
+    ways = {
+        "raw sequential read": sequential,
+        "featstore, read ahead": ours_ahead,
+        "featstore": ours,
+        "NumPy memmap, take": memmap,
+        "h5py contiguous, read_direct a row": hdf5,
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    generator = np.random.default_rng(3)
+    for _ in range(rounds):
+        order = generator.permutation(len(features))
+        chosen = [order[i * size : (i + 1) * size] for i in range(batches)]
+        for way in generator.permutation(len(ways)):
+            name = list(ways)[way]
+            if not drop_page_cache([*shards, plain, contiguous]):
+                return {}
+            found[name].append(ways[name](chosen) / len(chosen))
+    return {
+        name: {
+            "milliseconds_a_batch": round(statistics.median(seconds) * 1e3, 2),
+            "spread_milliseconds": [round(min(seconds) * 1e3, 2), round(max(seconds) * 1e3, 2)],
+            "gigabytes_a_second": round(out.nbytes / statistics.median(seconds) / 1e9, 2),
+            "speed_to_raw_read": _median_ratio(found["raw sequential read"], seconds),
+        }
+        for name, seconds in found.items()
+    }
+
+
+@contextlib.contextmanager
+def _folder(scratch: str | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        yield Path(folder)
+
+
+def measure(
+    rows: int = 4096,
+    row_shape: tuple[int, int] = (196, 768),
+    batch_size: int = 32,
+    batches: int = 12,
+    rounds: int = 7,
+    scratch: str | None = None,
+    peers: Sequence[Peer] = PEERS,
+) -> dict[str, Any]:
+    """Measure every way that is installed.
+
+    Args:
+        rows: Rows of the store. Take a store larger than the processor's
+            last-level cache, and batches × rounds that fit the time.
+        row_shape: (tokens, width) of float16.
+        batch_size: Rows of a batch.
+        batches: Batches that a way reads in a round; at most rows // batch_size.
+        rounds: Rounds with each peer.
+        scratch: Folder for the files; None takes the system's temporary one.
+        peers: Other formats to compare with.
+
+    Returns:
+        Figures of all ways warm and cold, and the peers that are absent.
+
+    Raises:
+        ValueError: Fewer rows than the batches of a round need, or a way
+            returned other bytes than were written.
+    """
+    if rows < batch_size * batches:
+        raise ValueError(f"{batches} batches of {batch_size} need more than {rows} rows")
+    features = _random_features(rows, row_shape)
+    absent = {}
+    with _folder(scratch) as folder:
+        # With a store of its own: pages that were read row by row lie scattered in
+        # memory, and are slower to copy than those of the peers' fresh files.
+        cold = _cold(features, folder, batches, rounds, batch_size)
+    with _folder(scratch) as root:
+        spec = write_store(root, features)
+        warm = _Warm(features, open_store(root, spec, "benchmarks"), batch_size, batches, rounds)
+
+        warm.measure(
+            OURS_FIRST, "random", opened=lambda: open_store(root, spec, "benchmarks").gather
+        )
+        for peer in peers:
+            with _folder(scratch) as folder:
+                try:
+                    warm.measure_peer(peer, folder)
+                except ImportError as error:
+                    absent[peer.name] = f"{error.name or error}; {INSTALL}"
+    batch_bytes = features[:1].nbytes * batch_size
+    return {
+        "rows": rows,
+        "row_shape": list(row_shape),
+        "dtype": "float16",
+        "batch_size": batch_size,
+        "batches_a_round": batches,
+        "rounds": rounds,
+        "batch_bytes": batch_bytes,
+        "warm": {name: timing.figures(batch_bytes) for name, timing in warm.timings.items()},
+        "cold": cold,
+        "absent": absent,
+    }
+
+
+def report(figures: dict[str, Any]) -> str:
+    """Return the tables of what `measure` found."""
+
+    def spread(way: dict[str, Any]) -> str:
+        return "–".join(f"{value:.2f}" for value in way["spread_milliseconds"])
+
+    warm = [
+        [
+            name,
+            way["access"],
+            f"{way['milliseconds_a_batch']:.2f}",
+            spread(way),
+            f"{way['gigabytes_a_second']:.2f}",
+            f"{way['speed_to_memcpy']:.3f}",
+            f"{way['featstore_speed_to_this']:.2f}",
+        ]
+        for name, way in sorted(
+            figures["warm"].items(), key=lambda item: -item[1]["speed_to_memcpy"]
+        )
+    ]
+    warm += [[name, "absent", *5 * ["–"]] for name in figures["absent"]]
+    cold = [
+        [
+            name,
+            f"{way['milliseconds_a_batch']:.1f}",
+            spread(way),
+            f"{way['gigabytes_a_second']:.2f}",
+            f"{way['speed_to_raw_read']:.2f}",
+        ]
+        for name, way in figures["cold"].items()
+    ]
+    shape = "×".join(map(str, figures["row_shape"]))
+    parts = [
+        f"{figures['batch_size']} rows of {shape} {figures['dtype']} a batch, from"
+        f" {figures['rows']} rows in the page cache. A stream reads an epoch through a shuffle"
+        " buffer; the others read any row.",
+        table(WARM_HEADER, warm),
+        "Rows that are on the disk alone"
+        + (":" if cold else ": not measured, the files cannot be dropped from memory."),
+        *([table(COLD_HEADER, cold)] if cold else []),
+        *(f"{name} is absent: needs {needs}" for name, needs in figures["absent"].items()),
+    ]
+    return "\n\n".join(parts)

@@ -1,0 +1,521 @@
+"""Prove on real rows that a run over cached features equals the end-to-end model.
+
+Rows are drawn, and computed twice with the run's weights: from the store, as
+in training, and from the photo's bytes and the sentence, through every layer.
+The features, the logits and the predictions of both are compared with a
+tolerance that follows from the stored number format.
+
+The checksums of the store tell that a row is what was written. Parity tells
+that what was written is right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.dataset import load_dataset
+from featstore.encoders import TextEncoder, VisionEncoder
+from featstore.errors import ImageError, RunError
+from featstore.examples import NO_PHOTO
+from featstore.extract import ProgressBar, no_progress
+from featstore.images import decode_image, read_bytes
+from featstore.plan import vision_spec
+from featstore.publish import command_line, package_versions, write_json
+from featstore.shard import digest_bytes, feature_dtype
+from featstore.store import open_store
+from trainer.batches import CachedRows, IntArray
+from trainer.checkpoint import build_model, load_best
+from trainer.config import Config
+from trainer.end_to_end import VISION_NAME, build_end_to_end, transfer_weights
+from trainer.evaluate import open_run_features
+from trainer.features import Features, extract_command
+from trainer.loop import predict_logits
+from trainer.metrics import binary_metrics, log_loss, sigmoid
+from trainer.run import Run
+from trainer.step import Stepper, make_optimizer, make_stepper
+
+BATCH_ROWS = 8
+NAMED = 5
+
+EXACT_LOGITS = 1e-4
+"""Most that logits may differ where nothing was rounded: float32 alone gives about 1e-5."""
+
+Floats = NDArray[Any]
+
+
+def unit_roundoff(dtype: str) -> float:
+    """Return the largest relative error of rounding to a number format: 2⁻¹¹ for float16."""
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(feature_dtype(dtype)).eps) / 2
+
+
+def arithmetic_noise(precision: str) -> float:
+    """Return how far two computations of a feature may differ, over its row's root mean square.
+
+    1e-4 in float32, where another batch size alone moves features of twelve
+    blocks by 2e-5; 256 units of roundoff in less.
+    """
+    return max(1e-4, 256 * unit_roundoff(precision))
+
+
+def feature_tolerance(stored: Floats, fresh: Floats, precision: str) -> Floats:
+    """Return how far each stored number may be from its recomputed value.
+
+    Half a unit in the last place of the stored format, for the rounding, and
+    `arithmetic_noise` times the recomputed row's root mean square.
+
+    Args:
+        stored: Stored dtype, shape (rows, tokens, width).
+        fresh: float32 of the same shape.
+        precision: Arithmetic of the encoder while it extracted.
+
+    Returns:
+        float64 of the same shape.
+    """
+    import ml_dtypes
+
+    limits = ml_dtypes.finfo(stored.dtype)
+    # A number in [2^(e-1), 2^e) is rounded by at most 2^(e-1) · eps / 2, a subnormal one as the
+    # smallest normal number is.
+    magnitudes = np.maximum(np.abs(stored.astype(np.float64)), float(limits.smallest_normal))
+    half = np.ldexp(float(limits.eps) / 4, np.frexp(magnitudes)[1])
+    squares = np.square(fresh, dtype=np.float64)
+    return half + arithmetic_noise(precision) * np.sqrt(squares.mean(axis=(1, 2), keepdims=True))
+
+
+def logit_tolerance(dtype: str, precision: str) -> float:
+    """Return how far two logits of one row may differ.
+
+    `EXACT_LOGITS`, and 16 units of roundoff of the stored format and of the
+    encoder's arithmetic: the head averages over tokens, so the rounding of
+    single numbers largely cancels.
+
+    Args:
+        dtype: Stored number format.
+        precision: Arithmetic of the encoder while it extracted.
+    """
+    return EXACT_LOGITS + 16 * (unit_roundoff(dtype) + unit_roundoff(precision))
+
+
+class _Quantity:
+    """The differences of one quantity, row by row."""
+
+    def __init__(self, name: str, rule: str) -> None:
+        self.name, self.rule = name, rule
+        self._rows: list[tuple[float, ...]] = []
+
+    def add(self, found: Floats, expected: Floats, tolerance: Floats | float) -> None:
+        """Add rows: what the cached path has, what the end-to-end path has."""
+        found, expected = found.astype(np.float64), expected.astype(np.float64)
+        limits = np.broadcast_to(tolerance, found.shape)
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(found - expected)
+            used = difference / limits
+        # A number that is not finite must not pass for a small difference.
+        used[np.isnan(used)] = np.inf
+        for row in range(len(found)):
+            worst = np.unravel_index(int(used[row].argmax()), used[row].shape)
+            self._rows.append(
+                (
+                    float(difference[row].max()),
+                    float(difference[row].mean()),
+                    float(used[row][worst]),
+                    float(expected[row][worst]),
+                    float(found[row][worst]),
+                )
+            )
+
+    def result(self, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
+        """Return the figures; `rows` names the rows in the order in which they were added."""
+        largest, mean, used, expected, found = np.array(self._rows).T
+        worst = int(used.argmax())
+        return {
+            "name": self.name,
+            "largest": _plain(largest.max()),
+            "mean": _plain(mean.mean()),
+            "largest_over_tolerance": _plain(used.max()),
+            "tolerance": self.rule,
+            "rows_beyond": int((used > 1).sum()),
+            "met": bool((used <= 1).all()),
+            "worst": {
+                **rows[worst],
+                "expected": _plain(expected[worst]),
+                "found": _plain(found[worst]),
+            },
+        }
+
+
+def _plain(value: float) -> float | None:
+    """Return a number as JSON has it; None where it is not finite."""
+    return float(value) if np.isfinite(value) else None
+
+
+def _shown(value: float | None) -> str:
+    return "a number that is not finite" if value is None else f"{value:.6g}"
+
+
+@dataclasses.dataclass
+class _Models:
+    """Both models, with one run's weights, in float32."""
+
+    cached: Stepper
+    end_to_end: keras.Model
+    vision: VisionEncoder
+    text: TextEncoder
+
+
+def _load_models(config: Config, features: Features, best: keras.Model, compiled: bool) -> _Models:
+    """Build both models with the weights of `best`."""
+    train = dataclasses.replace(config.train, dtype_policy="float32")
+    cached = best
+    if config.train != train:
+        cached = build_model(dataclasses.replace(config, train=train), features.vision.row_shape)
+        transfer_weights(best, cached)
+    encoders = config.encoders
+    vision = VisionEncoder(encoders.vit, config.store.tokens)
+    text = TextEncoder(encoders.text, encoders.sequence_length)
+    model = build_end_to_end(vision.backbone, text.backbone, train, config.store.tokens)
+    transfer_weights(best, model)
+    outputs = {"features": model.get_layer(VISION_NAME).output, "logits": model.output}
+    both = keras.Model(model.input, outputs)
+    both.compile(jit_compile=compiled)
+    stepper = make_stepper([(cached, make_optimizer(train))], compiled)
+    return _Models(stepper, both, vision, text)
+
+
+class _Comparison:
+    """Computes rows of a split on both paths, a batch at a time."""
+
+    def __init__(self, features: Features, split: str, models: _Models) -> None:
+        store = features.config.store
+        self.features, self.models = features, models
+        self.rows, _ = features.usable(split)
+        self.cached: CachedRows = features.rows(split)
+        self.precision = store.precision
+        self.logit_tolerance = logit_tolerance(store.dtype, store.precision)
+        rounding = f"half a unit in the last place of {store.dtype}"
+        noise = arithmetic_noise(store.precision)
+        rule = f"{rounding} + {noise:.2g} of the row's root mean square"
+        self.vision = _Quantity("vision features", rule)
+        self.text = _Quantity("text hidden states", rule)
+        self.logit = _Quantity("logits", f"{self.logit_tolerance:.2g}")
+        self.compared: list[int] = []
+        self.found: list[float] = []
+        self.expected: list[float] = []
+        self.changed: set[str] = set()
+        self.unreadable: dict[str, str] = {}
+
+    def name(self, pick: int) -> dict[str, str]:
+        """Return what people know a row by."""
+        examples, row = self.features.dataset.examples, self.rows[pick]
+        return {"image_id": examples.image_ids[row], "hypothesis": examples.hypotheses[row]}
+
+    def _pixels(self, pick: int) -> NDArray[np.float32] | None:
+        """Return the pixels of a row's photo as it is now, or None where it cannot be read."""
+        image_id = self.name(pick)["image_id"]
+        path = self.features.dataset.images.lookup(image_id)
+        try:
+            if path is None:
+                raise ImageError(f"{image_id}: no photo of that name")
+            data = read_bytes(path)
+            stored = self.features.vision.source_digests(self.cached.image_positions[[pick]])[0]
+            if digest_bytes(data) != tuple(stored.tolist()):
+                self.changed.add(image_id)
+            return self.models.vision.to_pixels(decode_image(data, path.name))
+        except ImageError as error:
+            self.unreadable[image_id] = str(error)
+            return None
+
+    def add(self, picks: IntArray) -> None:
+        """Compare some rows, `BATCH_ROWS` at most; one whose photo cannot be read is left out."""
+        pixels = {pick: self._pixels(pick) for pick in picks.tolist()}
+        read = {pick: image for pick, image in pixels.items() if image is not None}
+        if not read:
+            return
+        kept = np.array(list(read))
+        batch = self.cached.batch(kept, BATCH_ROWS)
+        found = self.models.cached.predict(batch)
+        # One shape of batch: each other one would be compiled apart.
+        filled = [*read, *([kept[0]] * (BATCH_ROWS - len(read)))]
+        sentences = [self.name(pick)["hypothesis"] for pick in filled]
+        token_ids, mask = self.models.text.tokenize(sentences)
+        inputs = {
+            "pixel_values": np.stack([read[pick] for pick in filled]),
+            "input_ids": token_ids,
+            "attention_mask": mask.astype(np.int32),
+        }
+        outputs = self.models.end_to_end.predict_on_batch(inputs)
+        expected = np.asarray(outputs["logits"])[: len(kept), 0]
+        stored = batch.features[: len(kept)]
+        fresh = np.asarray(outputs["features"])[: len(kept)]
+        self.vision.add(stored, fresh, feature_tolerance(stored, fresh, self.precision))
+        # Padding is zero in the store and whatever the layers make of it here.
+        k_txt = self.features.config.train.k_txt
+        states = self.models.text.encode(token_ids, mask, k_txt) * mask[..., None]
+        fresh = states[: len(kept)]
+        stored, _ = self.features.text.gather(self.cached.text_positions[kept], mask.shape[1])
+        self.text.add(stored, fresh, feature_tolerance(stored, fresh, self.precision))
+        self.logit.add(found[:, None], expected[:, None], self.logit_tolerance)
+        self.compared += kept.tolist()
+        self.found += found.tolist()
+        self.expected += expected.tolist()
+
+    def quantities(self) -> dict[str, dict[str, Any]]:
+        """Return the figures of each quantity over all rows that were added."""
+        names = [self.name(pick) for pick in self.compared]
+        return {
+            "vision_features": self.vision.result(names),
+            "text_hidden_states": self.text.result(names),
+            "logits": self.logit.result(names),
+        }
+
+    def predictions(self, threshold: float) -> list[dict[str, Any]]:
+        """Return the rows whose two predictions differ, and their distance to the threshold."""
+        cut = float(np.log(threshold) - np.log1p(-threshold))
+        differing = []
+        for pick, found, expected in zip(self.compared, self.found, self.expected, strict=True):
+            calls = sigmoid([found, expected]) >= threshold
+            if calls[0] != calls[1]:
+                distance = max(abs(found - cut), abs(expected - cut))
+                differing.append(
+                    {
+                        **self.name(pick),
+                        "cached_logit": _plain(found),
+                        "end_to_end_logit": _plain(expected),
+                        "threshold_logit": cut,
+                        "within_tolerance": bool(distance <= self.logit_tolerance),
+                    }
+                )
+        return differing
+
+    def metrics(self, threshold: float) -> dict[str, dict[str, float] | None]:
+        """Return accuracy and macro-F1 on both paths; None where a logit is not finite."""
+        labels = self.cached.labels[self.compared]
+        results: dict[str, dict[str, float] | None] = {}
+        for path, logits in (("cached", self.found), ("end_to_end", self.expected)):
+            results[path] = None
+            if np.isfinite(logits).all():
+                measured = binary_metrics(labels, sigmoid(logits), threshold)
+                results[path] = {name: measured[name] for name in ("accuracy", "macro_f1")}
+        return results
+
+
+def _recorded_loss(
+    run: Run, features: Features, best: keras.Model, compiled: bool
+) -> dict[str, Any]:
+    """Compare the val loss of the weights with the one that the run wrote down.
+
+    Both paths share the weights, so that those of another run would agree
+    with themselves; they do not have this run's loss.
+    """
+    train = features.config.train
+    rows = features.rows("val")
+    stepper = make_stepper([(best, make_optimizer(train))], compiled)
+    logits = predict_logits(stepper, rows, train.batch_size)[0]
+    found = log_loss(rows.labels, logits) if np.isfinite(logits).all() else np.nan
+    expected = float(run.metrics()["loss"])
+    policy = train.dtype_policy.removeprefix("mixed_")
+    tolerance = logit_tolerance("float32", policy)
+    return {
+        "name": "recorded val loss",
+        "rows": len(rows),
+        "expected": expected,
+        "found": _plain(found),
+        "tolerance": tolerance,
+        "met": bool(abs(found - expected) <= tolerance),
+    }
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(repr(name) for name in names[:NAMED]) + more
+
+
+def _failure(run: Run, features: Features, split: str, result: dict[str, Any]) -> str | None:
+    """Return the error's line, for the first cause found from the photo to the metric."""
+    photos, found = result["photos"], result["quantities"]
+    again = f"`{extract_command('vit', split)}`"
+    if photos["unreadable"]:
+        reason = next(iter(photos["unreadable"].values()))
+        return (
+            f"{run.folder}: {len(photos['unreadable'])} of the photos drawn cannot be read any more"
+            f" ({_some(list(photos['unreadable']))}): {reason}; put them back as they were"
+        )
+    if photos["changed"]:
+        return (
+            f"{run.folder}: {len(photos['changed'])} of the photos drawn changed since their"
+            f" features were extracted ({_some(photos['changed'])}); put them back as they were,"
+            f" or run {again} and train again"
+        )
+
+    def line(figures: dict[str, Any], mend: str) -> str:
+        worst, over = figures["worst"], figures["largest_over_tolerance"]
+        times = "beyond any" if over is None else f"{over:.3g} times the"
+        return (
+            f"{run.folder}: {figures['name']} of the cached and the end-to-end model differ in"
+            f" {figures['rows_beyond']} of {result['rows']} rows; worst: image"
+            f" {worst['image_id']!r}, hypothesis {worst['hypothesis']!r}: expected"
+            f" {_shown(worst['expected'])}, found {_shown(worst['found'])}, {times} tolerance;"
+            f" {mend}"
+        )
+
+    verify = "run `python cli.py store verify`; if the store is sound by its checksums, it was"
+    if not found["vision_features"]["met"]:
+        folder = features.vision.folder
+        return line(
+            found["vision_features"],
+            f"{verify} filled wrongly: move {folder} away, run {again} and train again",
+        )
+    if not found["text_hidden_states"]["met"]:
+        folder = features.text.folder
+        return line(
+            found["text_hidden_states"],
+            f"{verify} filled wrongly: move {folder} away, run"
+            f" `{extract_command('text', split)} --k-txt {features.config.train.k_txt}`"
+            " and train again",
+        )
+    if not found["logits"]["met"]:
+        return line(
+            found["logits"],
+            "the features agree, so the two models do not: compare the installed packages with"
+            f" those in {run.manifest_path}",
+        )
+    recorded = result["recorded_loss"]
+    if not recorded["met"]:
+        return (
+            f"{run.folder}: the val loss of {run.weights_path.name} is not the one that the run"
+            f" wrote down: expected {_shown(recorded['expected'])}, found"
+            f" {_shown(recorded['found'])}; these are the weights of another run, or the val"
+            " features changed: restore the file, run `python cli.py store verify`, or train again"
+        )
+    return None
+
+
+def _notes(config: Config) -> list[str]:
+    notes = []
+    if config.train.dtype_policy != "float32":
+        notes.append(f"the run trained in {config.train.dtype_policy}; both models ran in float32")
+    if config.store.precision != "float32":
+        notes.append(
+            f"the features were extracted in {config.store.precision} arithmetic; the end-to-end"
+            " model ran in float32"
+        )
+    return notes
+
+
+def _open_features(run: Run, bar: ProgressBar) -> Features:
+    """Open a run's features; say which photos are gone where that changed the rows."""
+    try:
+        return open_run_features(run, bar)
+    except RunError as error:
+        config = run.config()
+        dataset = load_dataset(config.data, Path(config.store.root), save=False)
+        absent = [issue.image_id for issue in dataset.issues if issue.reason == NO_PHOTO]
+        absent = list(dict.fromkeys(absent))
+        spec = vision_spec(config.encoders, config.store)
+        store = open_store(Path(config.store.root), spec, extract_command("vit", "all"))
+        extracted = store.lookup(absent) >= 0
+        gone = [image_id for image_id, was in zip(absent, extracted, strict=True) if was]
+        if not gone:
+            raise
+        raise RunError(
+            f"{run.folder}: {len(gone)} photos are gone since their features were extracted"
+            f" ({_some(gone)}), so the rows are not the run's; put them back in"
+            f" {dataset.images.folder}"
+        ) from error
+
+
+def check_parity(
+    run: Run,
+    split: str,
+    count: int,
+    seed: int = 0,
+    sentences_bar: ProgressBar = no_progress,
+    rows_bar: ProgressBar = no_progress,
+    *,
+    compiled: bool = True,
+) -> dict[str, Any]:
+    """Compare a run with the end-to-end model on rows drawn from a split.
+
+    Both models run in float32 with the weights of the run's best epoch. The
+    end-to-end one starts from the photo's bytes and the sentence.
+
+    Args:
+        run: A run with weights, trained with control "none".
+        split: "train", "val" or "test".
+        count: Rows drawn, without repeats; more than there are means all.
+        seed: Decides which.
+        sentences_bar: Shows the encoding of sentences that the store lacks.
+        rows_bar: Shows the rows.
+        compiled: Use XLA; False runs plain graphs.
+
+    Returns:
+        `quantities` (largest and mean difference, tolerance and whether it is
+        met, the worst row), `predictions` that differ at the run's threshold,
+        `metrics` on both paths, `recorded_loss`, `photos` that changed or
+        cannot be read, `notes`, and `failure`: None, or one line. Also written
+        into the run's folder.
+
+    Raises:
+        RunError: The run has a control, its photos or rows are not those it
+            was trained on, or no photo drawn can be read.
+        StoreError: The features cannot be read.
+
+    Cost: one pass of both encoders over the rows, in batches of `BATCH_ROWS`,
+    and one pass of the cached model over the val split.
+    """
+    config = run.config()
+    if config.train.control != "none":
+        raise RunError(
+            f"{run.folder}: trained with control {config.train.control}, whose features are not the"
+            " photo's: no end-to-end model equals it; name a run with control none"
+        )
+    features = _open_features(run, sentences_bar)
+    best = load_best(run)
+    comparison = _Comparison(features, split, _load_models(config, features, best, compiled))
+    total = len(comparison.rows)
+    picks = np.random.default_rng(seed).permutation(total)[:count]
+    with rows_bar(len(picks)) as progress:
+        for start in range(0, len(picks), BATCH_ROWS):
+            part = picks[start : start + BATCH_ROWS]
+            comparison.add(part)
+            progress(len(part))
+    if not comparison.compared:
+        raise RunError(
+            f"{run.folder}: none of the photos drawn from split {split!r} can be read"
+            f" ({_some(list(comparison.unreadable))}); put them back in"
+            f" {features.dataset.images.folder}"
+        )
+    threshold = float(run.metrics()["threshold"])
+    result: dict[str, Any] = {
+        "run": run.name,
+        "split": split,
+        "seed": seed,
+        "rows": len(comparison.compared),
+        "rows_of_split": total,
+        "stored_dtype": config.store.dtype,
+        "threshold": threshold,
+        "notes": _notes(config),
+        "quantities": comparison.quantities(),
+        "predictions": comparison.predictions(threshold),
+        "metrics": comparison.metrics(threshold),
+        "recorded_loss": _recorded_loss(run, features, best, compiled),
+        "photos": {
+            "changed": sorted(comparison.changed),
+            "unreadable": comparison.unreadable,
+        },
+    }
+    result["failure"] = _failure(run, features, split, result)
+    write_json(
+        run.folder / f"parity-{split}.json",
+        {"command": command_line(), "versions": package_versions(), **result},
+    )
+    return result
