@@ -37,7 +37,7 @@ def extraction(
 @click.option("--scratch", help="Folder for the files; default: the system's temporary one.")
 @click.option("--keep/--no-keep", "kept", default=True, help="Write benchmarks/results.")
 def loader(rows: int, rounds: int, scratch: str | None, kept: bool) -> None:
-    """Random batches of rows against memcpy and other formats; disk: the rows twice."""
+    """Random batches of rows against memcpy and other formats; disk: the rows three times."""
     from benchmarks.loader import measure, report
     from benchmarks.results_file import keep
 

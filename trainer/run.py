@@ -10,6 +10,7 @@ runs/<name>/
     curves.png         learning curves
     tensorboard/       the same, for TensorBoard
     evaluate-*.json    what `evaluate` found on a split
+    parity-*.json      what `parity` found on a split
 """
 
 from __future__ import annotations
