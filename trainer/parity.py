@@ -242,7 +242,7 @@ class _Comparison:
             return
         kept = np.array(list(read))
         batch = self.cached.batch(kept, BATCH_ROWS)
-        found = self.models.cached.predict(batch)
+        (found,) = self.models.cached.predict(batch)
         # One shape of batch: each other one would be compiled apart.
         filled = [*read, *([kept[0]] * (BATCH_ROWS - len(read)))]
         sentences = [self.name(pick)["hypothesis"] for pick in filled]
