@@ -47,5 +47,22 @@ def loader(rows: int, rounds: int, scratch: str | None, kept: bool) -> None:
         click.echo(f"kept in {keep('loader', figures)}")
 
 
+@benchmarks.command()
+@click.option("--k-txt", "layers", multiple=True, type=int, default=(0, 2, 3, 6), show_default=True)
+@click.option("--rows", default=32, show_default=True, help="Rows of a step.")
+@click.option("--length", default=12, show_default=True, help="Tokens of a cached batch.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--keep/--no-keep", "kept", default=True, help="Write benchmarks/results.")
+def steps(layers: tuple[int, ...], rows: int, length: int, rounds: int, kept: bool) -> None:
+    """One training step, cached against end to end."""
+    from benchmarks.results_file import keep
+    from benchmarks.steps import measure, report
+
+    figures = measure(list(layers), rows, length, rounds)
+    click.echo(report(figures))
+    if kept:
+        click.echo(f"kept in {keep('steps', figures)}")
+
+
 if __name__ == "__main__":
     benchmarks(prog_name="python -m benchmarks")
