@@ -141,7 +141,7 @@ class _TensorFlowStepper:
         """Hand the features over as they lie in memory; TensorFlow would copy an array."""
         inputs: dict[str, Any] = batch.inputs()
         # DLPack knows NumPy's own dtypes; TensorFlow takes aligned memory only.
-        if batch.features.dtype.isbuiltin and not batch.features.ctypes.data % ALIGNMENT_BYTES:
+        if batch.features.dtype.isbuiltin == 1 and not batch.features.ctypes.data % ALIGNMENT_BYTES:
             inputs["features"] = self._from_dlpack(batch.features.__dlpack__())
         return inputs
 
