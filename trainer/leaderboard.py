@@ -1,0 +1,171 @@
+"""What a search found: its trials in order, as a table, a CSV file and plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from featstore.publish import publish, write_text
+from trainer.search import Search
+
+FIGURES = ("best_epoch", "val_loss", "val_accuracy", "val_macro_f1", "val_auc", "threshold")
+PLOT_DPI = 120
+
+
+def trial_rows(search: Search) -> list[dict[str, Any]]:
+    """Return what is known of each trial that was drawn, in the order drawn.
+
+    Returns:
+        For each trial: `trial`, `run`, `state` (running, complete, pruned or
+        fail), `value` (best so far, None before the first epoch), `epoch`
+        (finished ones), `params` (as the settings have them), `seconds`,
+        `memory_bytes`, `worker`, `reason` of a failure, and `FIGURES`.
+    """
+    return [_row(search, trial) for trial in search.drawn()]
+
+
+def _row(search: Search, trial: FrozenTrial) -> dict[str, Any]:
+    attrs, reported = trial.user_attrs, trial.intermediate_values
+    value: float | None = None
+    if trial.state == TrialState.COMPLETE:
+        value = trial.value
+    elif reported:
+        pick = min if search.space.search.minimises else max
+        value = pick(reported.values())
+    seconds = attrs.get("seconds")
+    if seconds is None and trial.datetime_start and not trial.state.is_finished():
+        seconds = (_now(trial) - trial.datetime_start).total_seconds()
+    return {
+        "trial": trial.number,
+        "run": search.run_of(trial.number).folder.name,
+        "state": trial.state.name.lower(),
+        "value": value,
+        "epoch": len(reported),
+        "params": {p.name: p.setting(trial.params[p.name]) for p in _parameters(search, trial)},
+        "seconds": seconds,
+        "memory_bytes": attrs.get("memory_bytes"),
+        "worker": attrs.get("worker"),
+        "reason": attrs.get("reason"),
+        **{name: attrs.get(name) for name in FIGURES},
+    }
+
+
+def _now(trial: FrozenTrial) -> Any:
+    from datetime import datetime
+
+    assert trial.datetime_start is not None
+    return datetime.now(trial.datetime_start.tzinfo)
+
+
+def _parameters(search: Search, trial: FrozenTrial) -> list[Any]:
+    return [p for p in search.space.parameters if p.name in trial.params]
+
+
+def ranked(search: Search, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return trials, the best first: complete ones, then pruned, running, failed ones."""
+    sign = 1 if search.space.search.minimises else -1
+    states = ("complete", "pruned", "running", "fail")
+
+    def place(row: dict[str, Any]) -> tuple[int, float, int]:
+        value = row["value"]
+        return states.index(row["state"]), math.inf if value is None else sign * value, row["trial"]
+
+    return sorted(rows, key=place)
+
+
+def best_row(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the best complete trial, or None."""
+    first = next(iter(ranked(search, rows)), None)
+    return first if first is not None and first["state"] == "complete" else None
+
+
+def seconds_left(search: Search, rows: Sequence[dict[str, Any]], workers: int) -> float | None:
+    """Estimate the time to the end from the trials that ended; None before the first one."""
+    ended = [row for row in rows if row["state"] != "running" and row["seconds"]]
+    if not ended:
+        return None
+    # Trials trained together share their seconds, which the mean over all of them keeps.
+    mean = float(np.mean([row["seconds"] for row in ended]))
+    going = [row for row in rows if row["state"] == "running"]
+    left = max(0, search.space.trials - len(rows)) * mean
+    left += sum(max(0.0, mean - (row["seconds"] or 0.0)) for row in going)
+    return left / max(1, min(workers, search.space.trials))
+
+
+def shown(value: Any) -> str:
+    """Return a setting's value in few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write_leaderboard(search: Search) -> list[Path]:
+    """Write `leaderboard.csv` and the plots into the search's folder.
+
+    Returns:
+        The files. A plot for which there are too few trials is left out.
+    """
+    rows = ranked(search, trial_rows(search))
+    paths = [search.folder / "leaderboard.csv"]
+    names = [parameter.name for parameter in search.space.parameters]
+    text = io.StringIO(newline="")
+    kept = [key for key in (rows[0] if rows else {"trial": 0}) if key != "params"]
+    writer = csv.DictWriter(text, ["rank", *kept, *names], lineterminator="\n")
+    writer.writeheader()
+    for rank, row in enumerate(rows, 1):
+        writer.writerow({"rank": rank, **{key: row[key] for key in kept}, **row["params"]})
+    write_text(paths[0], text.getvalue())
+    return paths + _plots(search)
+
+
+def _plots(search: Search) -> list[Path]:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from optuna.visualization import matplotlib as figures
+
+    complete = [trial for trial in search.drawn() if trial.state == TrialState.COMPLETE]
+    varied = [
+        p.name
+        for p in search.space.parameters
+        if len({str(trial.params.get(p.name)) for trial in complete}) > 1
+    ]
+    metric = search.space.search.metric
+    paths = []
+    for name, plot, least in (
+        ("history", lambda: figures.plot_optimization_history(search.study, target_name=metric), 1),
+        ("importance", lambda: _importance(search, varied), 4),
+        (
+            "parallel_coordinates",
+            lambda: figures.plot_parallel_coordinate(search.study, varied, target_name=metric),
+            2,
+        ),
+    ):
+        if len(complete) < least or (name != "history" and not varied):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            figure: Any = plot().figure
+        path = search.folder / f"{name}.png"
+        figure.set_size_inches(max(8, 2 * len(varied)), 5)
+        with publish(path) as temporary:
+            figure.savefig(temporary, dpi=PLOT_DPI, format="png", bbox_inches="tight")
+        mpl.pyplot.close(figure)
+        paths.append(path)
+    return paths
+
+
+def _importance(search: Search, varied: list[str]) -> Any:
+    from optuna.visualization import matplotlib as figures
+
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return figures.plot_param_importances(
+        search.study, evaluator=evaluator, params=varied, target_name=search.space.search.metric
+    )

@@ -1,0 +1,136 @@
+"""The table of a search while it runs: redrawn on a terminal, lines in a log."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from trainer.leaderboard import best_row, seconds_left, shown, trial_rows
+from trainer.search import Search
+from trainer.workers import Watched
+
+REDRAW_SECONDS = 2.0
+SHOWN_ROWS = 20
+
+
+def _minutes(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        if minutes >= 60
+        else (f"{minutes}:{rest:02d}")
+    )
+
+
+def _summary(
+    search: Search, rows: list[dict[str, Any]], watched: Watched, workers: int, started: float
+) -> str:
+    best = best_row(search, rows)
+    ended = sum(row["state"] != "running" for row in rows)
+    parts = [f"{ended} of {search.space.trials} trials ended"]
+    if best is not None:
+        parts.append(f"best {search.space.search.metric} {best['value']:.4f} ({best['run']})")
+    parts.append(f"{_minutes(time.time() - started)} gone")
+    left = seconds_left(search, rows, workers)
+    if left is not None:
+        parts.append(f"about {_minutes(left)} left")
+    parts.append(f"workers' memory {sum(watched.own_bytes.values()) / 1e9:.1f} GB")
+    return ", ".join(parts)
+
+
+def _table(search: Search, rows: list[dict[str, Any]], caption: str) -> Any:
+    from rich.table import Table
+
+    best = best_row(search, rows)
+    names = [parameter.name for parameter in search.space.parameters]
+    table = Table(caption=caption, caption_justify="left")
+    for title in ("trial", "state", *names, "epoch", search.space.search.metric, "time"):
+        table.add_column(title)
+    left_out = len(rows) - SHOWN_ROWS
+    if left_out > 0:
+        table.add_row(f"… {left_out} earlier")
+    for row in rows[-SHOWN_ROWS:]:
+        epochs = row["params"].get("epochs", search.base.train.epochs)
+        table.add_row(
+            str(row["trial"]),
+            row["state"],
+            *(shown(row["params"].get(name, "")) for name in names),
+            f"{row['epoch']}/{epochs}",
+            "" if row["value"] is None else f"{row['value']:.4f}",
+            _minutes(row["seconds"]),
+            style="bold" if best is not None and row["trial"] == best["trial"] else None,
+        )
+    return table
+
+
+def _line(search: Search, row: dict[str, Any]) -> str:
+    params = ", ".join(f"{key} {shown(value)}" for key, value in row["params"].items())
+    text = f"{row['run']} {row['state']}: {params}"
+    if row["value"] is not None:
+        text += f"; {search.space.search.metric} {row['value']:.4f} after epoch {row['epoch']}"
+    return text + (f"; {row['reason']}" if row["reason"] else "")
+
+
+@contextlib.contextmanager
+def live_view(search: Search, workers: int) -> Iterator[Callable[[Watched], None]]:
+    """Show a search on stderr while it runs.
+
+    Args:
+        search: The search.
+        workers: Processes that run its trials.
+
+    Yields:
+        What `run_workers` calls again and again.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    started, drawn = time.time(), 0.0
+    seen: dict[int, tuple[str, int]] = {}
+    warned = False
+    console = Console(file=sys.stderr)
+    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+
+    def lines(rows: list[dict[str, Any]], watched: Watched) -> None:
+        changed = False
+        for row in rows:
+            now = (row["state"], row["epoch"])
+            if seen.get(row["trial"]) != now:
+                seen[row["trial"]] = now
+                changed |= row["state"] != "running"
+                print(_line(search, row), file=sys.stderr, flush=True)
+        if changed:
+            print(_summary(search, rows, watched, workers, started), file=sys.stderr, flush=True)
+
+    def show(watched: Watched, last: bool = False) -> None:
+        nonlocal drawn, warned
+        if not last and time.time() - drawn < REDRAW_SECONDS:
+            return
+        drawn = time.time()
+        if watched.low_memory and workers > 1 and not warned:
+            warned = True
+            console.print("memory is nearly used up: fewer --workers would be safer")
+        rows = trial_rows(search)
+        if live is None:
+            lines(rows, watched)
+        else:
+            caption = _summary(search, rows, watched, workers, started)
+            live.update(_table(search, rows, caption), refresh=True)
+
+    latest = Watched()
+
+    def watch(watched: Watched) -> None:
+        nonlocal latest
+        latest = watched
+        show(watched)
+
+    with live if live is not None else contextlib.nullcontext():
+        try:
+            yield watch
+        finally:
+            show(latest, last=True)

@@ -1,0 +1,83 @@
+"""The best trial of a search, trained again: more epochs, several seeds, mean and deviation."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+from featstore.dataset import load_dataset
+from featstore.publish import command_line, package_versions, write_json
+from trainer.evaluate import evaluate
+from trainer.fit import Reporter, Training
+from trainer.run import Run
+from trainer.search import Search
+from trainer.trials import FeaturesOf
+
+
+def retrain(
+    search: Search,
+    best: dict[str, Any],
+    epochs: int | None,
+    seeds: int,
+    split: str,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Train a trial's settings again and measure them.
+
+    Each seed is a run in the search's folder, `best-<trial>-e<epochs>-s<seed>`.
+    A run that is there already is not trained again, and a stopped one goes on.
+
+    Args:
+        search: The search.
+        best: The trial, from `trainer.leaderboard`.
+        epochs: Epochs; None: as many as the trial had.
+        seeds: Runs, with the trial's seed and those that follow it.
+        split: "val" or "test", on which the runs are measured.
+        reporter: How they are shown.
+
+    Returns:
+        Each run's accuracy and macro-F1 at its threshold, and their mean and
+        standard deviation (n - 1; None of a single run). Also written to
+        `best.json`.
+
+    Raises:
+        StoppedError: `reporter.stopping` said so.
+    """
+    base = search.run_of(best["trial"]).config()
+    count = epochs or base.train.epochs
+    features_of = FeaturesOf(load_dataset(base.data, Path(base.store.root)))
+    figures = []
+    for seed in range(base.train.seed, base.train.seed + seeds):
+        train = dataclasses.replace(base.train, epochs=count, seed=seed)
+        config = dataclasses.replace(base, train=train)
+        run = Run(search.folder / f"best-{best['trial']:04d}-e{count}-s{seed}")
+        features = features_of(config)
+        if not (run.exists and run.manifest()["status"] == "finished"):
+            with run.writing():
+                run.check_free_or_same(config)
+                Training(run, features, search.init_from, reporter).fit()
+        at = evaluate(run, features, split)["at_threshold"]
+        figures.append(
+            {
+                "run": str(run.folder),
+                "seed": seed,
+                "accuracy": at["accuracy"],
+                "macro_f1": at["macro_f1"],
+            }
+        )
+    found: dict[str, Any] = {
+        "trial": best["trial"],
+        "params": best["params"],
+        "epochs": count,
+        "split": split,
+        "runs": figures,
+    }
+    for name in ("accuracy", "macro_f1"):
+        values = [run[name] for run in figures]
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        found[name] = {"mean": statistics.fmean(values), "deviation": deviation}
+    about = {"command": command_line(), "versions": package_versions()}
+    write_json(search.folder / "best.json", {**about, **found})
+    return found

@@ -1,0 +1,485 @@
+"""A search: many runs over one store, whose settings Optuna draws.
+
+runs/<name>/
+    search.json        the space, the search's settings, digests of rows and features
+    config.toml        the settings that all trials share
+    study.journal      Optuna's journal, unless another storage is used
+    trial-0000/        one run folder a trial, like any other
+    leaderboard.csv    every trial, the best first
+    *.png              history, importance, parallel coordinates
+    worker-*.log       what each worker printed
+
+A trial belongs to the process that holds its run folder's lock. The system
+takes the lock back when the process dies, on whichever machine shares the
+folder; the next worker then goes on with that trial where its run was saved.
+So no trial is lost, and none is counted twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+import filelock
+import numpy as np
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from featstore.errors import RunError, UsageError
+from featstore.plan import plan_images, plan_text, text_spec, vision_spec
+from featstore.publish import command_line, package_versions, write_json
+from featstore.spec import differing_fields
+from trainer.config import Config, load_config, render_config
+from trainer.run import Run, find_run
+from trainer.search_space import Space, space_from_json
+
+if TYPE_CHECKING:
+    from featstore.dataset import Dataset
+
+SEARCH_FILE = "search.json"
+FORMAT = 1
+# A trial that ends its worker as often as this without finishing an epoch is given up.
+MOST_ATTEMPTS = 3
+
+
+def masked(url: str) -> str:
+    """Return a storage URL without its password."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    place = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{place}"))
+
+
+def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
+    """Return where a study is kept: a journal in its folder, or a database.
+
+    Args:
+        folder: The search's folder, on a file system that all workers see.
+        url: Such as `postgresql://user:password@host/database`; None: the
+            journal.
+
+    Raises:
+        UsageError: The database cannot be reached, or its driver is missing.
+    """
+    if url is None:
+        path = folder / "study.journal"
+        # Optuna names no public type for it; it asks for these two methods.
+        lock: Any = _JournalLock(path)
+        return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock))
+    for scheme in ("postgresql://", "postgres://"):
+        if url.startswith(scheme):
+            url = f"postgresql+psycopg://{url.removeprefix(scheme)}"
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        raise UsageError(
+            f"--storage {masked(url)}: its driver is not installed ({error.name or error});"
+            " for PostgreSQL: pip install -e '.[postgresql]'"
+        ) from error
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UsageError(
+            f"--storage {masked(url)}: cannot be opened ({reason[0] if reason else error});"
+            " expected a URL such as postgresql://user:password@host/database"
+        ) from error
+
+
+class _JournalLock:
+    """The journal's lock, held by the process: the system takes it back when that dies.
+
+    A line that a killed writer or a full disk cut short is taken away before
+    the next one is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = filelock.FileLock(f"{path}.lock")
+
+    def acquire(self) -> bool:
+        """Take the lock, waiting for it."""
+        self._lock.acquire()
+        _cut_torn_line(self._path)
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        self._lock.release()
+
+
+def _cut_torn_line(path: Path) -> None:
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if not size:
+            return
+        file.seek(size - 1)
+        if file.read(1) == b"\n":
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+@dataclass
+class Claim:
+    """A trial that this process holds.
+
+    Attributes:
+        trial: The trial, its parameters drawn.
+        run: Its run folder.
+        held: Holds the run folder's lock until closed.
+    """
+
+    trial: optuna.Trial
+    run: Run
+    held: contextlib.ExitStack
+
+
+class Search:
+    """One search: its folder, what it varies, and its study.
+
+    Args:
+        folder: The folder; it exists.
+        base: The settings that all trials share.
+        space: What is varied and how.
+        init_from: Run that each trial starts from.
+        url: The study's storage; None: a journal in the folder.
+    """
+
+    def __init__(
+        self, folder: Path, base: Config, space: Space, init_from: Run | None, url: str | None
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self.folder, self.name = folder, folder.name
+        self.base, self.space, self.init_from, self.url = base, space, init_from, url
+        self.storage = open_storage(folder, url)
+        directions = optuna.study.StudyDirection
+        with self._deciding():
+            self.study = optuna.create_study(
+                storage=self.storage,
+                study_name=self.name,
+                direction=directions.MINIMIZE if space.search.minimises else directions.MAXIMIZE,
+                pruner=self._pruner(),
+                load_if_exists=True,
+            )
+            self._check_same_study()
+
+    def _deciding(self) -> filelock.FileLock:
+        """Hold the right to draw trials, among all workers."""
+        return filelock.FileLock(self.folder / ".lock")
+
+    def _check_same_study(self) -> None:
+        """Fill a new study; refuse a study of this name that is another search's."""
+        content = json.loads(json.dumps(self.space.to_json()["parameters"]))
+        known = self.study.user_attrs.get("parameters")
+        if known is None:
+            self.study.set_metric_names([self.space.search.metric])
+            first = list(self.space.enqueue)
+            if self.space.search.sampler == "grid":
+                first += self.space.grid()
+            for values in first:
+                self.study.enqueue_trial(values)
+            self.study.set_user_attr("folder", str(self.folder.absolute()))
+            self.study.set_user_attr("parameters", content)
+        elif known != content:
+            raise UsageError(
+                f"{self.folder}: the storage has another study named {self.name!r} (of"
+                f" {self.study.user_attrs.get('folder')}); choose another --name"
+            )
+
+    def _pruner(self) -> optuna.pruners.BasePruner:
+        epochs = self.base.train.epochs
+        match self.space.search.pruner:
+            case "median":
+                return optuna.pruners.MedianPruner(n_startup_trials=4)
+            case "halving":
+                return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+            case "hyperband":
+                return optuna.pruners.HyperbandPruner(
+                    min_resource=1, max_resource=epochs, reduction_factor=2
+                )
+        return optuna.pruners.NopPruner()
+
+    def _sampler(self, ordinal: int) -> optuna.samplers.BaseSampler:
+        """Return the sampler of one trial: its seed follows from the trial's place alone.
+
+        So a study that was stopped draws what it would have drawn.
+        """
+        seeds = np.random.SeedSequence([self.space.search.seed, ordinal])
+        seed = int(seeds.generate_state(1)[0])
+        match self.space.search.sampler:
+            case "tpe":
+                # A trial that runs elsewhere counts as a poor one, so that nobody repeats it.
+                return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            case "cma":
+                return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    def run_of(self, number: int) -> Run:
+        """Return the run of a trial."""
+        return Run(self.folder / f"trial-{number:04d}")
+
+    def drawn(self) -> list[FrozenTrial]:
+        """Return the trials that were drawn; those killed while being drawn are not counted."""
+        return [
+            trial
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.state != TrialState.WAITING and not trial.user_attrs.get("void")
+        ]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a trial is left to draw or to end."""
+        drawn = self.drawn()
+        return len(drawn) < self.space.trials or not all(t.state.is_finished() for t in drawn)
+
+    def claim(self, limit: int, may_draw: Callable[[], bool] = lambda: True) -> list[Claim]:
+        """Take trials to run: those whose process died first, then new ones.
+
+        Args:
+            limit: Most trials to take.
+            may_draw: Whether a new trial may be drawn.
+
+        Returns:
+            The trials, their runs locked. None at all: nothing is left to do.
+        """
+        with self._deciding():
+            claims = list(self._orphans(limit))
+            while len(claims) < limit and may_draw():
+                drawn = len(self.drawn())
+                if drawn >= self.space.trials:
+                    break
+                claims.append(self._draw(drawn))
+        return claims
+
+    def _draw(self, ordinal: int) -> Claim:
+        self.study.sampler = self._sampler(ordinal)
+        trial = self.study.ask({p.name: p.distribution() for p in self.space.parameters})
+        run = self.run_of(trial.number)
+        held = contextlib.ExitStack()
+        held.enter_context(run.writing())
+        trial.set_user_attr("attempts", [0, 0])
+        return Claim(trial, run, held)
+
+    def _orphans(self, limit: int) -> Iterator[Claim]:
+        """Yield running trials that no process holds."""
+        taken = 0
+        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if taken == limit:
+                return
+            held = contextlib.ExitStack()
+            try:
+                held.enter_context(self.run_of(frozen.number).writing())
+            except RunError:
+                continue
+            if len(frozen.params) < len(self.space.parameters):
+                # Killed while it was drawn: it is drawn again under another number.
+                trial = optuna.Trial(self.study, frozen._trial_id)
+                trial.set_user_attr("void", True)
+                trial.set_user_attr("reason", "its process ended while it was drawn")
+                self.study.tell(trial, state=TrialState.FAIL)
+                held.close()
+                continue
+            trial = optuna.Trial(self.study, frozen._trial_id)
+            epochs, attempts = frozen.user_attrs.get("attempts", [0, 0])
+            if len(frozen.intermediate_values) > epochs:
+                epochs, attempts = len(frozen.intermediate_values), 0
+                trial.set_user_attr("attempts", [epochs, attempts])
+            if attempts >= MOST_ATTEMPTS:
+                self.fail(
+                    Claim(trial, self.run_of(frozen.number), held),
+                    f"its process ended {attempts} times in epoch {epochs + 1}; out of memory?",
+                )
+                continue
+            taken += 1
+            yield Claim(trial, self.run_of(frozen.number), held)
+
+    def fail(self, claim: Claim, reason: str) -> None:
+        """Record a trial as failed, with the reason, and let go of it."""
+        claim.trial.set_user_attr("reason", reason)
+        self.study.tell(claim.trial, state=TrialState.FAIL)
+        claim.held.close()
+
+    def config_of(self, stored: Mapping[str, Any]) -> Config:
+        """Return the settings of a trial's run from its parameters in the study."""
+        return self.space.config(self.base, stored)
+
+
+def _identity(search: Search, dataset: Dataset) -> dict[str, Any]:
+    """Return what must stay the same while a search goes on."""
+    space = search.space.to_json()
+    space["search"] = {
+        key: value for key, value in space["search"].items() if key not in ("trials", "together")
+    }
+    features = set()
+    for config in search.space.feature_configs(search.base):
+        features.add(vision_spec(config.encoders, config.store).fingerprint)
+        features.add(text_spec(config.encoders, config.store, config.train.k_txt).fingerprint)
+    content = {
+        "space": space,
+        "settings": dataclasses.asdict(search.base),
+        "init_from": None if search.init_from is None else str(search.init_from.folder),
+        "storage": None if search.url is None else masked(search.url),
+        "rows": dataset.examples.digest(),
+        "split": dataset.splits.digest(),
+        "features": sorted(features),
+    }
+    return dict(json.loads(json.dumps(content)))
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Features that trials will read and the store does not have.
+
+    Attributes:
+        kind: "images" or "sentences".
+        config: A configuration that reads them.
+        inputs: All image ids, or sentences, that it reads.
+    """
+
+    kind: str
+    config: Config
+    inputs: list[str]
+
+
+def missing_features(dataset: Dataset, configs: Sequence[Config]) -> list[Missing]:
+    """Return what has to be extracted before trials can start.
+
+    Args:
+        dataset: The rows.
+        configs: `Space.feature_configs`.
+    """
+    trained = np.concatenate([dataset.rows(split) for split in ("train", "val")])
+    ids = dataset.examples.image_ids[trained].tolist()
+    sentences = dataset.examples.hypotheses.tolist()
+    found: dict[str, Missing] = {}
+    for config in configs:
+        vision = vision_spec(config.encoders, config.store)
+        text = text_spec(config.encoders, config.store, config.train.k_txt)
+        if (
+            vision.fingerprint not in found
+            and plan_images(vision, config.store, ids, dataset.images).keys
+        ):
+            found[vision.fingerprint] = Missing("images", config, ids)
+        if text.fingerprint not in found and plan_text(text, config.store, sentences).keys:
+            found[text.fingerprint] = Missing("sentences", config, sentences)
+    return list(found.values())
+
+
+def exists(folder: Path) -> bool:
+    """Tell whether a search was started in a folder."""
+    return (folder / SEARCH_FILE).exists()
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / SEARCH_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise RunError(f"{path}: format {content['format']}, expected {FORMAT}")
+        space_from_json(content["space"])
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{folder}: no search there; start one with `python cli.py search --name NAME`"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: cannot be read ({error})") from error
+    return dict(content)
+
+
+def open_search(folder: Path, url: str | None = None) -> Search:
+    """Open a search that was started.
+
+    Args:
+        folder: Its folder.
+        url: Its storage, where that is not the journal; a password is not kept.
+
+    Raises:
+        RunError: There is none, or its file is damaged.
+        UsageError: `url` is missing, or another one.
+    """
+    expected, found = _read(folder)["storage"], None if url is None else masked(url)
+    if expected != found:
+        raise UsageError(
+            f"{folder}: its storage is {expected or 'its own journal'}; give"
+            f" {'that as --storage' if expected else 'no --storage'}"
+        )
+    return Search(folder, *known_search(folder, {}), url)
+
+
+def start_search(
+    folder: Path,
+    base: Config,
+    space: Space,
+    init_from: Run | None,
+    url: str | None,
+    dataset: Dataset,
+) -> Search:
+    """Start a search, or go on with the one of that folder.
+
+    Args:
+        folder: Its folder; made where it is missing.
+        base: The settings that all trials share.
+        space: What is varied. Another number of trials than before is taken over.
+        init_from: Run that each trial starts from.
+        url: The study's storage; None: a journal in the folder.
+        dataset: The rows of `base`.
+
+    Raises:
+        UsageError: The folder has a run, or a search of something else.
+    """
+    if Run(folder).exists:
+        raise UsageError(f"{folder}: a run, not a search; choose another --name")
+    earlier = _read(folder) if exists(folder) else None
+    folder.mkdir(parents=True, exist_ok=True)
+    if earlier is not None and earlier["storage"] != (None if url is None else masked(url)):
+        open_search(folder, url)  # says what is wrong
+    search = Search(folder, base, space, init_from, url)
+    identity = _identity(search, dataset)
+    if earlier is not None:
+        before = {key: earlier[key] for key in identity}
+        before["space"]["search"] = {
+            key: before["space"]["search"][key] for key in identity["space"]["search"]
+        }
+        changed = differing_fields(identity, before)
+        if changed:
+            raise UsageError(
+                f"{folder}: a search of something else ({'; '.join(changed)}); choose another"
+                " --name, or go on with `python cli.py search --name"
+                f" {folder.name}` and no other settings"
+            )
+    (folder / "config.toml").write_text(render_config(base), encoding="utf-8")
+    about = {"format": FORMAT, "command": command_line(), "versions": package_versions()}
+    write_json(folder / SEARCH_FILE, {**about, **identity, "space": space.to_json()})
+    return search
+
+
+def known_search(folder: Path, search_flags: Mapping[str, Any]) -> tuple[Config, Space, Run | None]:
+    """Return what a search that was started varies, under the flags that may change.
+
+    Args:
+        folder: Its folder.
+        search_flags: Key to value of `[search]`.
+
+    Returns:
+        The settings that all trials share, the space, and the run to start from.
+    """
+    content = _read(folder)
+    space = space_from_json(content["space"])
+    searched = dataclasses.replace(space.search, **search_flags)
+    init_from = content["init_from"]
+    source = find_run(folder.parent, init_from) if init_from else None
+    return (
+        load_config(folder / "config.toml"),
+        dataclasses.replace(space, search=searched),
+        source,
+    )

@@ -1,0 +1,227 @@
+"""The processes of a search on one machine: start, watch, replace, stop."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from featstore.errors import FeatstoreError, RunError, StoppedError
+from trainer.search import Search
+from trainer.trials import anonymous_bytes, work_in
+
+POLL_SECONDS = 0.5
+# Workers that die one after the other while no trial gets on.
+MOST_DEATHS = 3
+STOP_SECONDS = 60.0
+
+
+@dataclass
+class Watched:
+    """What is known of the workers.
+
+    Attributes:
+        peak_bytes: Most memory of their own that all of them held at once.
+        deaths: Workers that ended by a signal or an error and were replaced.
+        low_memory: Whether the machine came close to its end of memory.
+    """
+
+    peak_bytes: int = 0
+    deaths: int = 0
+    low_memory: bool = False
+    own_bytes: dict[int, int] = field(default_factory=dict)
+
+
+def run_workers(
+    search: Search,
+    workers: int,
+    deadline: float,
+    stopping: Callable[[], bool],
+    watch: Callable[[Watched], None] = lambda watched: None,
+) -> Watched:
+    """Run a search's trials in processes of this machine until none is left.
+
+    A process that dies is replaced; its trial is gone on with.
+
+    Args:
+        search: The search, its features extracted.
+        workers: How many processes.
+        deadline: No trial is drawn after this `time.time()`.
+        stopping: Asked all the time; True has the workers save and end.
+        watch: Called all the time.
+
+    Returns:
+        What was seen.
+
+    Raises:
+        StoppedError: `stopping` said so; the running trials are saved.
+        RunError: Workers die without getting anywhere.
+    """
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, len(os.sched_getaffinity(0)) // workers) if workers > 1 else 0
+    alive: dict[int, SpawnProcess] = {}
+    watched = Watched()
+    deaths_since, got_to = 0, _position(search)
+    log = search.folder / "worker-0.log"
+    try:
+        for slot in range(workers):
+            alive[slot] = _start(context, search, slot, deadline, threads)
+        while alive:
+            time.sleep(POLL_SECONDS)
+            for slot, process in list(alive.items()):
+                if process.is_alive():
+                    continue
+                del alive[slot]
+                if process.exitcode == 0 or stopping():
+                    continue
+                watched.deaths += 1
+                now = _position(search)
+                deaths_since, got_to = (1, now) if now != got_to else (deaths_since + 1, got_to)
+                log = search.folder / f"worker-{slot}.log"
+                if deaths_since >= MOST_DEATHS:
+                    raise RunError(
+                        f"{search.folder}: {deaths_since} workers ended one after the other"
+                        f" ({_ending(process.exitcode)}); {_last_line(log)}"
+                    )
+                alive[slot] = _start(context, search, slot, deadline, threads)
+            _measure(watched, alive)
+            watch(watched)
+            if stopping():
+                break
+    finally:
+        _stop(alive, stopping)
+    if stopping():
+        raise StoppedError(
+            f"{search.folder}: stopped; running trials are saved, and the same command with"
+            f" --name {search.name} goes on"
+        )
+    return watched
+
+
+def _start(context: Any, search: Search, slot: int, deadline: float, threads: int) -> SpawnProcess:
+    process: SpawnProcess = context.Process(
+        target=work_in_process,
+        args=(str(search.folder), search.url, deadline, slot, threads),
+        name=f"worker-{slot}",
+    )
+    process.start()
+    return process
+
+
+def _position(search: Search) -> tuple[int, int]:
+    """Return how far the search got: epochs reported, trials ended."""
+    drawn = search.drawn()
+    ended = sum(trial.state.is_finished() for trial in drawn)
+    return sum(len(trial.intermediate_values) for trial in drawn), ended
+
+
+def _measure(watched: Watched, alive: dict[int, SpawnProcess]) -> None:
+    watched.own_bytes = {
+        slot: anonymous_bytes(process.pid) for slot, process in alive.items() if process.pid
+    }
+    watched.peak_bytes = max(watched.peak_bytes, sum(watched.own_bytes.values()))
+    total, available = memory_bytes()
+    watched.low_memory |= bool(total) and available < total // 20
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Return the machine's memory, and what of it is available; zeros where unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
+    return found.get("MemTotal", 0), found.get("MemAvailable", 0)
+
+
+def _stop(alive: dict[int, SpawnProcess], stopping: Callable[[], bool]) -> None:
+    """End what still runs, by request first."""
+    for process in alive.values():
+        process.terminate()
+    until = time.monotonic() + STOP_SECONDS
+    try:
+        for process in alive.values():
+            process.join(max(0.0, until - time.monotonic()))
+    finally:
+        for process in alive.values():
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    return f"last line of {log}: {lines[-1]}" if lines else f"see {log}"
+
+
+def work_in_process(folder: str, url: str | None, deadline: float, slot: int, threads: int) -> None:
+    """Be a worker: run trials until none is left, or until asked to stop.
+
+    SIGTERM, or the end of the process that started this one, has the running
+    trials saved first.
+
+    Args:
+        folder: The search's folder.
+        url: Its storage.
+        deadline: No trial is drawn after this `time.time()`.
+        slot: The worker's number; names its log.
+        threads: Threads of a step; 0: as many as there are cores.
+    """
+    # Its own group: Ctrl-C goes to the one that started it, who asks properly.
+    os.setsid()
+    _print_to(Path(folder) / f"worker-{slot}.log")
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent, asked), daemon=True).start()
+    try:
+        _limit_threads(threads)
+        work_in(Path(folder), url, asked.is_set, deadline)
+    except StoppedError:
+        sys.exit(StoppedError.exit_code)
+    except FeatstoreError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _follow(parent: Any, asked: threading.Event) -> None:
+    parent.join()
+    asked.set()
+
+
+def _print_to(log: Path) -> None:
+    """Send what this process prints, its compiled code's lines too, to a file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+
+
+def _limit_threads(threads: int) -> None:
+    import keras
+
+    if threads and keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        tf.config.threading.set_inter_op_parallelism_threads(threads)
