@@ -153,6 +153,7 @@ def _plots(search: Search) -> list[Path]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             figure: Any = plot().figure
+        _restyle(figure)
         path = search.folder / f"{name}.png"
         figure.set_size_inches(max(8, 2 * len(varied)), 5)
         with publish(path) as temporary:
@@ -160,6 +161,16 @@ def _plots(search: Search) -> list[Path]:
         mpl.pyplot.close(figure)
         paths.append(path)
     return paths
+
+
+def _restyle(figure: Any) -> None:
+    """Take Optuna's grey ground and white lines away: the worst trials were drawn in white."""
+    for axes in figure.axes:
+        axes.set_facecolor("white")
+        axes.grid(False)
+        for collection in axes.collections:
+            if collection.get_cmap().name == "Blues":
+                collection.set_cmap("viridis_r")
 
 
 def _importance(search: Search, varied: list[str]) -> Any:

@@ -57,7 +57,8 @@ def work(
     dataset: Dataset,
     stopping: Callable[[], bool] = lambda: False,
     deadline: float = float("inf"),
-) -> None:
+    growth: float = float("inf"),
+) -> bool:
     """Run trials until none is left.
 
     Args:
@@ -66,23 +67,32 @@ def work(
         stopping: Asked after each step; True saves the running trials' state
             and ends. They are gone on with by whoever comes next.
         deadline: No trial is drawn after this `time.time()`.
+        growth: End when this process holds as many times the memory that it
+            held after its first trials; the framework keeps some of each.
+
+    Returns:
+        Whether it ended because of `growth`.
 
     Raises:
         StoppedError: `stopping` said so.
     """
+    first_bytes = 0
     features_of = FeaturesOf(dataset)
     ks = {config.train.k_txt for config in search.space.feature_configs(search.base)}
     limit = search.space.search.group_size if 0 in ks else 1
     while not stopping():
         claims = search.claim(limit, lambda: time.time() < deadline)
         if not claims:
-            return
+            return False
         try:
             for group in _groups(search, claims):
                 _run_group(search, group, features_of, stopping)
         finally:
             for claim in claims:
                 claim.held.close()
+        first_bytes = first_bytes or anonymous_bytes()
+        if anonymous_bytes() > growth * first_bytes > 0:
+            return True
     raise StoppedError(f"{search.name}: stopped")
 
 
@@ -244,7 +254,13 @@ def anonymous_bytes(pid: int | str = "self") -> int:
     return 0
 
 
-def work_in(folder: Path, url: str | None, stopping: Callable[[], bool], deadline: float) -> None:
+def work_in(
+    folder: Path,
+    url: str | None,
+    stopping: Callable[[], bool],
+    deadline: float,
+    growth: float = float("inf"),
+) -> bool:
     """Open a search and run its trials, see `work`: what a worker process does.
 
     Raises:
@@ -255,4 +271,4 @@ def work_in(folder: Path, url: str | None, stopping: Callable[[], bool], deadlin
 
     search = open_search(folder, url)
     dataset = load_dataset(search.base.data, Path(search.base.store.root))
-    work(search, dataset, stopping, deadline)
+    return work(search, dataset, stopping, deadline, growth)

@@ -22,6 +22,10 @@ POLL_SECONDS = 0.5
 # Workers that die one after the other while no trial gets on.
 MOST_DEATHS = 3
 STOP_SECONDS = 60.0
+# TensorFlow keeps each custom gradient, and with it a model's arrays, as long as the process
+# lives. A worker that has grown so much ends with this code and is replaced.
+MEMORY_GROWTH = 2.0
+RENEW = 75
 
 
 @dataclass
@@ -81,6 +85,9 @@ def run_workers(
                     continue
                 del alive[slot]
                 if process.exitcode == 0 or stopping():
+                    continue
+                if process.exitcode == RENEW:
+                    alive[slot] = _start(context, search, slot, deadline, threads)
                     continue
                 watched.deaths += 1
                 now = _position(search)
@@ -194,7 +201,8 @@ def work_in_process(folder: str, url: str | None, deadline: float, slot: int, th
         threading.Thread(target=_follow, args=(parent, asked), daemon=True).start()
     try:
         _limit_threads(threads)
-        work_in(Path(folder), url, asked.is_set, deadline)
+        if work_in(Path(folder), url, asked.is_set, deadline, MEMORY_GROWTH):
+            sys.exit(RENEW)
     except StoppedError:
         sys.exit(StoppedError.exit_code)
     except FeatstoreError as error:
