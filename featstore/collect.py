@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from featstore.errors import RunError, StoreError
-from featstore.extract import writing
 from featstore.maintain import KINDS, Source, disk_bytes, feature_folders, open_folder
-from featstore.publish import TEMPORARY
+from featstore.publish import TEMPORARY, read_json
 from featstore.shard import open_shard, rewrite_shard
 from featstore.spec import read_spec
 from featstore.store import reconcile_manifest, shard_paths, write_manifest
+from featstore.worklist import CLAIM, PLAN, writing
 
 DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
-# In this order a folder that is deleted in part is still a sound store of its newest rows.
-LISTS = ("quarantine.json", "spec.json", ".lock")
+# The manifest goes first: a folder that is deleted in part is refused until this goes on.
+LISTS = ("quarantine.json", "spec.json", PLAN, ".lock")
 ROOT_ENTRIES = (*KINDS, "splits", "reports", "demo", "README.md", ".gitignore")
 # Splits and reports are written without a lock: a younger file may be in the making.
 TEMPORARY_SECONDS = 3600.0
@@ -92,9 +92,8 @@ def referenced_by_runs(runs: Path) -> set[str]:
     found: set[str] = set()
     for path in sorted(runs.rglob("manifest.json")):
         try:
-            text = path.read_text(encoding="utf-8")
-            json.loads(text)
-        except (OSError, ValueError, RecursionError) as error:
+            text = json.dumps(read_json(path))
+        except (OSError, ValueError) as error:
             raise RunError(
                 f"{path}: cannot be read ({error}), so the features that the run needs are not"
                 " known; mend or delete that run first"
@@ -109,7 +108,7 @@ def _is_ours(path: Path) -> bool:
     return path.is_file() and (
         path in shard_paths(path.parent)
         or name in (*LISTS, "manifest.json")
-        or name.startswith(TEMPORARY)
+        or name.startswith((TEMPORARY, CLAIM))
     )
 
 

@@ -106,7 +106,9 @@ class StoreConfig:
 
     root: str = setting("cache", "folder of the store, the splits and the reports", path=True)
     dtype: str = setting(
-        "float16", "stored number format", choices=("float16", "float32", "bfloat16")
+        "float16",
+        "stored number format; int8 has one scale a token, and half the bytes of float16",
+        choices=("float16", "float32", "bfloat16", "int8"),
     )
     shard_rows: int = setting(1024, "rows of one HDF5 shard", minimum=1)
     tokens: str = setting(
@@ -223,7 +225,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a TOML file of settings: nested too deep") from error
+    # Besides its own error, the parser passes on those of numbers and of characters.
+    except ValueError as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
 
 

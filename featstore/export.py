@@ -13,7 +13,9 @@
                       images. The rest is in the file's metadata.
 
 float16 and float32 are kept. bfloat16, which neither format has, becomes
-float32, which holds each of its numbers exactly. Text stays packed, as Arrow
+float32, which holds each of its numbers exactly. int8 becomes float32 too, each
+number times its token's scale, as the trainer reads it: other tools have no
+common form for levels and scales. Text stays packed, as Arrow
 and `numpy.split` have it: to pad it would double the size.
 """
 
@@ -34,6 +36,7 @@ from featstore.extract import ProgressBar, no_progress
 from featstore.maintain import Source
 from featstore.plan import free_space
 from featstore.publish import command_line, package_versions, publish
+from featstore.quantise import QUANTISED, dequantise
 from featstore.store import IntArray, TextStore, VisionStore, open_store, read_quarantine
 
 GROUP_BYTES = 64 << 20
@@ -84,8 +87,14 @@ def _groups(
             # Two at least: a length of 1 means the first token alone.
             hidden, valid = opened.gather(positions[part], max(2, int(lengths[part].max())))
             values = hidden[valid]
+            if opened.quantised:
+                scales = opened.gather_scales(positions[part], hidden.shape[1])
+                values = dequantise(values, scales[valid])
         else:
-            values = opened.gather(positions[part]).reshape(-1, opened.row_shape[1])
+            values = opened.gather(positions[part])
+            if opened.quantised:
+                values = dequantise(values, opened.gather_scales(positions[part]))
+            values = values.reshape(-1, opened.row_shape[1])
         yield keys[part], lengths[part], values.astype(dtype, copy=False)
         progress(len(keys[part]))
 
@@ -193,7 +202,8 @@ def export_features(
     positions, keys, quarantined = _positions(source, opened, kind, split)
     if not len(positions):
         raise DataError(f"{opened.folder}: no row to write")
-    dtype = np.dtype(np.float32) if spec.dtype == "bfloat16" else opened.dtype
+    widened = spec.dtype in ("bfloat16", QUANTISED)
+    dtype = np.dtype(np.float32) if widened else opened.dtype
     shape: tuple[int, ...]
     if isinstance(opened, TextStore):
         shape = (int(opened.lengths(positions).sum()), opened.width)

@@ -1,22 +1,24 @@
 """Plan, encode, publish: run a frozen encoder once per input and keep the result.
 
-A plan is what is missing now. Rows are encoded in the plan's order and
-published as whole shards, so a run that was killed continues at the shard that
-it was making and ends with the same bytes as one that was not.
+A plan is what is missing now, cut into planned shards (see `worklist.py`).
+Rows are encoded shard by shard, and no batch spans two of them: a shard's
+bytes are the same whichever process makes it, and a run that was killed
+continues at the shard that it was making.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import filelock
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,16 +27,10 @@ from featstore.encoders import TextEncoder, VisionEncoder
 from featstore.errors import ImageError, StoreError
 from featstore.images import ImageIndex, decode_image, read_bytes
 from featstore.plan import Plan, plan_images, plan_text, text_spec, vision_spec
-from featstore.publish import package_versions, remove_leftovers
-from featstore.shard import ShardRows, digest_bytes, feature_dtype, shard_name, write_shard
-from featstore.spec import FeatureSpec, write_spec
-from featstore.store import (
-    read_quarantine,
-    reconcile_manifest,
-    shard_paths,
-    write_manifest,
-    write_quarantine,
-)
+from featstore.quantise import QUANTISED, SCALE_DTYPE, quantise
+from featstore.shard import ShardRows, digest_bytes, feature_dtype
+from featstore.spec import FeatureSpec, VisionSpec
+from featstore.worklist import Failed, PlannedShard, Share, WorkList, alone, sharing, writing
 
 TEXT_SHARD_TOKENS = 1 << 18
 Progress = Callable[[int], None]
@@ -69,94 +65,12 @@ class Summary:
         """Throughput over the whole run."""
         return self.extracted / self.seconds if self.seconds else 0.0
 
-
-@contextlib.contextmanager
-def writing(folder: Path, timeout_seconds: float = -1) -> Iterator[None]:
-    """Hold a features folder's lock.
-
-    The lock belongs to the process: the system takes it back when that dies.
-
-    Raises:
-        StoreError: The folder cannot be made or locked, or another process
-            held the lock for `timeout_seconds`.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock", timeout=timeout_seconds)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise StoreError(f"{folder}: another extraction holds the lock") from error
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be written ({error.strerror})") from error
-    try:
-        remove_leftovers(folder)
-        yield
-    finally:
-        lock.release()
-
-
-class _Publisher:
-    """Publishes full shards from a thread while the next one is being encoded."""
-
-    def __init__(self, plan: Plan, names: dict[str, str]) -> None:
-        self.plan = plan
-        self.folder = plan.folder
-        self.versions = package_versions()
-        self.quarantine = read_quarantine(plan.folder, with_lost=True)
-        if not shard_paths(self.folder) or not (self.folder / "spec.json").exists():
-            write_spec(self.folder, plan.spec, names)
-        self.lines = reconcile_manifest(self.folder)
-        numbers = [int(path.stem.split("-")[1]) for path in shard_paths(self.folder)]
-        self.next_number = max(numbers, default=-1) + 1
-        self._pool = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
-
-    def quarantine_row(self, key: str, reason: str, digest: tuple[int, int] | None) -> None:
-        self.quarantine[key] = {
-            "reason": reason,
-            "source_digest": None if digest is None else list(digest),
-        }
-
-    def publish(self, rows: ShardRows) -> None:
-        """Hand a shard over; waits for the one before it."""
-        self._wait()
-        number, self.next_number = self.next_number, self.next_number + 1
-        self._pending = self._pool.submit(self._write, number, rows, dict(self.quarantine))
-
-    def _write(self, number: int, rows: ShardRows, quarantine: dict[str, Any]) -> None:
-        spec = self.plan.spec
-        line = write_shard(
-            self.folder / shard_name(number),
-            spec.kind,
-            spec.fingerprint,
-            spec.dtype,
-            rows,
-            self.versions,
-        )
-        self.lines.append(line)
-        for key in rows.keys:
-            quarantine.pop(key, None)
-            self.quarantine.pop(key, None)
-        self._write_lists(quarantine)
-
-    def _write_lists(self, quarantine: dict[str, Any]) -> None:
-        if quarantine or (self.folder / "quarantine.json").exists():
-            write_quarantine(self.folder, quarantine)
-        write_manifest(self.folder, self.plan.spec.fingerprint, self.lines)
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
-
-    def close(self) -> None:
-        """Wait for the last shard and write the lists."""
-        self._wait()
-        self._write_lists(self.quarantine)
-
-    def stop(self) -> None:
-        """End the thread; what was handed over is still published."""
-        self._pool.shutdown(wait=True)
+    def add(self, other: Summary) -> None:
+        """Count what was done after this."""
+        self.extracted += other.extracted
+        self.failed |= other.failed
+        self.seconds += other.seconds
+        self.batch_size = other.batch_size
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -200,11 +114,40 @@ def _does_not_fit(dtype: str) -> str:
     return f"features do not fit {dtype}; use [store] dtype float32"
 
 
-def _stored(values: NDArray[Any], dtype: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Cast to the stored dtype; also return which rows stayed finite."""
+@dataclass(frozen=True)
+class StoredNumbers:
+    """Features in the stored dtype.
+
+    Attributes:
+        features: Shape (rows, tokens, width).
+        scales: int8 only: float32 of shape (rows, tokens).
+    """
+
+    features: NDArray[Any]
+    scales: NDArray[np.float32] | None = None
+
+    def row(self, row: int, tokens: int | None = None) -> StoredNumbers:
+        """Return one row, or its first tokens."""
+        scales = None if self.scales is None else self.scales[row, :tokens]
+        return StoredNumbers(self.features[row, :tokens], scales)
+
+    def fits(self) -> bool:
+        """Tell whether every number is finite in the stored dtype."""
+        # int8 levels always are; the scale of a token that was not tells it.
+        return bool(np.isfinite(self.features if self.scales is None else self.scales).all())
+
+
+def to_stored(values: NDArray[Any], dtype: str) -> StoredNumbers:
+    """Round features to the stored dtype.
+
+    Args:
+        values: Float of shape (rows, tokens, width).
+        dtype: Stored number format.
+    """
+    if dtype == QUANTISED:
+        return StoredNumbers(*quantise(values))
     with np.errstate(over="ignore"):
-        cast = values.astype(feature_dtype(dtype))
-    return cast, np.isfinite(cast).reshape(len(cast), -1).all(axis=1)
+        return StoredNumbers(values.astype(feature_dtype(dtype)))
 
 
 @dataclass(frozen=True)
@@ -251,12 +194,14 @@ class EncodedPhoto:
         digest: Of the file's bytes; None where it cannot be read.
         features: Stored dtype, shape (tokens, width); None where it failed.
         reason: Why it failed.
+        scales: float32 of shape (tokens,), of int8 features only.
     """
 
     key: str
     digest: tuple[int, int] | None
     features: NDArray[Any] | None
     reason: str = ""
+    scales: NDArray[np.float32] | None = None
 
 
 def encode_photos(
@@ -279,19 +224,30 @@ def encode_photos(
         Each photo once, in order but for those that cannot be decoded, which
         come as soon as that is known.
     """
+    return _encoded(_decoded_ahead(photos, encoder, store), batched, dtype)
+
+
+def _decoded_ahead(
+    photos: Iterable[tuple[str, Path]], encoder: VisionEncoder, store: StoreConfig
+) -> Iterator[_Decoded]:
+    return _decoded(photos, encoder, store.decode_threads, 3 * store.encode_batch_size)
+
+
+def _encoded(photos: Iterable[_Decoded], batched: Batched, dtype: str) -> Iterator[EncodedPhoto]:
     batch: list[_Decoded] = []
 
     def encoded() -> Iterator[EncodedPhoto]:
         values = batched(np.stack([item.pixels for item in batch if item.pixels is not None]))
-        rows, finite = _stored(values, dtype)
-        for item, row, ok in zip(batch, rows, finite.tolist(), strict=True):
-            if ok:
-                yield EncodedPhoto(item.key, item.digest, row)
+        stored = to_stored(values, dtype)
+        for i, item in enumerate(batch):
+            row = stored.row(i)
+            if row.fits():
+                yield EncodedPhoto(item.key, item.digest, row.features, scales=row.scales)
             else:
                 yield EncodedPhoto(item.key, item.digest, None, _does_not_fit(dtype))
         batch.clear()
 
-    for item in _decoded(photos, encoder, store.decode_threads, 3 * store.encode_batch_size):
+    for item in photos:
         if item.pixels is None:
             yield EncodedPhoto(item.key, item.digest, None, item.reason)
             continue
@@ -302,6 +258,112 @@ def encode_photos(
         yield from encoded()
 
 
+# A planned shard's rows, and why the others of it failed.
+Made = tuple[PlannedShard, ShardRows, Failed]
+
+
+def make_shards(
+    shards: Iterable[PlannedShard],
+    encoder: VisionEncoder,
+    batched: Batched,
+    store: StoreConfig,
+    dtype: str,
+    progress: Progress = lambda rows: None,
+) -> Iterator[Made]:
+    """Encode planned shards of photos, one after the other.
+
+    Photos of the next shards are decoded ahead, but a batch holds rows of one
+    shard only: its bytes do not depend on which shards were made before it.
+
+    Args:
+        shards: Taken one at a time, a few batches before they are encoded.
+        encoder: The frozen vision encoder.
+        batched: Calls it.
+        store: Threads and batch size.
+        dtype: Stored number format.
+        progress: Called with the number of rows just dealt with.
+
+    Yields:
+        Each shard with its rows, and key to reason and digest of those that
+        failed.
+    """
+    begun: deque[PlannedShard] = deque()
+
+    def photos() -> Iterator[tuple[str, Path]]:
+        for shard in shards:
+            begun.append(shard)
+            yield from zip(shard.keys, shard.paths, strict=True)
+
+    decoded = _decoded_ahead(photos(), encoder, store)
+    for first in decoded:
+        shard = begun.popleft()
+        count = len(shard.keys)
+        features = np.empty((count, 1, encoder.num_tokens, encoder.width), feature_dtype(dtype))
+        scales = np.empty(features.shape[:-1], SCALE_DTYPE) if dtype == QUANTISED else None
+        keys: list[str] = []
+        digests: list[tuple[int, int]] = []
+        failed: dict[str, tuple[str, tuple[int, int] | None]] = {}
+        for item in _encoded(chain([first], islice(decoded, count - 1)), batched, dtype):
+            progress(1)
+            if item.features is None:
+                failed[item.key] = (item.reason, item.digest)
+                continue
+            assert item.digest is not None
+            features[len(keys), 0] = item.features
+            if scales is not None:
+                scales[len(keys), 0] = item.scales
+            keys.append(item.key)
+            digests.append(item.digest)
+        rows = ShardRows(keys, features[: len(keys)], digests)
+        rows.scales = None if scales is None else scales[: len(keys)]
+        yield shard, rows, failed
+
+
+def _publish_all(work: WorkList, made: Iterable[Made], summary: Summary) -> None:
+    """Publish shards from a thread while the next one is being encoded."""
+    pending: Future[None] | None = None
+
+    def publish(shard: PlannedShard, rows: ShardRows, failed: Failed) -> None:
+        if work.publish(shard, rows, failed):
+            summary.extracted += len(rows.keys)
+            summary.failed |= {key: reason for key, (reason, _) in failed.items()}
+
+    with ThreadPoolExecutor(1) as pool:
+        for item in made:
+            if pending is not None:
+                pending.result()
+            pending = pool.submit(publish, *item)
+        if pending is not None:
+            pending.result()
+
+
+def _extract(
+    work: WorkList,
+    shards: range,
+    make: Callable[[Iterable[PlannedShard]], Iterator[Made]],
+    progress: Progress,
+    summary: Summary,
+) -> None:
+    """Make planned shards: first those that nobody is making, then what is left of others'."""
+    left: list[int] = []
+
+    def take(positions: Iterable[int]) -> Iterator[PlannedShard]:
+        for position in positions:
+            if work.claim(position):
+                yield work.shard(position)
+            else:
+                left.append(position)
+
+    _publish_all(work, make(take(work.pending(shards))), summary)
+    for position in left:
+        # With no claim of our own: two processes that wait for each other would never end.
+        if work.claim(position, wait=True):
+            _publish_all(work, make([work.shard(position)]), summary)
+        else:
+            progress(len(work.shard(position).keys))
+    work.finish()
+
+
 def extract_images(
     plan: Plan,
     encoder: VisionEncoder,
@@ -310,7 +372,7 @@ def extract_images(
     progress: Progress = lambda rows: None,
     on_halved: Callable[[int], None] = lambda size: None,
 ) -> Summary:
-    """Encode and publish a plan's photos. The caller holds the folder's lock.
+    """Encode and publish a plan's photos. The caller holds the folder by `writing`.
 
     Args:
         plan: From `plan_images`.
@@ -324,42 +386,37 @@ def extract_images(
         What was done. A photo that cannot be decoded, or whose features do
         not fit the stored dtype, is quarantined and never shifts another.
     """
+    work = alone(plan, store.shard_rows, name)
+    return extract_shards(work, range(len(work)), encoder, store, progress, on_halved)
+
+
+def extract_shards(
+    work: WorkList,
+    shards: range,
+    encoder: VisionEncoder,
+    store: StoreConfig,
+    progress: Progress = lambda rows: None,
+    on_halved: Callable[[int], None] = lambda size: None,
+) -> Summary:
+    """Make some planned shards of photos; wait for those that other processes make.
+
+    Args:
+        work: The planned shards.
+        shards: Which of them, by their place in the plan; may reach beyond its end.
+        encoder, store, progress, on_halved: As in `extract_images`.
+
+    Returns:
+        What this process did.
+    """
     summary = Summary(batch_size=store.encode_batch_size)
     started = time.perf_counter()
-    publisher = _Publisher(plan, {"preset": name})
     batched = Batched(encoder, store.encode_batch_size, on_halved)
-    row_shape = (1, encoder.num_tokens, encoder.width)
-    capacity = min(store.shard_rows, max(1, len(plan.keys)))
-    keys: list[str] = []
-    digests: list[tuple[int, int]] = []
-    features = np.empty((capacity, *row_shape), feature_dtype(plan.spec.dtype))
+    dtype = work.publisher.spec.dtype
 
-    def publish() -> None:
-        nonlocal keys, digests, features
-        publisher.publish(ShardRows(keys, features[: len(keys)], digests))
-        summary.extracted += len(keys)
-        keys, digests = [], []
-        features = np.empty_like(features)
+    def make(planned: Iterable[PlannedShard]) -> Iterator[Made]:
+        return make_shards(planned, encoder, batched, store, dtype, progress)
 
-    try:
-        photos = zip(plan.keys, plan.paths, strict=True)
-        for item in encode_photos(photos, encoder, batched, store, plan.spec.dtype):
-            progress(1)
-            if item.features is None:
-                summary.failed[item.key] = item.reason
-                publisher.quarantine_row(item.key, item.reason, item.digest)
-                continue
-            assert item.digest is not None
-            features[len(keys), 0] = item.features
-            keys.append(item.key)
-            digests.append(item.digest)
-            if len(keys) == capacity:
-                publish()
-        if keys:
-            publish()
-        publisher.close()
-    finally:
-        publisher.stop()
+    _extract(work, shards, make, progress, summary)
     summary.seconds = time.perf_counter() - started
     summary.batch_size = batched.batch_size
     return summary
@@ -385,11 +442,13 @@ class EncodedSentence:
         token_ids: int32 of shape (valid tokens,).
         features: Stored dtype, shape (valid tokens, width); None where they
             do not fit it.
+        scales: float32 of shape (valid tokens,), of int8 features only.
     """
 
     key: str
     token_ids: NDArray[np.int32]
     features: NDArray[Any] | None
+    scales: NDArray[np.float32] | None = None
 
 
 def text_batches(
@@ -416,11 +475,15 @@ def encode_sentences(
     step = store.encode_batch_size * 8
     for first in range(0, len(sentences), step):
         span = slice(first, first + step)
-        cast, _ = _stored(batched(token_ids[span], mask[span]), dtype)
-        for i, row in enumerate(cast, first):
-            valid = row[: lengths[i]].copy()
-            fits = bool(np.isfinite(valid).all())
-            yield EncodedSentence(sentences[i], token_ids[i, : lengths[i]], valid if fits else None)
+        stored = to_stored(batched(token_ids[span], mask[span]), dtype)
+        for i in range(first, first + len(stored.features)):
+            ids = token_ids[i, : lengths[i]]
+            row = stored.row(i - first, len(ids))
+            if row.fits():
+                # Copied, else a sentence would keep its whole batch in memory.
+                yield EncodedSentence(sentences[i], ids, row.features.copy(), row.scales)
+            else:
+                yield EncodedSentence(sentences[i], ids, None)
 
 
 def extract_text(
@@ -431,7 +494,7 @@ def extract_text(
     progress: Progress = lambda rows: None,
     on_halved: Callable[[int], None] = lambda size: None,
 ) -> Summary:
-    """Encode and publish a plan's sentences. The caller holds the folder's lock.
+    """Encode and publish a plan's sentences. The caller holds the folder by `writing`.
 
     Only valid tokens are kept. A shard holds about `TEXT_SHARD_TOKENS` tokens
     at most, so that its memory is bounded whatever `shard_rows` says.
@@ -440,47 +503,62 @@ def extract_text(
     """
     summary = Summary(batch_size=store.encode_batch_size)
     started = time.perf_counter()
-    publisher = _Publisher(plan, {"preset": name})
     batched = text_batches(encoder, plan.spec, store, on_halved)
     rows_of_shard = min(store.shard_rows, max(1, TEXT_SHARD_TOKENS // encoder.sequence_length))
-    try:
-        for start in range(0, len(plan.keys), rows_of_shard):
-            keys: list[str] = []
-            parts: list[NDArray[Any]] = []
-            ids: list[NDArray[np.int32]] = []
-            sentences = plan.keys[start : start + rows_of_shard]
-            for item in encode_sentences(sentences, encoder, batched, store, plan.spec.dtype):
-                progress(1)
-                if item.features is None:
-                    summary.failed[item.key] = _does_not_fit(plan.spec.dtype)
-                    publisher.quarantine_row(item.key, summary.failed[item.key], None)
-                    continue
-                keys.append(item.key)
-                parts.append(item.features)
-                ids.append(item.token_ids)
-            if keys:
-                offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
-                publisher.publish(
-                    ShardRows(
-                        keys,
-                        np.concatenate(parts),
-                        offsets=offsets.astype(np.int64),
-                        token_ids=np.concatenate(ids).astype(np.int32),
-                    )
-                )
-                summary.extracted += len(keys)
-        publisher.close()
-    finally:
-        publisher.stop()
+    work = alone(plan, rows_of_shard, name)
+
+    def make(planned: Iterable[PlannedShard]) -> Iterator[Made]:
+        for shard in planned:
+            yield _make_text_shard(shard, encoder, batched, store, plan.spec.dtype, progress)
+
+    _extract(work, range(len(work)), make, progress, summary)
     summary.seconds = time.perf_counter() - started
     summary.batch_size = batched.batch_size
     return summary
+
+
+def _make_text_shard(
+    shard: PlannedShard,
+    encoder: TextEncoder,
+    batched: Batched,
+    store: StoreConfig,
+    dtype: str,
+    progress: Progress,
+) -> Made:
+    parts: list[NDArray[Any]] = []
+    scales: list[NDArray[np.float32]] = []
+    ids: list[NDArray[np.int32]] = []
+    keys: list[str] = []
+    failed: dict[str, tuple[str, tuple[int, int] | None]] = {}
+    for item in encode_sentences(shard.keys, encoder, batched, store, dtype):
+        progress(1)
+        if item.features is None:
+            failed[item.key] = (_does_not_fit(dtype), None)
+            continue
+        keys.append(item.key)
+        parts.append(item.features)
+        ids.append(item.token_ids)
+        if item.scales is not None:
+            scales.append(item.scales)
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    rows = ShardRows(
+        keys,
+        np.concatenate([np.empty((0, encoder.width), feature_dtype(dtype)), *parts]),
+        offsets=offsets.astype(np.int64),
+        token_ids=np.concatenate([np.empty(0, np.int32), *ids]).astype(np.int32),
+    )
+    if dtype == QUANTISED:
+        rows.scales = np.concatenate([np.empty(0, SCALE_DTYPE), *scales])
+    return shard, rows, failed
 
 
 @contextlib.contextmanager
 def no_progress(total: int) -> Iterator[Progress]:
     """Show nothing."""
     yield lambda rows: None
+
+
+ALL = range(sys.maxsize)
 
 
 def bring_images(
@@ -490,11 +568,12 @@ def bring_images(
     index: ImageIndex,
     bar: ProgressBar = no_progress,
     on_halved: Callable[[int], None] = lambda size: None,
+    shards: range = ALL,
 ) -> tuple[Plan, Summary]:
     """Make the store hold the features of these images.
 
-    Two processes that ask for the same do the work once: the second waits for
-    the first and then finds nothing to do.
+    Processes that ask for the same share the work: each planned shard is made
+    once, and each process returns when all that it asked for is there.
 
     Args:
         encoders, store: The configuration.
@@ -502,22 +581,85 @@ def bring_images(
         index: Where the photos are.
         bar: Makes a progress display for a number of rows.
         on_halved: Called with the new batch size after memory ran out.
+        shards: Which planned shards this process makes.
 
     Returns:
-        The plan as it was under the lock, and what was done.
+        What was missing when this process began, and what it did.
     """
     spec = vision_spec(encoders, store)
-    plan = plan_images(spec, store, image_ids, index)
-    if not plan.keys:
-        return plan, Summary()
-    with writing(plan.folder):
-        plan = plan_images(spec, store, image_ids, index)
-        if not plan.keys:
-            return plan, Summary()
-        plan.check_space()
-        encoder = VisionEncoder(encoders.vit, store.tokens, store.precision)
-        with bar(len(plan.keys)) as progress:
-            return plan, extract_images(plan, encoder, store, encoders.vit, progress, on_halved)
+
+    def load() -> VisionEncoder:
+        return VisionEncoder(encoders.vit, store.tokens, store.precision)
+
+    return share_images(spec, load, encoders.vit, store, image_ids, index, bar, on_halved, shards)
+
+
+def share_images(
+    spec: VisionSpec,
+    load: Callable[[], VisionEncoder],
+    name: str,
+    store: StoreConfig,
+    image_ids: Sequence[str],
+    index: ImageIndex,
+    bar: ProgressBar = no_progress,
+    on_halved: Callable[[int], None] = lambda size: None,
+    shards: range = ALL,
+) -> tuple[Plan, Summary]:
+    """Make the store hold the features of these images by one spec; see `bring_images`.
+
+    Args:
+        spec: Of the features.
+        load: Loads the spec's encoder; called if there is something to do.
+        name: The preset's name, kept for people.
+        store, image_ids, index, bar, on_halved, shards: As in `bring_images`.
+    """
+    encoder: VisionEncoder | None = None
+    begun: Plan | None = None
+    total = Summary(batch_size=store.encode_batch_size)
+    rest = True
+    while rest:
+        with share_of_images(spec, name, store, image_ids, index, shards) as share:
+            begun = begun or share.plan
+            rest = share.rest and shards == ALL
+            rows = share.work.rows(shards) if share.work else 0
+            if share.work and rows:
+                encoder = encoder or load()
+                with bar(rows) as progress:
+                    total.add(
+                        extract_shards(share.work, shards, encoder, store, progress, on_halved)
+                    )
+            elif share.work:
+                # A kill, or a process that had the last shard, left the plan open.
+                share.work.finish()
+    assert begun is not None
+    return begun, total
+
+
+def share_of_images(
+    spec: VisionSpec,
+    name: str,
+    store: StoreConfig,
+    image_ids: Sequence[str],
+    index: ImageIndex,
+    shards: range = ALL,
+) -> contextlib.AbstractContextManager[Share]:
+    """Join the processes that extract these images; see `worklist.sharing`."""
+
+    def path_of(image_id: str) -> Path:
+        path = index.lookup(image_id)
+        if path is None:
+            raise StoreError(f"{index.folder}: no photo for image id {image_id!r}")
+        return path
+
+    return sharing(
+        lambda: plan_images(spec, store, image_ids, index),
+        spec.folder(Path(store.root)),
+        image_ids,
+        store.shard_rows,
+        name,
+        path_of,
+        shards.start,
+    )
 
 
 def bring_text(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from featstore.dataset import Dataset, load_dataset
 from featstore.encoders import TextEncoder, VisionEncoder
 from featstore.errors import CorruptShardError, FeatstoreError, StoreError
 from featstore.plan import text_spec, vision_spec
-from featstore.publish import TEMPORARY
+from featstore.publish import TEMPORARY, read_json
 from featstore.spec import TextSpec, VisionSpec, read_spec
 from featstore.store import TextStore, VisionStore, read_quarantine, shard_paths
 
@@ -142,7 +141,7 @@ class Source:
 def _names(folder: Path) -> list[str]:
     """Return the preset names that a folder's features are known by."""
     try:
-        names = json.loads((folder / "spec.json").read_text(encoding="utf-8"))["names"]
+        names = read_json(folder / "spec.json")["names"]
         return [str(name) for name in names.values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

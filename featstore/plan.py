@@ -15,7 +15,7 @@ from featstore.config import EncodersConfig, StoreConfig
 from featstore.errors import ConfigError, ImageError, PresetError, StoreError
 from featstore.images import DECODER, ImageIndex, read_bytes
 from featstore.presets import Preset, image_converter_fields, resolve_preset, tokenizer_digest
-from featstore.shard import digest_bytes, feature_dtype
+from featstore.shard import digest_bytes, token_bytes
 from featstore.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.store import TextStore, VisionStore, read_quarantine, read_spec, shard_paths
 
@@ -221,7 +221,7 @@ def plan_images(
             continue
         todo.append(i)
     tokens, width = vision_row_shape(spec.architecture, spec.tokens)
-    row_bytes = spec.views * tokens * width * feature_dtype(spec.dtype).itemsize
+    row_bytes = spec.views * tokens * token_bytes(spec.dtype, width)
     if min(store.shard_rows, len(todo)) * row_bytes > MAX_SHARD_BYTES:
         fitting = MAX_SHARD_BYTES // row_bytes
         raise ConfigError(
@@ -255,7 +255,6 @@ def plan_text(spec: TextSpec, store: StoreConfig, sentences: Sequence[str]) -> P
     # A sentence never changes: one that failed under this spec always fails.
     todo = [key for key in missing if key not in known]
     width = int(spec.architecture["hidden_dim"])
-    itemsize = feature_dtype(spec.dtype).itemsize
     words = sum(min(len(key.split()) * 2 + 2, spec.sequence_length) for key in todo)
     return Plan(
         spec=spec,
@@ -265,6 +264,6 @@ def plan_text(spec: TextSpec, store: StoreConfig, sentences: Sequence[str]) -> P
         requested=len(distinct),
         changed=0,
         quarantined=len(missing) - len(todo),
-        todo_bytes=words * width * itemsize,
+        todo_bytes=words * token_bytes(spec.dtype, width),
         free_bytes=free_space(folder),
     )

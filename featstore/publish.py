@@ -14,9 +14,10 @@ import json
 import os
 import platform
 import shlex
+import stat
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,16 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def publish(path: Path) -> Iterator[Path]:
+def publish(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield a temporary path to write; on success it becomes `path`.
 
     The folder is made when it is missing. On an exception the temporary file
     is removed and `path` is left as it was.
+
+    Args:
+        path: The final name.
+        before: Called when the file is whole and on the disk, right before it
+            gets its name; an exception keeps it from getting it.
 
     Raises:
         FeatstoreError: The file system refused (full, read-only, no
@@ -70,16 +76,19 @@ def publish(path: Path) -> Iterator[Path]:
     """
     # Unique even between threads of one process that publish the same path.
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:12]}-{path.name}")
+    state = "nothing was changed"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _sync(temporary)
+        before()
         os.replace(temporary, path)
+        state = "it is there, but a power cut may still undo it"
         _sync(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise FeatstoreError(
-            f"{path}: cannot be written ({reason}); nothing was changed;"
+            f"{path}: cannot be written ({reason}); {state};"
             " free space or permissions, then run the command again"
         ) from error
     finally:
@@ -101,6 +110,26 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Publish a JSON file, indented, keys in the order given."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file; NaN and infinity, which JSON does not know, are refused.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a regular file (a pipe would be waited for without
+            end), not JSON, or nested too deep.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("not a regular file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def remove_leftovers(folder: Path) -> int:

@@ -21,6 +21,7 @@ the older one must not come back to life: it is marked as lost first.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from featstore.encoders import TextEncoder, VisionEncoder
-from featstore.errors import StoreError
+from featstore.errors import FeatstoreError, StoreError
 from featstore.extract import (
     Batched,
     ProgressBar,
@@ -59,7 +60,7 @@ from featstore.verify import FolderReport, Problem, photo_digest, verify_folder
 
 ACTIONS = {
     "spec": "write it again from the configuration",
-    "manifest": "rebuild it from the shards",
+    "manifest": "rebuild it from the shards; photos that are newer than their rows are left out",
     "quarantine": "rebuild it; inputs that failed are tried again by the next extraction",
     "missing shard": "drop it and extract again what the configuration's rows need",
     "unreadable shard": "drop it and extract again what the configuration's rows need",
@@ -127,7 +128,13 @@ class _Repair:
         self.source = source
         self.result = RepairReport(report.folder)
         needed = self.of(*NEEDS_ENCODER)
-        self.spec = matching_spec(source, report.folder) if needed else None
+        self.spec = None
+        if needed:
+            self.spec = matching_spec(source, report.folder)
+        elif self.of("manifest"):
+            # Not needed to rebuild it, only to tell which rows may be stale.
+            with contextlib.suppress(FeatstoreError):
+                self.spec = matching_spec(source, report.folder)
         if needed and self.spec is None:
             self.result.left.append(_no_match(report.folder, source))
         bad = {problem.path.name for problem in report.problems}
@@ -222,6 +229,8 @@ class _Repair:
             same = item.digest == tuple(shard.index["source_digests"][row].tolist())
             if same and item.features is not None:
                 shard.features[row, 0] = item.features
+                if shard.scales is not None:
+                    shard.scales[row, 0] = item.scales
                 restored.add(row)
         return restored
 
@@ -239,6 +248,8 @@ class _Repair:
             same = np.array_equal(item.token_ids, shard.index["token_ids"][a:b])
             if same and item.features is not None:
                 shard.features[a:b] = item.features
+                if shard.scales is not None:
+                    shard.scales[a:b] = item.scales
                 restored.add(row)
         return restored
 
@@ -330,15 +341,27 @@ class _Repair:
         return self.result
 
     def run(self, bar: ProgressBar) -> RepairReport:
-        """Mend everything, in an order in which a kill never makes it worse."""
+        """Mend everything, in an order in which a kill never makes it worse.
+
+        Raises:
+            StoreError: A folder stands in a shard's place; nothing was changed.
+        """
         if self.planned().left:
             return self.result
+        for problem in self.of(*DROPPED):
+            if problem.path.is_dir():
+                raise StoreError(
+                    f"{problem.path}: a folder in a shard's place; move it away, then run"
+                    " the command again"
+                )
         if self.of("spec") and self.spec is not None:
             encoders = self.source.encoders
             name = encoders.vit if self.spec.kind == "vit" else encoders.text
             write_spec(self.folder, self.spec, {"preset": name})
         if self.of("quarantine"):
             self.mend_quarantine()
+        if self.of("manifest"):
+            self.mark_stale()
         for path in sorted({problem.path for problem in self.of(*REWRITTEN)}):
             if path not in {problem.path for problem in self.of(*DROPPED)}:
                 self.rewrite(path, bar)
@@ -352,6 +375,13 @@ class _Repair:
             # Of an unreadable or missing shard, keys may be lost that nothing names.
             self.extract(sorted(self.result.dropped) if known else None, bar)
         return self.result
+
+    def mark_stale(self) -> None:
+        """Mark the photos whose newest row went with a shard that nothing names any more."""
+        try:
+            self.protect(None, frozenset())
+        except FeatstoreError as error:
+            self.result.actions.append(f"{self.folder}: photos could not be compared ({error})")
 
     def mend_quarantine(self) -> None:
         """Keep the sound entries; mark the photos whose stored features are stale."""

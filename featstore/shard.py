@@ -12,22 +12,33 @@ Layout (format 1; every dataset contiguous and uncompressed):
     /checksums      uint64 (rows,), XXH3-64 of each row's features
                     (text: of its token ids, then its features)
 
+and in format 2, which int8 features have:
+
+    /scales         float32, the size of one step of each token's features
+                    (see `quantise.py`): vision (rows, views, tokens); text
+                    (all tokens,). A row's checksum goes on with its scales.
+
 Root attributes: `format`, `kind`, `fingerprint`, `dtype` (bfloat16 is kept as
-its uint16 bits), `versions`, and `index_checksum`, the XXH3-128 of everything
-above except the features. The file holds no time stamp: equal rows give equal
+its uint16 bits), `versions`, `number` (the one in the file's name; shards of the
+first version do not say it), and `index_checksum`, the XXH3-128 of everything
+above except the features and their scales. The file holds no time stamp: equal rows give equal
 bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import math
-from collections.abc import Iterable, Set
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -36,7 +47,8 @@ from numpy.typing import NDArray
 
 from featstore.errors import CorruptShardError
 from featstore.publish import publish
-from featstore.spec import FORMAT
+from featstore.quantise import QUANTISED, SCALE_DTYPE
+from featstore.spec import format_of
 
 PAGE_BYTES = 4096
 VERIFY = "run `python cli.py store verify`"
@@ -73,10 +85,18 @@ HDF5_ERRORS = (
 
 ATTRIBUTES = ("format", "kind", "fingerprint", "dtype", "versions", "index_checksum")
 
+SHARD_NAME = re.compile(r"shard-([0-9]{5}|[1-9][0-9]{5,8})\.h5")
+
 
 def shard_name(number: int) -> str:
     """Return the file name of a shard."""
     return f"shard-{number:05d}.h5"
+
+
+def shard_number(path: Path) -> int | None:
+    """Return the number in a shard's file name; None where it is another name."""
+    match = SHARD_NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def feature_dtype(name: str) -> np.dtype[Any]:
@@ -92,6 +112,12 @@ def _disk_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(np.uint16) if name == "bfloat16" else np.dtype(name)
 
 
+def token_bytes(dtype: str, width: int) -> int:
+    """Return the bytes that one token of features takes on the disk, its scale included."""
+    scale_bytes = SCALE_DTYPE.itemsize if dtype == QUANTISED else 0
+    return width * feature_dtype(dtype).itemsize + scale_bytes
+
+
 def digest_keys(keys: Iterable[str]) -> NDArray[np.uint64]:
     """Return the XXH3-128 digests of keys, uint64 of shape (len(keys), 2)."""
     digests = b"".join(xxhash.xxh3_128_digest(key.encode()) for key in keys)
@@ -104,12 +130,18 @@ def digest_bytes(data: bytes) -> tuple[int, int]:
     return value >> 64, value & (2**64 - 1)
 
 
-def row_checksum(features: NDArray[Any], token_ids: NDArray[np.int32] | None = None) -> int:
-    """Return the XXH3-64 checksum of one row; text rows hash their ids first."""
+def row_checksum(
+    features: NDArray[Any],
+    token_ids: NDArray[np.int32] | None = None,
+    scales: NDArray[np.float32] | None = None,
+) -> int:
+    """Return the XXH3-64 checksum of one row: ids of a text row, features, scales if any."""
     state = xxhash.xxh3_64()
     if token_ids is not None:
         state.update(np.ascontiguousarray(token_ids).view(np.uint8).data)
     state.update(np.ascontiguousarray(features).view(np.uint8).data)
+    if scales is not None:
+        state.update(np.ascontiguousarray(scales).view(np.uint8).data)
     return state.intdigest()
 
 
@@ -124,6 +156,8 @@ class ShardRows:
         source_digests: Vision only: two 64-bit numbers a row.
         offsets: Text only: int64 of shape (rows + 1,).
         token_ids: Text only: int32 of shape (all tokens,).
+        scales: int8 features only: float32, the shape of `features` but its
+            last axis.
     """
 
     keys: list[str]
@@ -131,9 +165,17 @@ class ShardRows:
     source_digests: list[tuple[int, int]] | None = None
     offsets: NDArray[np.int64] | None = None
     token_ids: NDArray[np.int32] | None = None
+    scales: NDArray[np.float32] | None = None
+
+    def _checksum(self, row: int | slice) -> int:
+        """Return the checksum of a row, or of a text row's tokens."""
+        ids = None if self.token_ids is None else self.token_ids[row]
+        return row_checksum(
+            self.features[row], ids, None if self.scales is None else self.scales[row]
+        )
 
     def index(self) -> dict[str, NDArray[Any]]:
-        """Return every dataset but the features."""
+        """Return every dataset but the features and their scales."""
         encoded = [key.encode() for key in self.keys]
         key_offsets = np.zeros(len(encoded) + 1, np.int64)
         np.cumsum([len(key) for key in encoded], out=key_offsets[1:])
@@ -144,13 +186,13 @@ class ShardRows:
         }
         if self.offsets is None:
             arrays["source_digests"] = np.array(self.source_digests, np.uint64).reshape(-1, 2)
-            checksums = [row_checksum(row) for row in self.features]
+            checksums = [self._checksum(row) for row in range(len(self.features))]
         else:
             assert self.token_ids is not None
             arrays["offsets"] = self.offsets
             arrays["token_ids"] = self.token_ids
             spans = zip(self.offsets[:-1], self.offsets[1:], strict=True)
-            checksums = [row_checksum(self.features[a:b], self.token_ids[a:b]) for a, b in spans]
+            checksums = [self._checksum(slice(a, b)) for a, b in spans]
         arrays["checksums"] = np.array(checksums, np.uint64)
         return arrays
 
@@ -167,7 +209,13 @@ def _index_checksum(arrays: dict[str, NDArray[Any]], header: dict[str, Any]) -> 
 
 
 def write_shard(
-    path: Path, kind: str, fingerprint: str, dtype: str, rows: ShardRows, versions: dict[str, str]
+    path: Path,
+    kind: str,
+    fingerprint: str,
+    dtype: str,
+    rows: ShardRows,
+    versions: dict[str, str],
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Publish a shard.
 
@@ -178,6 +226,7 @@ def write_shard(
         dtype: Stored number format.
         rows: What to write.
         versions: Package name to version, kept as an attribute.
+        before: Called right before the file gets its name; see `publish`.
 
     Returns:
         The shard's line of the manifest: name, rows, bytes, digest.
@@ -188,7 +237,28 @@ def write_shard(
     """
     if path.exists():
         raise CorruptShardError(f"{path}: a published shard is never written again")
-    return _publish_shard(path, kind, fingerprint, dtype, rows, rows.index(), versions)
+    number = shard_number(path)
+    arrays = rows.index()
+    return _publish_shard(path, kind, fingerprint, dtype, rows, arrays, versions, number, before)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Refuse to write a file that the disk has no room for.
+
+    HDF5 does not survive a disk that fills up under it: closing the file fails
+    too, and has been seen to end the process.
+
+    Raises:
+        OSError: The disk, the quota or the limit of a file's size is too small.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return  # macOS and Windows
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise  # otherwise a file system that cannot tell
 
 
 def _publish_shard(
@@ -199,26 +269,38 @@ def _publish_shard(
     rows: ShardRows,
     arrays: dict[str, NDArray[Any]],
     versions: dict[str, str],
+    number: int | None,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     features = np.ascontiguousarray(rows.features).view(_disk_dtype(dtype))
+    numbers: dict[str, NDArray[Any]] = {"features": features}
+    if dtype == QUANTISED:
+        assert rows.scales is not None
+        # Before the features: who reads the file once has a row's scales when its features come.
+        numbers = {"scales": np.ascontiguousarray(rows.scales), **numbers}
     header = {
-        "format": FORMAT,
+        "format": format_of(dtype),
         "kind": kind,
         "fingerprint": fingerprint,
         "dtype": dtype,
         "shape": list(features.shape),
         "versions": json.dumps(versions, sort_keys=True),
     }
-    with publish(path) as temporary:
+    if number is not None:
+        header["number"] = number
+    with publish(path, before) as temporary:
+        sizes = [array.nbytes for array in (*numbers.values(), *arrays.values())]
+        # Each dataset may be moved to the next page; the rest are headers and attributes.
+        _reserve(temporary, sum(sizes) + (len(sizes) + 4) * PAGE_BYTES)
         # Page alignment lets a row be mapped, and copied, from an aligned address.
         with h5py.File(
             temporary, "w", alignment_threshold=PAGE_BYTES, alignment_interval=PAGE_BYTES
         ) as file:
-            file.create_dataset("features", data=features)
-            for name, array in arrays.items():
+            for name, array in (numbers | arrays).items():
                 file.create_dataset(name, data=array)
-            for name in ("format", "kind", "fingerprint", "dtype", "versions"):
-                file.attrs[name] = header[name]
+            for name, value in header.items():
+                if name != "shape":
+                    file.attrs[name] = value
             file.attrs["index_checksum"] = _index_checksum(arrays, header)
         entry = describe_file(temporary)
     return {"name": path.name, "rows": len(rows.keys), **entry}
@@ -244,6 +326,9 @@ class Shard:
         index: The other datasets by name.
         versions: Packages that wrote it.
         features_offset: Where `/features` starts in the file; 0 where it is empty.
+        number: The number that it states; None in a shard of the first version.
+        scales: Read-only map of `/scales`; None where there are none.
+        scales_offset: Where `/scales` starts in the file.
     """
 
     path: Path
@@ -254,23 +339,35 @@ class Shard:
     index: dict[str, NDArray[Any]]
     versions: dict[str, str] = field(default_factory=dict)
     features_offset: int = 0
+    number: int | None = None
+    scales: NDArray[np.float32] | None = None
+    scales_offset: int = 0
 
     def __len__(self) -> int:
         return len(self.index["checksums"])
 
     def keys(self) -> list[str]:
-        """Return the keys in row order."""
+        """Return the keys in row order.
+
+        Raises:
+            CorruptShardError: A key is not UTF-8.
+        """
         data = self.index["keys"].tobytes()
         offsets = self.index["key_offsets"].tolist()
-        return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
+        try:
+            return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
+        except UnicodeDecodeError as error:
+            raise CorruptShardError(f"{self.path}: a key is not UTF-8; {VERIFY}") from error
 
     def row_is_intact(self, row: int) -> bool:
         """Tell whether a row's features still have their checksum. Reads the row."""
+        part: int | slice = row
+        ids = None
         if self.kind == "text":
-            a, b = self.index["offsets"][row : row + 2]
-            found = row_checksum(self.features[a:b], self.index["token_ids"][a:b])
-        else:
-            found = row_checksum(self.features[row])
+            part = slice(*self.index["offsets"][row : row + 2])
+            ids = self.index["token_ids"][part]
+        scales = None if self.scales is None else self.scales[part]
+        found = row_checksum(self.features[part], ids, scales)
         return found == int(self.index["checksums"][row])
 
     def check_row(self, row: int) -> None:
@@ -286,10 +383,17 @@ class Shard:
             )
 
     def row_ends(self) -> NDArray[np.int64]:
-        """Return where each row's features end in the file, int64 of shape (rows,)."""
+        """Return where each row ends in the file, int64 of shape (rows,)."""
         ends = self.index["offsets"][1:] if self.kind == "text" else np.arange(1, len(self) + 1)
-        step = self.features.dtype.itemsize * math.prod(self.features.shape[1:])
-        return np.asarray(self.features_offset + ends * step, np.int64)
+
+        def ends_in(offset: int, array: NDArray[Any]) -> NDArray[np.int64]:
+            step = array.dtype.itemsize * math.prod(array.shape[1:])
+            return np.asarray(offset + ends * step, np.int64)
+
+        found = ends_in(self.features_offset, self.features)
+        if self.scales is None:
+            return found
+        return np.maximum(found, ends_in(self.scales_offset, self.scales))
 
 
 def rewrite_shard(shard: Shard, keep: NDArray[np.int64], restored: Set[int]) -> dict[str, Any]:
@@ -300,7 +404,7 @@ def rewrite_shard(shard: Shard, keep: NDArray[np.int64], restored: Set[int]) -> 
 
     Args:
         shard: Opened with `private`; its restored rows are already put right
-            in `features`.
+            in `features` and `scales`.
         keep: int64, ascending: the rows to keep.
         restored: Rows whose features were computed anew; every other row must
             still have its checksum.
@@ -315,27 +419,36 @@ def rewrite_shard(shard: Shard, keep: NDArray[np.int64], restored: Set[int]) -> 
     Cost: where rows are left out, the memory of those that stay.
     """
     index, keys = shard.index, shard.keys()
-    rows = ShardRows([keys[row] for row in keep.tolist()], shard.features)
+    rows = ShardRows([keys[row] for row in keep.tolist()], shard.features, scales=shard.scales)
     whole = len(keep) == len(shard)
+    kept = keep
     if shard.kind == "vit":
         rows.source_digests = [tuple(pair) for pair in index["source_digests"][keep].tolist()]
-        if not whole:
-            rows.features = shard.features[keep]
     elif whole:
         rows.offsets, rows.token_ids = index["offsets"], index["token_ids"]
     else:
         spans = [np.arange(*index["offsets"][row : row + 2]) for row in keep.tolist()]
-        tokens = np.concatenate([np.zeros(0, np.int64), *spans])
-        rows.features, rows.token_ids = shard.features[tokens], index["token_ids"][tokens]
+        kept = np.concatenate([np.zeros(0, np.int64), *spans])
+        rows.token_ids = index["token_ids"][kept]
         rows.offsets = np.concatenate([[0], np.cumsum([len(span) for span in spans])])
         rows.offsets = rows.offsets.astype(np.int64)
+    if not whole:
+        rows.features = shard.features[kept]
+        rows.scales = None if shard.scales is None else shard.scales[kept]
     arrays = rows.index()
     for row, found in zip(keep.tolist(), arrays["checksums"], strict=True):
         # Writing a damaged row again would give it a checksum that fits.
         if row not in restored and found != index["checksums"][row]:
             shard.check_row(row)
     return _publish_shard(
-        shard.path, shard.kind, shard.fingerprint, shard.dtype, rows, arrays, shard.versions
+        shard.path,
+        shard.kind,
+        shard.fingerprint,
+        shard.dtype,
+        rows,
+        arrays,
+        shard.versions,
+        shard.number,
     )
 
 
@@ -346,6 +459,8 @@ def salvage_keys(path: Path) -> list[str]:
     gives none.
     """
     try:
+        if not path.is_file():
+            return []
         with h5py.File(path, "r", locking=False) as file:
             data = file["keys"][...].tobytes()
             offsets = file["key_offsets"][...].tolist()
@@ -404,7 +519,8 @@ def _check_shapes(path: Path, kind: str, shape: tuple[int, ...], index: dict[str
         offsets = index[name]
         if offsets[0] != 0 or offsets[-1] != end or (offsets[1:] < offsets[:-1]).any():
             raise CorruptShardError(f"{path}: /{name} does not rise from 0 to {end}")
-    if len(shape) != (4 if kind == "vit" else 2) or shape[0] != first_axis:
+    ranks = {"vit": 4, "text": 2}
+    if len(shape) != ranks[kind] or shape[0] != first_axis or 0 in shape[1:]:
         raise CorruptShardError(
             f"{path}: /features has shape {shape}, which does not fit {rows} rows"
         )
@@ -435,10 +551,17 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: boo
 def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bool) -> Shard:
     names = INDEX_DATASETS[kind]
     try:
-        file_bytes = path.stat().st_size
+        status = path.stat()
+        file_bytes = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            # Opening a pipe would wait for a writer that never comes.
+            raise CorruptShardError(f"{path}: not a regular file")
         with h5py.File(path, "r", locking=False) as file:
             attributes = {name: _attribute(file, path, name) for name in ATTRIBUTES}
-            datasets = {name: _dataset(file, path, name) for name in (*names, "features")}
+            if "number" in file.attrs:
+                attributes["number"] = _attribute(file, path, "number")
+            mapped = ("features", "scales") if dtype == QUANTISED else ("features",)
+            datasets = {name: _dataset(file, path, name) for name in (*names, *mapped)}
             for name, dataset in datasets.items():
                 end = (dataset.id.get_offset() or 0) + dataset.id.get_storage_size()
                 expected_bytes = dataset.size * dataset.dtype.itemsize
@@ -465,44 +588,71 @@ def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bo
                 raise CorruptShardError(
                     f"{path}: /features is {stored.dtype}, expected {_disk_dtype(dtype)}"
                 )
+            scales_offset = None
+            if dtype == QUANTISED:
+                found = datasets["scales"]
+                scales_offset = found.id.get_offset()
+                if found.dtype != SCALE_DTYPE or found.shape != shape[:-1]:
+                    raise CorruptShardError(
+                        f"{path}: /scales is {found.dtype}{found.shape}, expected"
+                        f" {SCALE_DTYPE}{shape[:-1]}"
+                    )
     except CorruptShardError:
         raise
     except HDF5_ERRORS as error:
         reason = " ".join(str(error).split())
         raise CorruptShardError(f"{path}: not a readable shard ({reason})") from error
     _check_shapes(path, kind, shape, index)
-    header = {
-        "format": FORMAT,
+    header: dict[str, Any] = {
+        "format": format_of(dtype),
         "kind": kind,
         "fingerprint": fingerprint,
         "dtype": dtype,
         "shape": list(shape),
         "versions": attributes["versions"],
     }
-    for name in ("format", "kind", "fingerprint", "dtype"):
-        if attributes[name] != header[name]:
-            raise CorruptShardError(
-                f"{path}: {name} is {attributes[name]!r}, expected {header[name]!r}"
-            )
+    if "number" in attributes:
+        named = shard_number(path)
+        header["number"] = attributes["number"] if named is None else named
+    for name, wanted in header.items():
+        if name in attributes and attributes[name] != wanted:
+            raise CorruptShardError(f"{path}: {name} is {attributes[name]!r}, expected {wanted!r}")
     if attributes["index_checksum"] != _index_checksum(index, header):
         raise CorruptShardError(
             f"{path}: keys, digests or offsets were changed (index checksum differs)"
         )
     try:
-        if offset is None:
-            features: NDArray[Any] = np.empty(shape, _disk_dtype(dtype))
-        else:
-            features = np.memmap(
-                path,
-                dtype=_disk_dtype(dtype),
-                mode="c" if private else "r",
-                offset=offset,
-                shape=shape,
-            )
+        features = _map(path, _disk_dtype(dtype), shape, offset, private)
+        scales = None
+        if dtype == QUANTISED:
+            scales = _map(path, SCALE_DTYPE, shape[:-1], scales_offset, private)
         versions = dict(json.loads(str(header["versions"])))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CorruptShardError(f"{path}: not a readable shard ({reason})") from error
+    features = features.view(feature_dtype(dtype))
+    number = header.get("number")
+    starts = {"features_offset": offset or 0, "scales_offset": scales_offset or 0}
+    return Shard(
+        path,
+        kind,
+        fingerprint,
+        dtype,
+        features,
+        index,
+        versions,
+        number=number,
+        scales=scales,
+        **starts,
+    )
+
+
+def _map(
+    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int | None, private: bool
+) -> NDArray[Any]:
+    """Map a dataset; one without numbers has no offset."""
+    if offset is None:
+        return np.empty(shape, dtype)
+    mode: Literal["c", "r"] = "c" if private else "r"
     # A plain array on the map: each slice of a memmap object costs microseconds more.
-    features = np.asarray(features).view(feature_dtype(dtype))
-    return Shard(path, kind, fingerprint, dtype, features, index, versions, offset or 0)
+    return np.asarray(np.memmap(path, dtype=dtype, mode=mode, offset=offset, shape=shape))

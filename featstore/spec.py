@@ -17,9 +17,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from featstore.errors import CorruptShardError, StoreError
-from featstore.publish import command_line, write_json
+from featstore.publish import command_line, read_json, write_json
+from featstore.quantise import QUANTISED
 
 FORMAT = 1
+# Of quantised features: readers of format 1 know no scales, and would take the levels for numbers.
+QUANTISED_FORMAT = 2
+# What every reader of a spec relies on, and the type that it has.
+RELIED_ON = {"kind": str, "dtype": str, "boundary": int, "architecture": dict}
+
+
+def format_of(dtype: Any) -> int:
+    """Return the format of a spec, and of its shards, with a stored number format."""
+    return QUANTISED_FORMAT if dtype == QUANTISED else FORMAT
 
 
 def canonical_json(value: Any) -> str:
@@ -81,7 +91,7 @@ class FeatureSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field, with the format and the kind."""
-        return {"format": FORMAT, "kind": self.kind, **dataclasses.asdict(self)}
+        return {"format": format_of(self.dtype), "kind": self.kind, **dataclasses.asdict(self)}
 
     @property
     def fingerprint(self) -> str:
@@ -155,9 +165,9 @@ def read_spec(folder: Path) -> dict[str, Any]:
     """
     path = folder / "spec.json"
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))["spec"]
+        spec = read_json(path)["spec"]
         text = canonical_json(spec)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, StoreError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StoreError) as error:
         raise CorruptShardError(f"{path}: no readable spec ({error})") from error
     found = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     if found != folder.name:
@@ -166,10 +176,16 @@ def read_spec(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(spec, dict):
         raise CorruptShardError(f"{path}: no readable spec (found {type(spec).__name__})")
-    if spec.get("format") != FORMAT:
+    if spec.get("format") != (known := format_of(spec.get("dtype"))):
         raise StoreError(
-            f"{path}: store format {spec.get('format')!r}; this version reads format {FORMAT}"
+            f"{path}: store format {spec.get('format')!r}; this version reads format {known}"
         )
+    for name, kind in RELIED_ON.items():
+        if type(spec.get(name)) is not kind:
+            raise CorruptShardError(
+                f"{path}: no readable spec ({name} is {type(spec.get(name)).__name__}, expected"
+                f" {kind.__name__})"
+            )
     return spec
 
 

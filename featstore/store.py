@@ -4,9 +4,10 @@
         spec.json         the spec, and the names it was known by
         shard-00000.h5 …  immutable (see `shard.py`)
         manifest.json     name, rows, bytes and digest of each shard; can be
-                          rebuilt from the shards
+                          rebuilt from the shards, and is needed: without it
+                          nobody could tell that the newest shard is lost
         quarantine.json   inputs that could not be encoded, each with its reason
-        .lock             held by the one process that extracts
+        plan.json .claim-* .lock   of the processes that extract (see `worklist.py`)
 
 A key may stand in several shards (its photo changed): the last one counts.
 """
@@ -17,7 +18,6 @@ import contextlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,27 @@ from featstore.errors import (
     StaleFeaturesError,
     StoreError,
 )
-from featstore.publish import command_line, package_versions, write_json
-from featstore.shard import VERIFY, describe_file, digest_keys, feature_dtype, open_shard
+from featstore.publish import command_line, package_versions, read_json, write_json
+from featstore.quantise import QUANTISED, SCALE_DTYPE
+from featstore.shard import (
+    VERIFY,
+    describe_file,
+    digest_keys,
+    feature_dtype,
+    open_shard,
+    shard_number,
+)
 from featstore.spec import FORMAT, FeatureSpec, canonical_json, differing_fields, read_spec
 
 IntArray = NDArray[np.int64]
 
 ALIGNMENT_BYTES = 64
 
-SHARD_NAME = re.compile(r"shard-[0-9]{5,}\.h5")
 # In place of a photo's digest: its newest features were lost, and older ones are stale.
 LOST = [0, 0]
 MEND_QUARANTINE = "run `python cli.py store repair`, or delete it and extract again"
+MEND_MANIFEST = "run `python cli.py store repair`"
+FIRST_FIELDS = {"format", "fingerprint", "command", "versions", "quarantine", "shards"}
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -52,17 +61,60 @@ def shard_paths(folder: Path) -> list[Path]:
     A file of any other name, such as a copy that someone made, is no shard:
     its rows would count as the newest.
     """
-    found = [path for path in folder.glob("shard-*.h5") if SHARD_NAME.fullmatch(path.name)]
+    found = [path for path in folder.glob("shard-*.h5") if shard_number(path) is not None]
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest; an absent or broken one is empty."""
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(folder / "manifest.json")
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """Return the XXH3-128 of a manifest's canonical JSON, its own `checksum` left out."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return xxhash.xxh3_128_hexdigest(canonical_json(content).encode())
+
+
+def manifest_damage(folder: Path) -> str:
+    """Say what is wrong with a folder's manifest; empty where nothing is.
+
+    It is written before the first shard, so a folder with shards and without
+    it has lost it. A manifest of the first version has no checksum.
+    """
+    path = folder / "manifest.json"
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        # Looked for again: a new folder's first shard may have been published meanwhile.
+        return "is missing" if shard_paths(folder) and not path.exists() else ""
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({error})"
+    if not isinstance(found, dict) or not isinstance(found.get("shards"), list):
+        return "has no list of shards"
+    lines = read_manifest(folder)
+    if len(lines) != len(found["shards"]):
+        return "its lines cannot be read"
+    if len({line["name"] for line in lines}) != len(lines):
+        return "it lists a shard twice"
+    if (found.get("format", FORMAT), found.get("fingerprint", folder.name)) != (
+        FORMAT,
+        folder.name,
+    ):
+        return "its format or fingerprint is not this folder's"
+    try:
+        if "checksum" in found:
+            changed = found["checksum"] != manifest_checksum(found)
+        else:
+            # The first version had no other fields: this may have been the checksum's name.
+            changed = not found.keys() <= FIRST_FIELDS
+    except StoreError as error:
+        return f"cannot be read ({error})"
+    return "its text was changed (checksum differs)" if changed else ""
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
@@ -72,7 +124,12 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         return []
     sound = all(
-        isinstance(line.get("name"), str) and isinstance(line.get("bytes"), int) for line in lines
+        isinstance(line.get("name"), str)
+        # A name that leads elsewhere would be read, or deleted, there.
+        and shard_number(Path(line["name"])) is not None
+        and Path(line["name"]).name == line["name"]
+        and type(line.get("bytes")) is int
+        for line in lines
     )
     return lines if sound else []
 
@@ -81,14 +138,20 @@ def _manifest_lines(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
     """Return each shard on the disk with its line of the manifest, if it has one.
 
     Raises:
-        CorruptShardError: A shard of the manifest is gone, or has another size.
+        CorruptShardError: The manifest is damaged or lost, or a shard of it is
+            gone or has another size.
     """
+    if damage := manifest_damage(folder):
+        raise CorruptShardError(f"{folder / 'manifest.json'}: {damage}; {MEND_MANIFEST}")
     # The manifest first: a shard that is published meanwhile has no line, and no line is lost.
     known = {line["name"]: line for line in read_manifest(folder)}
     found = []
     for path in shard_paths(folder):
         line = known.pop(path.name, None)
-        size = path.stat().st_size
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise CorruptShardError(f"{path}: {error.strerror}; {VERIFY}") from error
         if line is not None and line["bytes"] != size:
             raise CorruptShardError(f"{path}: {size} bytes, expected {line['bytes']}; {VERIFY}")
         found.append((path, line))
@@ -103,9 +166,9 @@ def reconcile_manifest(folder: Path) -> list[dict[str, Any]]:
     A shard that a kill left out of the manifest is described from its file.
 
     Raises:
-        CorruptShardError: A shard of the manifest is gone, or has another
-            size than when it was published; or a shard that is not in it is
-            damaged.
+        CorruptShardError: The manifest is damaged or lost; a shard of it is
+            gone, or has another size than when it was published; or a shard
+            that is not in it is damaged.
     """
     lines = []
     for path, line in _manifest_lines(folder):
@@ -119,17 +182,15 @@ def reconcile_manifest(folder: Path) -> list[dict[str, Any]]:
 
 def write_manifest(folder: Path, fingerprint: str, lines: list[dict[str, Any]]) -> None:
     """Publish the manifest; the quarantine list, if there is one, is written before."""
-    write_json(
-        folder / "manifest.json",
-        {
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "command": command_line(),
-            "versions": package_versions(),
-            "quarantine": (folder / "quarantine.json").exists(),
-            "shards": lines,
-        },
-    )
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "command": command_line(),
+        "versions": package_versions(),
+        "quarantine": (folder / "quarantine.json").exists(),
+        "shards": lines,
+    }
+    write_json(folder / "manifest.json", {**manifest, "checksum": manifest_checksum(manifest)})
 
 
 def quarantine_checksum(key: str, entry: Mapping[str, Any]) -> str:
@@ -151,14 +212,23 @@ def _is_sound(key: str, entry: Any) -> bool:
     """Tell whether a quarantine entry is one, with its checksum if it has any."""
     if not isinstance(entry, dict) or not entry.keys() >= {"reason", "source_digest"}:
         return False
+    digest = entry["source_digest"]
+    if digest is not None and not (
+        isinstance(digest, list)
+        and len(digest) == 2
+        and all(type(part) is int and 0 <= part < 1 << 64 for part in digest)
+    ):
+        return False
+    if not isinstance(entry["reason"], str) or any("\ud800" <= c <= "\udfff" for c in key):
+        return False
     return entry.get("checksum") in (None, quarantine_checksum(key, entry))
 
 
 def salvage_quarantine(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the sound entries of a damaged quarantine list."""
     try:
-        entries = json.loads((folder / "quarantine.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        entries = read_json(folder / "quarantine.json")
+    except (OSError, ValueError):
         return {}
     if not isinstance(entries, dict):
         return {}
@@ -183,7 +253,7 @@ def read_quarantine(folder: Path, with_lost: bool = False) -> dict[str, dict[str
     """
     path = folder / "quarantine.json"
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
     except FileNotFoundError:
         if _manifest(folder).get("quarantine"):
             raise CorruptShardError(
@@ -191,7 +261,7 @@ def read_quarantine(folder: Path, with_lost: bool = False) -> dict[str, dict[str
                 " run `python cli.py store repair`"
             ) from None
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CorruptShardError(f"{path}: cannot be read ({error}); {MEND_QUARANTINE}") from error
     if not isinstance(entries, dict):
         raise CorruptShardError(
@@ -220,7 +290,10 @@ class Store:
     def __init__(self, folder: Path, spec: dict[str, Any]) -> None:
         self.folder = folder
         self.spec = spec
-        self.dtype = feature_dtype(spec["dtype"])
+        try:
+            self.dtype = feature_dtype(spec["dtype"])
+        except TypeError as error:
+            raise CorruptShardError(f"{folder}: unknown dtype {spec['dtype']!r}") from error
         self.shards = [
             open_shard(path, spec["kind"], folder.name, spec["dtype"])
             for path, _ in _manifest_lines(folder)
@@ -246,6 +319,11 @@ class Store:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def quantised(self) -> bool:
+        """Whether `gather` gives int8 levels, which `gather_scales` has the scales of."""
+        return bool(self.spec["dtype"] == QUANTISED)
 
     def lookup(self, keys: Sequence[str] | NDArray[Any]) -> IntArray:
         """Find rows by key.
@@ -318,6 +396,9 @@ class VisionStore(Store):
         super().__init__(folder, spec)
         # Sliced once: for a batch of 32 it would cost a twentieth of the copy.
         self._plain_views = [shard.features[:, 0] for shard in self.shards]
+        self._plain_scales = [
+            shard.scales[:, 0] for shard in self.shards if shard.scales is not None
+        ]
 
     @property
     def row_shape(self) -> tuple[int, int]:
@@ -367,12 +448,15 @@ class VisionStore(Store):
             return  # macOS and Windows: the map still reads, page by page
         for number in np.unique(shards).tolist():
             shard = self.shards[number]
-            row_bytes = shard.features[0].nbytes
+            parts = [(shard.features_offset, shard.features[0].nbytes)]
+            if shard.scales is not None:
+                parts.append((shard.scales_offset, shard.scales[0].nbytes))
             # Only a hint: a file that cannot be opened any more is still mapped.
             with contextlib.suppress(OSError), shard.path.open("rb") as file:
                 for row in rows[shards == number].tolist():
-                    start = shard.features_offset + row * row_bytes
-                    os.posix_fadvise(file.fileno(), start, row_bytes, os.POSIX_FADV_WILLNEED)
+                    for offset, row_bytes in parts:
+                        start = offset + row * row_bytes
+                        os.posix_fadvise(file.fileno(), start, row_bytes, os.POSIX_FADV_WILLNEED)
 
     def gather(self, positions: IntArray, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Copy feature rows in the order of `positions`.
@@ -383,7 +467,8 @@ class VisionStore(Store):
                 made by `empty`; or None to allocate.
 
         Returns:
-            Stored dtype, shape (batch, tokens, width): view 0.
+            Stored dtype, shape (batch, tokens, width): view 0. int8 are
+            levels, to be multiplied by `gather_scales`.
 
         Raises:
             IndexError: A position is outside [0, len(self)).
@@ -409,6 +494,27 @@ class VisionStore(Store):
         for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
             out[i] = self._plain_views[shard][row]
         return out
+
+    def gather_scales(self, positions: IntArray) -> NDArray[np.float32]:
+        """Copy the scales of int8 rows in the order of `positions`.
+
+        Args:
+            positions: int64 of shape (batch,). Store positions; repeats allowed.
+
+        Returns:
+            float32 of shape (batch, tokens): one level of each token of view 0.
+
+        Raises:
+            IndexError: A position is outside [0, len(self)).
+            CorruptShardError: A row no longer has its checksum.
+        """
+        positions = np.asarray(positions, np.int64)
+        shards, rows = self.locate(positions)
+        self._check_rows(positions, shards, rows)
+        scales = np.empty((len(positions), self.row_shape[0]), SCALE_DTYPE)
+        for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+            scales[i] = self._plain_scales[shard][row]
+        return scales
 
 
 class TextStore(Store):
@@ -444,7 +550,7 @@ class TextStore(Store):
         Returns:
             Hidden states in the stored dtype, shape (batch, length, width),
             and the padding mask, bool of shape (batch, length), True at valid
-            tokens.
+            tokens. int8 are levels, to be multiplied by `gather_scales`.
 
         Raises:
             IndexError: A position is outside [0, len(self)).
@@ -464,6 +570,32 @@ class TextStore(Store):
             count = min(int(valid[i]), length)
             hidden[i, :count] = part.features[start : start + count]
         return hidden, np.arange(length) < valid[:, None]
+
+    def gather_scales(self, positions: IntArray, length: int) -> NDArray[np.float32]:
+        """Copy the scales of int8 sentences, padded with zeros to one length.
+
+        Args:
+            positions: int64 of shape (batch,). Store positions; repeats allowed.
+            length: As in `gather`; of a longer sentence, the first scales.
+
+        Returns:
+            float32 of shape (batch, length): one level of each token.
+
+        Raises:
+            IndexError: A position is outside [0, len(self)).
+            CorruptShardError: A row no longer has its checksum.
+        """
+        positions = np.asarray(positions, np.int64)
+        shards, rows = self.locate(positions)
+        self._check_rows(positions, shards, rows)
+        scales = np.zeros((len(positions), length), SCALE_DTYPE)
+        for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+            part = self.shards[shard]
+            assert part.scales is not None
+            start, end = part.index["offsets"][row : row + 2]
+            count = min(int(end - start), length)
+            scales[i, :count] = part.scales[start : start + count]
+        return scales
 
 
 def open_store(root: Path, spec: FeatureSpec, command: str) -> Any:

@@ -8,7 +8,6 @@ manifest was lost, these still cover every number that is ever returned.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,10 +22,25 @@ from featstore.errors import CorruptShardError, ImageError, StoreError
 from featstore.extract import ProgressBar, no_progress
 from featstore.images import ImageIndex, read_bytes
 from featstore.maintain import KINDS, Source, feature_folders, open_folder
-from featstore.publish import TEMPORARY
-from featstore.shard import HDF5_ERRORS, VERIFY, Shard, digest_bytes, open_shard, salvage_keys
-from featstore.spec import FORMAT, read_spec
-from featstore.store import VisionStore, read_manifest, read_quarantine, shard_paths
+from featstore.publish import TEMPORARY, read_json
+from featstore.shard import (
+    HDF5_ERRORS,
+    VERIFY,
+    Shard,
+    digest_bytes,
+    digest_keys,
+    open_shard,
+    salvage_keys,
+    shard_number,
+)
+from featstore.spec import read_spec
+from featstore.store import (
+    VisionStore,
+    manifest_damage,
+    read_manifest,
+    read_quarantine,
+    shard_paths,
+)
 
 BLOCK_BYTES = 4 << 20
 MEND = "python cli.py store repair"
@@ -103,7 +117,8 @@ class FolderReport:
 
 def blocks_of(folder: Path) -> int:
     """Return the 4 MiB blocks that a full check of a folder reads."""
-    return sum(-(-path.stat().st_size // BLOCK_BYTES) for path in shard_paths(folder))
+    files = [path for path in shard_paths(folder) if path.is_file()]
+    return sum(-(-path.stat().st_size // BLOCK_BYTES) for path in files)
 
 
 def folder_dtype(folder: Path) -> str:
@@ -115,7 +130,7 @@ def folder_dtype(folder: Path) -> str:
     try:
         return str(read_spec(folder)["dtype"])
     except StoreError:
-        for path in shard_paths(folder):
+        for path in filter(Path.is_file, shard_paths(folder)):
             try:
                 with h5py.File(path, "r", locking=False) as file:
                     return str(file.attrs["dtype"])
@@ -172,8 +187,13 @@ def _check_shard(
     try:
         shard = open_shard(path, folder.parent.name, folder.name, dtype)
         keys = shard.keys()
+        if not np.array_equal(digest_keys(keys), shard.index["key_digests"]):
+            raise CorruptShardError("the keys do not have their digests")
     except CorruptShardError as error:
-        reason = _short(error, path)
+        shard, reason = None, _short(error, path)
+    if not path.is_file():
+        report.problems.append(Problem("unreadable shard", path, reason))
+        return None, ""
     try:
         digest, size, damaged = _check_bytes(path, shard, on_block)
     except OSError as error:
@@ -194,7 +214,11 @@ def _check_shard(
     elif line is not None and line.get("digest") != digest:
         detail = reason or "every row and the index are intact, bytes around them are not"
         report.problems.append(Problem("damaged bytes", path, detail))
-    elif line is not None and line.get("rows") != len(shard):
+    elif (
+        line is not None
+        and line.get("rows") != len(shard)
+        and not any(problem.what == "manifest" for problem in report.problems)
+    ):
         detail = f"{path.name} has {len(shard)} rows, the manifest says {line.get('rows')}"
         report.problems.append(Problem("manifest", folder / "manifest.json", detail))
     repeated = _repeated_rows(shard)
@@ -217,24 +241,15 @@ def _check_lists(report: FolderReport) -> None:
         path = folder / "spec.json"
         report.problems.append(Problem("spec", path, _short(error, path)))
     path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        lines = manifest["shards"]
-        if (manifest["format"], manifest["fingerprint"]) != (FORMAT, folder.name):
-            detail = "its format or fingerprint is not this folder's"
-            report.problems.append(Problem("manifest", path, detail))
-        elif len(read_manifest(folder)) != len(lines):
-            report.problems.append(Problem("manifest", path, "its lines cannot be read"))
-        elif len({line["name"] for line in lines}) != len(lines):
-            report.problems.append(Problem("manifest", path, "it lists a shard twice"))
-    except FileNotFoundError:
-        if shard_paths(folder):
-            numbers = {int(shard.stem.split("-")[1]) for shard in shard_paths(folder)}
-            gaps = sorted(set(range(max(numbers))) - numbers)
-            lost = f"; shards may be lost too: numbers {gaps} are not there" if gaps else ""
-            report.problems.append(Problem("manifest", path, f"is missing{lost}"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        report.problems.append(Problem("manifest", path, f"cannot be read ({error})"))
+    damage = manifest_damage(folder)
+    if not damage and path.exists() and not read_json(path).keys() >= {"format", "fingerprint"}:
+        damage = "it has no format or fingerprint"
+    if damage:
+        numbers = [shard_number(shard) or 0 for shard in shard_paths(folder)]
+        gaps = max(numbers, default=-1) + 1 - len(numbers)
+        damage += "; without it nobody can tell whether the newest shards are lost"
+        damage += f": {gaps} numbers below the last are not there" if gaps else ""
+        report.problems.append(Problem("manifest", path, damage))
     path = folder / "quarantine.json"
     try:
         read_quarantine(folder)
@@ -272,7 +287,8 @@ def verify_folder(folder: Path, progress: Callable[[int], None] = lambda n: None
     try:
         dtype = folder_dtype(folder)
     except StoreError:
-        return report
+        # No shard can say it either: each is found unreadable.
+        dtype = "unknown"
     shape, unlisted, digests = None, [], dict[str, str]()
     for path in paths:
         line = lines.get(path.name)
@@ -312,8 +328,8 @@ def sample_folder(folder: Path, rows: int, seed: int = 0) -> FolderReport:
     for path in shard_paths(folder):
         report.shards += 1
         line = lines.pop(path.name, None)
-        size = path.stat().st_size
         try:
+            size = path.stat().st_size if path.is_file() else -1
             if line is not None and line["bytes"] != size:
                 raise CorruptShardError(f"{size} bytes, the manifest says {line['bytes']}")
             shards.append(open_shard(path, folder.parent.name, folder.name, folder_dtype(folder)))

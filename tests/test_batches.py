@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from featstore.errors import DataError
 from featstore.shard import ShardRows, shard_name, write_shard
-from featstore.store import TextStore, VisionStore
+from featstore.store import TextStore, VisionStore, write_manifest
 from trainer.batches import (
     PREFETCHED,
     WINDOW_BATCHES,
@@ -37,7 +37,8 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> VisionStore:
     features = rng.normal(size=(IMAGES, 1, TOKENS, WIDTH)).astype(np.float16)
     keys = [f"image{i}" for i in range(IMAGES)]
     rows = ShardRows(keys, features, [(i, i) for i in range(IMAGES)])
-    write_shard(folder / shard_name(0), "vit", folder.name, "float16", rows, {})
+    line = write_shard(folder / shard_name(0), "vit", folder.name, "float16", rows, {})
+    write_manifest(folder, folder.name, [line])
     return VisionStore(folder, {"kind": "vit", "dtype": "float16"})
 
 
@@ -50,7 +51,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextStore:
     ids = np.arange(offsets[-1], dtype=np.int32)
     keys = [f"sentence {i}" for i in range(len(SENTENCE_LENGTHS))]
     rows = ShardRows(keys, features, offsets=offsets, token_ids=ids)
-    write_shard(folder / shard_name(0), "text", folder.name, "float16", rows, {})
+    line = write_shard(folder / shard_name(0), "text", folder.name, "float16", rows, {})
+    write_manifest(folder, folder.name, [line])
     return TextStore(folder, {"kind": "text", "dtype": "float16"})
 
 

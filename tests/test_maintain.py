@@ -23,6 +23,7 @@ from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
 
 import cli
 from featstore.collect import compact, delete, find_garbage
+from featstore.config import DataConfig, EncodersConfig
 from featstore.errors import CorruptShardError, RunError, StoreError, UsageError
 from featstore.export import export_features
 from featstore.extract import bring_images, bring_text, writing
@@ -264,13 +265,52 @@ def test_a_damaged_row_is_found_without_manifest_and_spec(own: Own) -> None:
     assert mend(own).identical == 1
 
 
-def test_a_copy_of_a_shard_is_named(own: Own) -> None:
+def test_a_copy_of_a_shard_under_another_number_is_refused(own: Own) -> None:
+    before = own.gathered()
     shutil.copy(own.shard(0), own.features() / "shard-00007.h5")
     (problem,) = verify_folder(own.features()).problems
-    assert problem.what == "unlisted shard"
-    assert "a copy of shard-00000.h5" in problem.detail
+    assert problem.what == "unreadable shard"
+    assert "number is 0, expected 7" in problem.detail
+    with pytest.raises(CorruptShardError, match=r"shard-00007\.h5: number is 0, expected 7"):
+        open_folder(own.features())
     mend(own)
-    assert describe_store(own.source)["features"][0]["superseded_rows"] == 20
+    assert describe_store(own.source)["features"][0]["superseded_rows"] == 0
+    assert np.array_equal(own.gathered(), before)
+
+
+def test_a_newest_shard_that_is_lost_with_the_manifest_brings_no_stale_row_back(own: Own) -> None:
+    own.photo("photo003")
+    own.extract()
+    rows = own.gathered()
+    own.shard(3).unlink()
+    (own.features() / "manifest.json").unlink()
+    with pytest.raises(CorruptShardError, match=r"manifest\.json: is missing; run .*store repair"):
+        open_folder(own.features())
+    (problem,) = verify_folder(own.features()).problems
+    assert "nobody can tell whether the newest shards are lost" in problem.detail
+    mend(own)
+    assert lookup(own, "photo003") == -1
+    own.extract()
+    assert np.array_equal(own.gathered(), rows)
+
+
+def test_a_lost_manifest_is_rebuilt_without_encoders_and_photos(own: Own) -> None:
+    rows = own.gathered()
+    (own.features() / "manifest.json").write_text("{}")
+    other = Source(DataConfig(), EncodersConfig("absent", "absent"), own.config.store, 0)
+    assert repair_folder(own.features(), other).left == []
+    sound(own)
+    assert np.array_equal(own.gathered(), rows)
+
+
+def test_shards_that_nobody_can_read_are_named_though_the_spec_is_lost(own: Own) -> None:
+    rows = own.gathered()
+    (own.features() / "spec.json").unlink()
+    for number in range(3):
+        os.truncate(own.shard(number), 400)
+    assert whats(verify_folder(own.features())) == ["spec", *3 * ["unreadable shard"]]
+    mend(own)
+    assert np.array_equal(own.gathered(), rows)
 
 
 def test_a_stray_copy_is_no_shard(own: Own) -> None:

@@ -22,7 +22,7 @@ import trainer.parity
 from featstore.errors import RunError
 from featstore.shard import ShardRows, feature_dtype, open_shard, write_shard
 from featstore.spec import read_spec
-from featstore.store import shard_paths
+from featstore.store import reconcile_manifest, shard_paths, write_manifest
 from trainer.config import render_config
 from trainer.end_to_end import trained_weights, transfer_weights
 from trainer.evaluate import open_run_features
@@ -90,7 +90,7 @@ def rewrite(run: Run, kind: str, change: Callable[[ShardRows], None]) -> None:
         change(rows)
         path.unlink()
         write_shard(path, kind, folders[0].name, spec["dtype"], rows, shard.versions)
-    (folders[0] / "manifest.json").unlink()
+    write_manifest(folders[0], folders[0].name, reconcile_manifest(folders[0]))
 
 
 def assert_sound_by_its_checksums(run: Run) -> None:

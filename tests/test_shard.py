@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from featstore.errors import CorruptShardError
+from featstore.errors import CorruptShardError, FeatstoreError
 from featstore.shard import (
     INDEX_DATASETS,
     PAGE_BYTES,
@@ -24,6 +26,7 @@ from featstore.shard import (
     feature_dtype,
     open_shard,
     shard_name,
+    shard_number,
     write_shard,
 )
 
@@ -355,3 +358,58 @@ def test_hostile_files_are_refused(
     with h5py.File(path, "r+") as file:
         change(file, path.parent)
     refused(path, kind)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space")
+def test_the_disk_is_asked_for_room_before_hdf5_writes(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HDF5 does not survive a disk that fills up under it."""
+    reserved: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda file, start, size: reserved.append(size))
+    keys = ["k" * 900 + str(i) for i in range(300)]
+    shards = [write(tmp_path / shard_name(0), kind)]
+    if kind == "vit":
+        shards.append(write(tmp_path / shard_name(1), kind, rows=vision_rows(keys=keys)))
+        shards.append(write(tmp_path / shard_name(2), kind, rows=vision_rows(keys=keys[:1])))
+    assert all(path.stat().st_size <= size for path, size in zip(shards, reserved, strict=True))
+
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(h5py, "File", None)
+    with pytest.raises(FeatstoreError, match=r"shard-00007\.h5: .*No space left.*nothing was"):
+        write(tmp_path / shard_name(7), kind)
+    assert sorted(os.listdir(tmp_path)) == [path.name for path in shards]
+
+
+def test_a_shard_states_its_number(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / shard_name(3), kind)
+    assert open_shard(path, kind, FINGERPRINT, "float16").number == 3
+    path.rename(tmp_path / shard_name(100_003))
+    refused(tmp_path / shard_name(100_003), kind, "number is 3, expected 100003")
+    with h5py.File(tmp_path / shard_name(100_003), "r+") as file:
+        file.attrs["number"] = 100_003
+    refused(tmp_path / shard_name(100_003), kind, "index checksum differs")
+    with h5py.File(tmp_path / shard_name(100_003), "r+") as file:
+        del file.attrs["number"]
+    refused(tmp_path / shard_name(100_003), kind, "index checksum differs")
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("shard-00000.h5", 0),
+        ("shard-99999.h5", 99_999),
+        ("shard-100000.h5", 100_000),
+        ("shard-000001.h5", None),
+        ("shard-1.h5", None),
+        ("shard-9999999999.h5", None),
+        ("shard-00000.h5~", None),
+        ("shard-٠٠٠٠٠.h5", None),
+    ],
+)
+def test_what_is_a_shards_name(name: str, number: int | None) -> None:
+    assert shard_number(Path(name)) == number
+    assert number is None or shard_name(number) == name

@@ -35,6 +35,8 @@ class Batch:
         labels: float32 of shape (batch,).
         weights: float32 of shape (batch,), 1 or 0.
         rows: int64 of shape (valid rows,): positions in the rows given.
+        feature_scales: float32 of shape (batch, tokens), of an int8 store only.
+        hidden_scales: float32 of shape (batch, length), of an int8 store only.
     """
 
     features: NDArray[Any]
@@ -43,14 +45,21 @@ class Batch:
     labels: NDArray[np.float32]
     weights: NDArray[np.float32]
     rows: IntArray
+    feature_scales: NDArray[np.float32] | None = None
+    hidden_scales: NDArray[np.float32] | None = None
 
     def inputs(self) -> dict[str, NDArray[Any]]:
         """Return the model's inputs by name."""
-        return {
+        inputs = {
             "features": self.features,
             "hidden": self.hidden,
             "padding_mask": self.padding_mask,
         }
+        if self.feature_scales is not None:
+            inputs["feature_scales"] = self.feature_scales
+        if self.hidden_scales is not None:
+            inputs["hidden_scales"] = self.hidden_scales
+        return inputs
 
 
 def trim_lengths(sequence_length: int, rows: int) -> tuple[int, ...]:
@@ -179,10 +188,19 @@ class CachedRows:
             features.fill(0)
         else:
             self.vision.gather(positions, features)
-        hidden, mask = self.text.gather(self.text_positions[filled], int(self.lengths[rows].max()))
+        length = int(self.lengths[rows].max())
+        hidden, mask = self.text.gather(self.text_positions[filled], length)
         weights = np.zeros(batch_size, np.float32)
         weights[: len(rows)] = 1
-        return Batch(features, hidden, mask, self.labels[filled].astype(np.float32), weights, rows)
+        labels = self.labels[filled].astype(np.float32)
+        batch = Batch(features, hidden, mask, labels, weights, rows)
+        if self.vision.quantised:
+            batch.feature_scales = self.vision.gather_scales(positions)
+            if self.blind:
+                batch.feature_scales.fill(0)
+        if self.text.quantised:
+            batch.hidden_scales = self.text.gather_scales(self.text_positions[filled], length)
+        return batch
 
     def will_need(self, rows: IntArray) -> None:
         """Have the system read a later batch's features from the disk meanwhile."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 
@@ -15,6 +17,7 @@ from featstore.encoders import load_backbone
 from featstore.errors import RunError
 from featstore.presets import resolve_preset
 from featstore.publish import publish
+from featstore.shard import HDF5_ERRORS
 from trainer.config import Config
 from trainer.fusion import HEAD_LAYERS
 from trainer.run import Run
@@ -60,15 +63,43 @@ def load_best(run: Run) -> keras.Model:
         RunError: The run has no weights yet, or they do not fit its settings.
     """
     shape = run.manifest()["features"]["vision"]["row_shape"]
-    model = build_model(run.config(), (int(shape[0]), int(shape[1])))
-    if not run.weights_path.exists():
+    if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+        raise RunError(f"{run.manifest_path}: row_shape is {shape}, expected two positive integers")
+    model = build_model(run.config(), (shape[0], shape[1]))
+    if not run.weights_path.is_file():
         raise RunError(f"{run.weights_path}: not there; the run has not finished an epoch")
     try:
+        _check_self_contained(run.weights_path)
         model.load_weights(run.weights_path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except (*HDF5_ERRORS, IndexError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunError(f"{run.weights_path}: does not fit the run's settings ({reason})") from error
     return model
+
+
+def _check_self_contained(path: Path) -> None:
+    """Refuse a weights file that takes numbers from another file.
+
+    Raises:
+        ValueError: It has a link, or data outside.
+    """
+
+    found: list[str] = []
+
+    # An exception would not pass through HDF5's own loop.
+    def check_link(name: str, link: Any) -> None:
+        if not isinstance(link, h5py.HardLink):
+            found.append(f"/{name} is a link to elsewhere")
+
+    def check_data(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+            found.append(f"/{name} has its data elsewhere")
+
+    with h5py.File(path, "r", locking=False) as file:
+        file.visititems_links(check_link)
+        file.visititems(check_data)
+    if found:
+        raise ValueError(found[0])
 
 
 def start_from(model: keras.Model, source: Run) -> list[str]:
@@ -140,6 +171,27 @@ class Progress:
     waited_lr: int = 0
     best_metrics: dict[str, Any] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Refuse values that no training leaves.
+
+        Raises:
+            ValueError: A field has another type, or a count is negative.
+        """
+        for name, default in vars(Progress()).items():
+            value = getattr(self, name)
+            if name == "best":
+                fits = value is None or isinstance(value, float)
+            elif isinstance(default, int):
+                fits = type(value) is int and value >= default
+            elif isinstance(default, float):
+                fits = type(value) in (int, float)
+            else:
+                fits = isinstance(value, type(default))
+            if not fits:
+                raise ValueError(f"{name} is {value!r:.80}")
+        if not all(isinstance(record, dict) for record in self.history):
+            raise ValueError("history is not a list of records")
+
 
 def save_state(
     path: Path, model: keras.Model, optimizer_variables: list[Any], progress: Progress
@@ -161,10 +213,26 @@ def load_state(path: Path, model: keras.Model, optimizer: keras.optimizers.Optim
         RunError: The file is damaged, or is of a model of other shapes.
     """
     try:
+        if not path.is_file():
+            raise ValueError("not a file")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         progress = Progress(**json.loads(str(arrays.pop("progress"))))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        progress.check()
+    # What zipfile, NumPy and json raise on bytes that they did not write.
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        RuntimeError,
+        NotImplementedError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise RunError(
             f"{path}: not a readable checkpoint ({error}); delete it to start again"
         ) from error
@@ -177,8 +245,17 @@ def load_state(path: Path, model: keras.Model, optimizer: keras.optimizers.Optim
                     f"{path}: {group} variable {variable.path} has shape"
                     f" {None if value is None else value.shape}, expected {tuple(variable.shape)}"
                 )
+            if str(value.dtype) != keras.backend.standardize_dtype(variable.dtype):
+                raise RunError(
+                    f"{path}: {group} variable {variable.path} is {value.dtype}, expected"
+                    f" {variable.dtype}"
+                )
             variable.assign(value)
     prefix = "random/"
     states = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    set_random_state(model, states)
+    try:
+        set_random_state(model, states)
+    except (RunError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{path}: {reason}") from error
     return progress

@@ -28,6 +28,7 @@ from featstore.extract import ProgressBar, no_progress
 from featstore.images import decode_image, read_bytes
 from featstore.plan import vision_spec
 from featstore.publish import command_line, package_versions, write_json
+from featstore.quantise import LEVELS, QUANTISED, dequantise
 from featstore.shard import digest_bytes, feature_dtype
 from featstore.store import open_store
 from trainer.batches import CachedRows, IntArray
@@ -51,9 +52,14 @@ Floats = NDArray[Any]
 
 
 def unit_roundoff(dtype: str) -> float:
-    """Return the largest relative error of rounding to a number format: 2⁻¹¹ for float16."""
+    """Return the largest relative error of rounding to a number format: 2⁻¹¹ for float16.
+
+    Of int8, half a step over the token's largest number, 1/254.
+    """
     import ml_dtypes
 
+    if dtype == QUANTISED:
+        return 1 / (2 * LEVELS)
     return float(ml_dtypes.finfo(feature_dtype(dtype)).eps) / 2
 
 
@@ -66,29 +72,38 @@ def arithmetic_noise(precision: str) -> float:
     return max(1e-4, 256 * unit_roundoff(precision))
 
 
-def feature_tolerance(stored: Floats, fresh: Floats, precision: str) -> Floats:
+def feature_tolerance(
+    stored: Floats, fresh: Floats, precision: str, scales: Floats | None = None
+) -> Floats:
     """Return how far each stored number may be from its recomputed value.
 
-    Half a unit in the last place of the stored format, for the rounding, and
-    `arithmetic_noise` times the recomputed row's root mean square.
+    Half a unit in the last place of the stored format, or half a step of the
+    token's scale, for the rounding, and `arithmetic_noise` times the
+    recomputed row's root mean square.
 
     Args:
         stored: Stored dtype, shape (rows, tokens, width).
         fresh: float32 of the same shape.
         precision: Arithmetic of the encoder while it extracted.
+        scales: float32 of shape (rows, tokens), of int8 features only.
 
     Returns:
         float64 of the same shape.
     """
     import ml_dtypes
 
-    limits = ml_dtypes.finfo(stored.dtype)
-    # A number in [2^(e-1), 2^e) is rounded by at most 2^(e-1) · eps / 2, a subnormal one as the
-    # smallest normal number is.
-    magnitudes = np.maximum(np.abs(stored.astype(np.float64)), float(limits.smallest_normal))
-    half = np.ldexp(float(limits.eps) / 4, np.frexp(magnitudes)[1])
+    half: Floats
+    if scales is not None:
+        half = scales.astype(np.float64)[..., None] / 2
+    else:
+        limits = ml_dtypes.finfo(stored.dtype)
+        # A number in [2^(e-1), 2^e) is rounded by at most 2^(e-1) · eps / 2, a subnormal one as
+        # the smallest normal number is.
+        magnitudes = np.maximum(np.abs(stored.astype(np.float64)), float(limits.smallest_normal))
+        half = np.ldexp(float(limits.eps) / 4, np.frexp(magnitudes)[1])
     squares = np.square(fresh, dtype=np.float64)
-    return half + arithmetic_noise(precision) * np.sqrt(squares.mean(axis=(1, 2), keepdims=True))
+    noise = arithmetic_noise(precision) * np.sqrt(squares.mean(axis=(1, 2), keepdims=True))
+    return np.broadcast_to(half + noise, stored.shape)
 
 
 def logit_tolerance(dtype: str, precision: str) -> float:
@@ -201,7 +216,11 @@ class _Comparison:
         self.cached: CachedRows = features.rows(split)
         self.precision = store.precision
         self.logit_tolerance = logit_tolerance(store.dtype, store.precision)
-        rounding = f"half a unit in the last place of {store.dtype}"
+        rounding = (
+            "half a step of the token's scale"
+            if store.dtype == QUANTISED
+            else f"half a unit in the last place of {store.dtype}"
+        )
         noise = arithmetic_noise(store.precision)
         rule = f"{rounding} + {noise:.2g} of the row's root mean square"
         self.vision = _Quantity("vision features", rule)
@@ -254,19 +273,27 @@ class _Comparison:
         }
         outputs = self.models.end_to_end.predict_on_batch(inputs)
         expected = np.asarray(outputs["logits"])[: len(kept), 0]
-        stored = batch.features[: len(kept)]
         fresh = np.asarray(outputs["features"])[: len(kept)]
-        self.vision.add(stored, fresh, feature_tolerance(stored, fresh, self.precision))
+        scales = None if batch.feature_scales is None else batch.feature_scales[: len(kept)]
+        self._add_features(self.vision, batch.features[: len(kept)], fresh, scales)
         # Padding is zero in the store and whatever the layers make of it here.
         k_txt = self.features.config.train.k_txt
         states = self.models.text.encode(token_ids, mask, k_txt) * mask[..., None]
         fresh = states[: len(kept)]
-        stored, _ = self.features.text.gather(self.cached.text_positions[kept], mask.shape[1])
-        self.text.add(stored, fresh, feature_tolerance(stored, fresh, self.precision))
+        text, positions = self.features.text, self.cached.text_positions[kept]
+        stored, _ = text.gather(positions, mask.shape[1])
+        scales = text.gather_scales(positions, mask.shape[1]) if text.quantised else None
+        self._add_features(self.text, stored, fresh, scales)
         self.logit.add(found[:, None], expected[:, None], self.logit_tolerance)
         self.compared += kept.tolist()
         self.found += found.tolist()
         self.expected += expected.tolist()
+
+    def _add_features(
+        self, quantity: _Quantity, stored: Floats, fresh: Floats, scales: Floats | None
+    ) -> None:
+        found = stored if scales is None else dequantise(stored, scales)
+        quantity.add(found, fresh, feature_tolerance(stored, fresh, self.precision, scales))
 
     def quantities(self) -> dict[str, dict[str, Any]]:
         """Return the figures of each quantity over all rows that were added."""

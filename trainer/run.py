@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +25,21 @@ from typing import Any
 import filelock
 
 from featstore.errors import RunError, UsageError
-from featstore.publish import write_json, write_text
+from featstore.publish import read_json, write_json, write_text
 from featstore.spec import differing_fields
 from trainer.config import Config, load_config
 
+# What the readers of a run's manifest rely on.
+MANIFEST_FIELDS: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...] = (
+    (("status",), (str,)),
+    (("backend",), (str,)),
+    (("init_from",), (str, type(None))),
+    (("data", "rows_digest"), (str,)),
+    (("data", "splits_digest"), (str,)),
+    (("features", "vision", "fingerprint"), (str,)),
+    (("features", "vision", "row_shape"), (list,)),
+    (("features", "text", "fingerprint"), (str,)),
+)
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -58,16 +68,33 @@ class Run:
         return self.manifest_path.exists()
 
     def config(self) -> Config:
-        """Return the run's resolved settings."""
+        """Return the run's resolved settings.
+
+        Raises:
+            RunError: There are none.
+            ConfigError: They cannot be read.
+        """
+        if not self.config_path.is_file():
+            raise RunError(f"{self.config_path}: not there, or not a file; the run is damaged")
         return load_config(self.config_path)
 
     def manifest(self) -> dict[str, Any]:
         """Return the run's manifest.
 
         Raises:
-            RunError: There is none, or it cannot be read.
+            RunError: There is none, it cannot be read, or a field is missing.
         """
-        return self._json(self.manifest_path)
+        manifest = self._json(self.manifest_path)
+        for keys, kinds in MANIFEST_FIELDS:
+            value: Any = manifest
+            for key in keys:
+                value = value.get(key, ...) if isinstance(value, dict) else ...
+            if not isinstance(value, kinds):
+                raise RunError(
+                    f"{self.manifest_path}: no {'.'.join(keys)}; the file was changed: restore it,"
+                    " or train under another --name"
+                )
+        return manifest
 
     def metrics(self) -> dict[str, Any]:
         """Return the validation metrics of the best epoch.
@@ -79,7 +106,7 @@ class Run:
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = read_json(path)
         except FileNotFoundError as error:
             raise RunError(
                 f"{path}: not there; is {self.folder} a finished run? train one with"

@@ -9,14 +9,17 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from featstore.encoders import check_k_txt, transformer_layers
 from featstore.errors import PresetError, RunError
+from featstore.quantise import QUANTISED
 from trainer.config import TrainConfig
 from trainer.fastpath import encoder_layer, first_token_layer, use_threefry
 from trainer.fusion import apply_head
 
 TAIL_NAME = "text_tail"
+SCALES_OF = {"features": "feature_scales", "hidden": "hidden_scales"}
 
 
 @keras.saving.register_keras_serializable(package="featstore")
@@ -84,6 +87,46 @@ class TextTail(keras.layers.Layer):
         return {**config, "layer_configs": self.layer_configs, "fast": self.fast}
 
 
+@keras.saving.register_keras_serializable(package="featstore")
+class Dequantize(keras.layers.Layer):
+    """int8 levels times the scale of their token.
+
+    In float32 whatever the other layers compute in: a scale rounded to
+    bfloat16 would move all numbers of its token.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "dtype": "float32"})
+
+    def call(self, levels: Any, scales: Any) -> Any:
+        """Widen features.
+
+        Args:
+            levels: int8 of shape (batch, tokens, width).
+            scales: float32 of shape (batch, tokens).
+
+        Returns:
+            float32 of shape (batch, tokens, width).
+        """
+        return ops.cast(levels, "float32") * ops.expand_dims(scales, -1)
+
+    def compute_output_spec(self, levels: Any, scales: Any) -> Any:
+        """Return float32 of the shape of `levels`."""
+        return keras.KerasTensor(levels.shape, dtype="float32")
+
+
+def _features_input(
+    name: str, shape: tuple[int | None, int], dtype: str, inputs: dict[str, Any]
+) -> Any:
+    """Add the input of some features, and of their scales if they are int8; return the features."""
+    inputs[name] = keras.Input(shape, dtype=dtype, name=name)
+    if dtype != QUANTISED:
+        return inputs[name]
+    scales = SCALES_OF[name]
+    inputs[scales] = keras.Input(shape[:1], dtype="float32", name=scales)
+    return Dequantize(name=f"dequantize_{name}")(inputs[name], inputs[scales])
+
+
 def text_layer_configs(text_config: Mapping[str, Any], k_txt: int) -> list[dict[str, Any]]:
     """Return the configs of a text backbone's last `k_txt` layers, without its weights.
 
@@ -141,30 +184,33 @@ def build_cached_model(
         num_tokens: Vision tokens of an image.
         train: `k_txt`, the head's sizes, `seed` and `dtype_policy` are used.
         feature_dtype: The store's dtype. Features enter the graph in it and
-            are cast inside, so that half as many bytes are moved.
+            are cast inside, so that fewer bytes are moved.
         fast: The exact shortcuts of `CrossAttention` and `TextTail`; False
             runs the plain Keras and keras-hub layers.
 
     Returns:
         keras.Model from `features` (batch, num_tokens, vision_width), `hidden`
         (batch, length, width) and `padding_mask` (bool, batch, length) to the
-        logit (float32, batch, 1).
+        logit (float32, batch, 1). Where `feature_dtype` is "int8", also from
+        `feature_scales` (float32, batch, num_tokens) and `hidden_scales`
+        (float32, batch, length).
 
     Raises:
         ConfigError: `k_txt` or the heads do not fit the text encoder.
         PresetError: The text encoder cannot be cut.
     """
     width = int(text_config["config"]["hidden_dim"])
-    features = keras.Input((num_tokens, vision_width), dtype=feature_dtype, name="features")
-    hidden = keras.Input((None, width), dtype=feature_dtype, name="hidden")
+    inputs: dict[str, Any] = {}
+    features = _features_input("features", (num_tokens, vision_width), feature_dtype, inputs)
+    hidden = _features_input("hidden", (None, width), feature_dtype, inputs)
     padding_mask = keras.Input((None,), dtype="bool", name="padding_mask")
+    inputs["padding_mask"] = padding_mask
     configs = text_layer_configs(text_config, train.k_txt)
     with seeded(f"text {train.seed}"):
         tail = TextTail(configs, fast=fast, dtype=train.dtype_policy, name=TAIL_NAME)
         cls = tail(hidden, padding_mask=padding_mask)
     with seeded(f"head {train.seed}"):
         logit = apply_head(cls, features, train, fast=fast)
-    inputs = {"features": features, "hidden": hidden, "padding_mask": padding_mask}
     model = keras.Model(inputs, logit, name="cached")
     use_threefry(model)
     return model

@@ -1,0 +1,628 @@
+"""The same plan on a Ray cluster: actors hold the encoder, a planned shard is a task.
+
+The driver plans, hands out planned shards and keeps their claims. An actor
+publishes what it made into the shared folder; where it cannot see that folder,
+it sends the file's bytes to the driver. A shard that is lost on the way, with
+its actor, its worker process or its node, is made again by another actor: the
+bytes are the same, and the first to publish a number wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featstore.config import EncodersConfig, StoreConfig
+from featstore.encoders import VisionEncoder
+from featstore.errors import FeatstoreError, StoreError, UsageError
+from featstore.extract import (
+    ALL,
+    Batched,
+    Progress,
+    ProgressBar,
+    Summary,
+    make_shards,
+    no_progress,
+    share_of_images,
+)
+from featstore.images import ImageIndex
+from featstore.plan import Plan, vision_spec
+from featstore.publish import TEMPORARY, package_versions, write_text
+from featstore.shard import ShardRows, open_shard, shard_name, write_shard
+from featstore.spec import VisionSpec
+from featstore.store import read_quarantine
+from featstore.worklist import PlannedShard, Publisher, WorkList
+
+# A photo that ends its process each time must not be tried without end.
+MOST_TRIES = 4
+# Actors that die one after the other while no shard is finished, for each actor.
+MOST_DEATHS = 4
+WAIT_SECONDS = 30.0
+REACH_SECONDS = 10.0
+SAMPLED_PHOTOS = 3
+GPU_ACTOR_CPUS = 2.0
+# What decides how a process computes, taken along to the actors.
+ENVIRONMENT = (
+    "KERAS_BACKEND",
+    "TF_CPP_MIN_LOG_LEVEL",
+    "TF_ENABLE_ONEDNN_OPTS",
+    "TF_FORCE_GPU_ALLOW_GROWTH",
+    "TF_XLA_FLAGS",
+    "XLA_FLAGS",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+)
+# Read when Ray is imported or started: no report of use, no upload of the working folder, no hint.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextlib.contextmanager
+def connect(address: str) -> Iterator[Any]:
+    """Be the driver of a Ray cluster.
+
+    Nothing is uploaded, reported or printed, and no dashboard is started.
+    Ctrl-C and SIGTERM keep the handlers that they had.
+
+    Args:
+        address: `host:port` of a running cluster, `auto` for the one that this
+            machine belongs to, or `local` to start one here, which ends with
+            the block.
+
+    Yields:
+        The `ray` module, connected.
+
+    Raises:
+        UsageError: Ray is not installed, or nothing answers at the address.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError(
+            "--ray needs the package ray; run `python -m pip install 'featstore[ray]'`"
+        ) from error
+    _check_address(address)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    here = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            **here,
+        )
+    except Exception as error:
+        ray.shutdown()
+        raise UsageError(
+            f"--ray {address}: cannot be connected to ({_one_line(error)}); give the host:port"
+            " that `ray start --head` printed, or local"
+        ) from error
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse at once what Ray would try to reach for minutes."""
+    if address in ("local", "auto"):
+        return
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:
+        raise UsageError(
+            f"--ray {address}: expected host:port, auto or local; start the command on a machine"
+            " of the cluster"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"--ray {address}: nothing answers there ({error}); is `ray start --head` running?"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Actors:
+    """The actors of an extraction.
+
+    Attributes:
+        count: How many; None: as many as fit, at most one for each shard.
+        num_gpus: GPUs of each, fractions allowed; None: 1 where the cluster
+            has any.
+        num_cpus: CPUs of each; None: 2 beside a GPU, and otherwise all of the
+            smallest node, so that each node has one encoder.
+        return_shards: The bytes of every shard are sent to the driver.
+    """
+
+    count: int | None = None
+    num_gpus: float | None = None
+    num_cpus: float | None = None
+    return_shards: bool = False
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every actor of an extraction is told.
+
+    Attributes:
+        folder: Of the features; `marker` in it holds `token`.
+        photos: Some of the photos that are there on the driver's machine.
+        threads: Of a forward pass; 0: as many as TensorFlow takes.
+    """
+
+    encoders: EncodersConfig
+    store: StoreConfig
+    spec: VisionSpec
+    folder: Path
+    token: str
+    marker: str
+    photos: tuple[Path, ...]
+    threads: int
+    return_shards: bool
+    environment: dict[str, str]
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Host:
+    """What an actor says of itself; `refusal` tells why it cannot work."""
+
+    name: str
+    sees_folder: bool = False
+    versions: tuple[tuple[str, str], ...] = ()
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What became of a planned shard.
+
+    Attributes:
+        keys: Rows published, or to publish from `data`.
+        failed: Key to reason and digest.
+        batch_size: Rows of a forward pass at the end.
+        line: Of the manifest, with `data`.
+        data: The file, where the actor does not see the folder.
+        refusal: Why it could not be made.
+    """
+
+    keys: tuple[str, ...] = ()
+    failed: dict[str, tuple[str, tuple[int, int] | None]] = dataclasses.field(default_factory=dict)
+    batch_size: int = 0
+    line: dict[str, Any] | None = None
+    data: Any = None
+    refusal: str = ""
+
+
+class ShardActor:
+    """Holds the encoder on one node and makes planned shards."""
+
+    def __init__(self, task: _Task) -> None:
+        self.task = task
+        self.name = socket.gethostname()
+        self.sees_folder = False
+        self.batched: Batched | None = None
+
+    def ready(self) -> _Host:
+        """Look at the folders and load the encoder; a refusal is returned, not raised."""
+        task = self.task
+        if self.batched is None:
+            os.environ.update(task.environment)
+            # Outputs record the command of the one who asked.
+            sys.argv[:] = task.command
+            unseen = [path for path in task.photos if not path.is_file()]
+            if unseen:
+                return self._refused(
+                    f"the photo {unseen[0]} is not there; give every node the folder of the"
+                    " photos under the same path"
+                )
+            try:
+                self._load()
+            except FeatstoreError as error:
+                return self._refused(str(error))
+        self.sees_folder = not task.return_shards and self._sees_folder()
+        return _Host(self.name, self.sees_folder, tuple(package_versions().items()))
+
+    def _refused(self, why: str) -> _Host:
+        return _Host(self.name, refusal=f"node {self.name}: {why}")
+
+    def _sees_folder(self) -> bool:
+        marker = self.task.folder / self.task.marker
+        try:
+            same = marker.read_text() == self.task.token
+        except OSError:
+            return False
+        return same and os.access(self.task.folder, os.W_OK)
+
+    def _load(self) -> None:
+        task = self.task
+        _limit_threads(task.threads)
+        found = vision_spec(task.encoders, task.store).fingerprint
+        if found != task.spec.fingerprint:
+            raise StoreError(
+                f"{task.encoders.vit} gives features {found}, expected {task.spec.fingerprint};"
+                " install the same versions and weights on every node"
+            )
+        encoder = VisionEncoder(task.encoders.vit, task.store.tokens, task.store.precision)
+        self.batched = Batched(encoder, task.store.encode_batch_size, lambda size: None)
+
+    def make(self, shard: PlannedShard) -> _Finished:
+        """Encode a planned shard; publish it, or return it.
+
+        Args:
+            shard: Its photos' paths are this node's too.
+        """
+        try:
+            return self._make(shard)
+        except FeatstoreError as error:
+            return _Finished(refusal=f"node {self.name}: {error}")
+
+    def _make(self, shard: PlannedShard) -> _Finished:
+        task, batched = self.task, self.batched
+        assert batched is not None
+        made = make_shards([shard], batched.encoder, batched, task.store, task.spec.dtype)  # type: ignore[arg-type]
+        _, rows, failed = next(iter(made))
+        keys, size = tuple(rows.keys), batched.batch_size
+        if self.sees_folder:
+            publisher = Publisher(task.folder, task.spec, task.token)
+            if not publisher.publish(shard.number, rows, failed):
+                return _Finished(batch_size=size)
+            return _Finished(keys, dict(failed), size)
+        if not keys:
+            return _Finished(keys, dict(failed), size)
+        line, data = _file_of(shard.number, rows, task.spec)
+        return _Finished(keys, dict(failed), size, line, data)
+
+
+def _file_of(number: int, rows: ShardRows, spec: VisionSpec) -> tuple[dict[str, Any], bytes]:
+    """Return a shard's line of the manifest and its file's bytes."""
+    with tempfile.TemporaryDirectory(prefix="featstore-") as scratch:
+        path = Path(scratch) / shard_name(number)
+        versions = package_versions()
+        line = write_shard(path, spec.kind, spec.fingerprint, spec.dtype, rows, versions)
+        return line, path.read_bytes()
+
+
+def _limit_threads(threads: int) -> None:
+    import keras
+
+    if threads and keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # Refused once TensorFlow computes, as in a worker that is used again.
+        with contextlib.suppress(RuntimeError):
+            tf.config.threading.set_intra_op_parallelism_threads(threads)
+            tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
+def _resources(ray: Any, wanted: Actors, shards: int) -> tuple[int, float, float]:
+    """Return the number of actors, and the GPUs and CPUs of each."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = wanted.num_gpus, wanted.num_cpus
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
+    if cpus is None:
+        smallest = min((node["CPU"] for node in nodes if node.get("CPU")), default=1.0)
+        cpus = GPU_ACTOR_CPUS if gpus else smallest
+    needs = {"GPU": gpus, "CPU": cpus}
+    fitting = sum(
+        min((int(node.get(name, 0) / need) for name, need in needs.items() if need), default=1)
+        for node in nodes
+    )
+    return max(1, min(wanted.count or fitting, shards)), gpus, cpus
+
+
+class _Driver:
+    """Hands planned shards to actors until all are there."""
+
+    def __init__(
+        self,
+        ray: Any,
+        work: WorkList,
+        task: _Task,
+        resources: tuple[int, float, float],
+        say: Callable[[str], None],
+        on_halved: Callable[[int], None],
+        progress: Progress,
+        summary: Summary,
+    ) -> None:
+        self.ray, self.work, self.task, self.say = ray, work, task, say
+        self.on_halved, self.progress, self.summary = on_halved, progress, summary
+        self.count, gpus, cpus = resources
+        self.make_actor = ray.remote(ShardActor).options(
+            num_gpus=gpus, num_cpus=cpus, max_restarts=-1, max_task_retries=0
+        )
+        self.actors: list[Any] = []
+        self.idle: list[Any] = []
+        self.starting: dict[Any, Any] = {}
+        self.running: dict[Any, tuple[Any, int]] = {}
+        self.tries: Counter[int] = Counter()
+        self.deaths = 0
+        self.blind: set[str] = set()
+        self.versions: tuple[tuple[str, str], ...] | None = None
+
+    def run(self, positions: range) -> None:
+        """Make planned shards; wait for those that other processes make."""
+        for _ in range(self.count):
+            self._start()
+        for position in self._make_all(deque(self.work.pending(positions))):
+            # With no claim of our own: two drivers that wait for each other would never end.
+            if self.work.claim(position, wait=True):
+                self._make_all(deque([position]))
+            else:
+                self.progress(len(self.work.shard(position).keys))
+        self.work.finish()
+
+    def stop(self) -> None:
+        """End the actors."""
+        for actor in self.actors:
+            with contextlib.suppress(Exception):
+                self.ray.kill(actor)
+
+    def _start(self) -> None:
+        actor = self.make_actor.remote(self.task)
+        self.actors.append(actor)
+        self.starting[actor.ready.remote()] = actor
+
+    def _make_all(self, queue: deque[int]) -> list[int]:
+        """Make planned shards; return those that other processes have."""
+        others: list[int] = []
+        waited = False
+        while queue or self.running:
+            while self.idle and queue:
+                position = queue.popleft()
+                if not self.work.claim(position):
+                    others.append(position)
+                    continue
+                actor = self.idle.pop()
+                ref = actor.make.remote(self.work.shard(position))
+                self.running[ref] = (actor, position)
+            if not queue and not self.running:
+                break
+            refs = [*self.running, *self.starting]
+            ready, _ = self.ray.wait(refs, num_returns=1, timeout=WAIT_SECONDS)
+            if not ready and not self.running and not waited:
+                waited = True
+                self.say("Ray: no actor has started yet; waiting for a node with room for one")
+            for ref in ready:
+                self._settle(ref, queue)
+        return others
+
+    def _settle(self, ref: Any, queue: deque[int]) -> None:
+        """Deal with what an actor answered, or with its end."""
+        actor, position = self.running.pop(ref, (None, None))
+        actor = actor or self.starting.pop(ref)
+        errors = self.ray.exceptions
+        try:
+            found = self.ray.get(ref)
+        except errors.RayTaskError as error:
+            raise StoreError(f"Ray: an actor failed: {_one_line(error)}") from error
+        except errors.RayError as error:
+            self._lost(actor, position, error, queue)
+            return
+        if found.refusal:
+            raise StoreError(found.refusal)
+        if position is None:
+            self._introduce(found)
+        else:
+            self._take(position, found)
+        self.idle.append(actor)
+
+    def _lost(self, actor: Any, position: int | None, error: Exception, queue: deque[int]) -> None:
+        """Have a shard made again whose actor, or whose bytes, are gone."""
+        self.deaths += 1
+        reason = _one_line(error)
+        if position is not None:
+            self.tries[position] += 1
+            if self._published_before_the_end(position):
+                self.work.release(self.work.first + position)
+            elif self.tries[position] >= MOST_TRIES:
+                shard = self.work.shard(position)
+                raise StoreError(
+                    f"Ray: shard {shard.number} ({shard.keys[0]!r} to {shard.keys[-1]!r}) ended"
+                    f" its actor {MOST_TRIES} times; the last: {reason}"
+                ) from error
+            else:
+                queue.appendleft(position)
+        if self.deaths >= MOST_DEATHS * max(MOST_TRIES, self.count):
+            raise StoreError(
+                f"Ray: actors ended {self.deaths} times and no shard was finished; the last:"
+                f" {reason}"
+            ) from error
+        if isinstance(error, self.ray.exceptions.ActorDiedError):
+            # Ray restarts a killed one; this one it has given up.
+            self.actors.remove(actor)
+            self._start()
+        else:
+            self.starting[actor.ready.remote()] = actor
+
+    def _published_before_the_end(self, position: int) -> bool:
+        """Count a shard that its actor published and could not report any more."""
+        work = self.work
+        if work.pending(range(position, position + 1)):
+            return False
+        shard, spec = work.shard(position), self.task.spec
+        path = work.folder / shard_name(shard.number)
+        made: list[str] = []
+        if path.exists():
+            made = open_shard(path, spec.kind, spec.fingerprint, spec.dtype).keys()
+        entries = read_quarantine(work.folder)
+        missing = set(shard.keys) - set(made)
+        self.summary.extracted += len(made)
+        self.summary.failed |= {
+            key: entries[key]["reason"] for key in shard.keys if key in missing & entries.keys()
+        }
+        self.progress(len(shard.keys))
+        return True
+
+    def _introduce(self, host: _Host) -> None:
+        if self.versions not in (None, host.versions):
+            found = dict(host.versions).items() ^ dict(self.versions or ()).items()
+            differing = ", ".join(sorted({name for name, _ in found}))
+            raise StoreError(
+                f"node {host.name}: other versions than on another node ({differing}); install"
+                " the same on every node, or their features may differ"
+            )
+        self.versions = host.versions
+        if not host.sees_folder and not self.task.return_shards and host.name not in self.blind:
+            self.blind.add(host.name)
+            self.say(
+                f"Ray: node {host.name} does not see {self.task.folder}; its shards are sent here"
+            )
+
+    def _take(self, position: int, found: _Finished) -> None:
+        number = self.work.first + position
+        keys, failed = found.keys, found.failed
+        if found.data is not None:
+            assert found.line is not None
+            publisher = self.work.publisher
+            if not publisher.publish_file(number, found.data, found.line, keys, failed):
+                keys, failed = (), {}
+        elif not keys and self.work.pending(range(position, position + 1)):
+            # All its rows failed, far from the folder.
+            self.work.publisher.publish(number, ShardRows([], [], []), failed)  # type: ignore[arg-type]
+        self.work.release(number)
+        self.deaths = 0
+        self.summary.extracted += len(keys)
+        self.summary.failed |= {key: reason for key, (reason, _) in failed.items()}
+        if found.batch_size < self.summary.batch_size:
+            self.summary.batch_size = found.batch_size
+            self.on_halved(found.batch_size)
+        self.progress(len(self.work.shard(position).keys))
+
+
+@contextlib.contextmanager
+def _marked(folder: Path, token: str) -> Iterator[str]:
+    """Have a file in a folder by which a node tells whether it sees the same one."""
+    marker = folder / f"{TEMPORARY}marker-{uuid.uuid4().hex[:12]}"
+    write_text(marker, token)
+    try:
+        yield marker.name
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+def _task(
+    work: WorkList,
+    pending: Sequence[int],
+    encoders: EncodersConfig,
+    store: StoreConfig,
+    spec: VisionSpec,
+    wanted: Actors,
+    resources: tuple[int, float, float],
+    marker: str,
+) -> _Task:
+    token = work.publisher.token
+    assert token is not None
+    _, gpus, cpus = resources
+    return _Task(
+        encoders=encoders,
+        store=store,
+        spec=spec,
+        folder=work.folder,
+        token=token,
+        marker=marker,
+        photos=tuple(filter(Path.is_file, work.shard(pending[0]).paths[:SAMPLED_PHOTOS])),
+        threads=0 if gpus else int(cpus),
+        return_shards=wanted.return_shards,
+        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        command=tuple(sys.argv),
+    )
+
+
+def bring_images_on_ray(
+    address: str,
+    encoders: EncodersConfig,
+    store: StoreConfig,
+    image_ids: Sequence[str],
+    index: ImageIndex,
+    wanted: Actors | None = None,
+    bar: ProgressBar = no_progress,
+    on_halved: Callable[[int], None] = lambda size: None,
+    shards: range = ALL,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Plan, Summary]:
+    """Make the store hold the features of these images, encoded on a Ray cluster.
+
+    Args:
+        address: As in `connect`. Not used where there is nothing to do.
+        encoders, store, image_ids, index, bar, on_halved, shards: As in
+            `featstore.extract.bring_images`.
+        wanted: The actors.
+        say: Called with lines for people.
+
+    Returns:
+        What was missing, and what was done.
+
+    Raises:
+        UsageError: The cluster cannot be used.
+        StoreError: A node does not see the photos or has another encoder; a
+            shard, or every shard, ends its actor again and again.
+    """
+    wanted = wanted or Actors()
+    # Actors have another working folder.
+    store = dataclasses.replace(store, root=str(Path(store.root).absolute()))
+    index = dataclasses.replace(index, folder=index.folder.absolute())
+    if Path(encoders.vit).exists():
+        encoders = dataclasses.replace(encoders, vit=str(Path(encoders.vit).absolute()))
+    spec = vision_spec(encoders, store)
+    begun: Plan | None = None
+    total = Summary(batch_size=store.encode_batch_size)
+    rest = True
+    with contextlib.ExitStack() as held:
+        ray: Any = None
+        while rest:
+            with share_of_images(spec, encoders.vit, store, image_ids, index, shards) as share:
+                begun = begun or share.plan
+                rest = share.rest and shards == ALL
+                work = share.work
+                pending = work.pending(shards) if work else []
+                if work and pending:
+                    ray = ray or held.enter_context(connect(address))
+                    started = time.perf_counter()
+                    resources = _resources(ray, wanted, len(pending))
+                    say("Ray: {} actors, each with {:g} GPUs and {:g} CPUs".format(*resources))
+                    with _marked(work.folder, str(work.publisher.token)) as marker:
+                        task = _task(
+                            work, pending, encoders, store, spec, wanted, resources, marker
+                        )
+                        with bar(work.rows(shards)) as progress:
+                            driver = _Driver(
+                                ray, work, task, resources, say, on_halved, progress, total
+                            )
+                            try:
+                                driver.run(shards)
+                            finally:
+                                driver.stop()
+                    total.seconds += time.perf_counter() - started
+                elif work:
+                    work.finish()
+    assert begun is not None
+    return begun, total
