@@ -23,6 +23,7 @@ from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, tiny_config
 
 import cli
 from featstore.config import hints, toml_value
+from trainer.commands.console import read_config
 from trainer.config import DEFAULT_FILE, SECTIONS, Config, load_config, render_config
 
 ROOT = Path(cli.__file__).resolve().parent
@@ -441,7 +442,7 @@ def test_every_flag_overrides_the_file(
     flags = ["--config", project.file, f"--{field.name.replace('_', '-')}", text]
     params = command.make_context("train", flags).params
     keep = {key: value for key, value in params.items() if "__" in key}
-    config = cli._config(params["config_file"], keep)
+    config = read_config(params["config_file"], keep)
     assert getattr(getattr(config, section), field.name) == wanted
     back = dataclasses.replace(getattr(config, section), **{field.name: in_file})
     assert dataclasses.replace(config, **{section: back}) == project.config
@@ -493,7 +494,8 @@ def test_stopping_an_extraction(project: Project, tmp_path: Path, number: signal
     images.mkdir()
     rng = np.random.default_rng(0)
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(images / f"p{i}.png")
+        # Large enough that the signal comes long before the last one.
+        Image.fromarray(rng.integers(0, 9, (600, 600, 3), np.uint8)).save(images / f"p{i}.png")
     data = {
         "rows": rows_file(tmp_path, *(row(f"p{i}") for i in range(count))),
         "images": str(images),

@@ -60,6 +60,14 @@ def masked(url: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{place}"))
 
 
+def driver_url(url: str) -> str:
+    """Return a PostgreSQL URL with the driver that the project installs, others as they are."""
+    for scheme in ("postgresql://", "postgres://"):
+        if url.startswith(scheme):
+            return f"postgresql+psycopg://{url.removeprefix(scheme)}"
+    return url
+
+
 def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
     """Return where a study is kept: a journal in its folder, or a database.
 
@@ -76,11 +84,8 @@ def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
         # Optuna names no public type for it; it asks for these two methods.
         lock: Any = _JournalLock(path)
         return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock))
-    for scheme in ("postgresql://", "postgres://"):
-        if url.startswith(scheme):
-            url = f"postgresql+psycopg://{url.removeprefix(scheme)}"
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        return optuna.storages.RDBStorage(driver_url(url), engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise UsageError(
             f"--storage {masked(url)}: its driver is not installed ({error.name or error});"

@@ -1,0 +1,247 @@
+"""What the commands share: settings as flags, errors as one line, bars, stopping."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from featstore.config import hints
+from featstore.errors import FeatstoreError, StoppedError, UsageError
+from trainer.config import DEFAULT_FILE, SECTIONS, Config, load_config
+
+Command = Callable[..., Any]
+
+BAR_SECONDS, LOGGED_BAR_SECONDS = 0.1, 30.0
+
+
+def import_framework() -> None:
+    """Import Keras and its backend without the lines that they print at start.
+
+    They come from compiled code, so the file descriptor itself is turned away;
+    where the import fails, what was printed is shown.
+    """
+    if "keras" in sys.modules:
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as hidden:
+        os.dup2(hidden.fileno(), 2)
+        try:
+            import keras_hub  # noqa: F401
+        except Exception:
+            hidden.seek(0)
+            os.write(kept, hidden.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def print_error(message: str) -> None:
+    """Print an expected error as one line."""
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+class Commands(click.Group):
+    """Reports every expected error as one line and its exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse and run; leave with the exit code."""
+        try:
+            result = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.ClickException as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and later
+                error.show()
+                sys.exit(error.exit_code)
+            context = getattr(error, "ctx", None)
+            mend = f"; see `{context.command_path} --help`" if context else ""
+            print_error(error.format_message().rstrip(".") + mend)
+            sys.exit(error.exit_code)
+        sys.exit(result if isinstance(result, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        earlier = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return super().invoke(ctx)
+        except StoppedError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(error.exit_code)
+        except FeatstoreError as error:
+            print_error(str(error))
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            # The reader of our output has seen enough; click leaves quietly.
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            print_error(f"{where}{error.strerror or error}")
+            ctx.exit(1)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("stopped; what was published is kept, the same command goes on", err=True)
+            ctx.exit(130)
+        finally:
+            signal.signal(signal.SIGTERM, earlier)
+
+
+def settings(*sections: str) -> Callable[[Command], Command]:
+    """Give a command `--config` and one flag for each setting of some sections."""
+
+    def add(command: Command) -> Command:
+        for name in reversed(sections):
+            section = SECTIONS[name]
+            types = hints(section)
+            for field in reversed(dataclasses.fields(section)):
+                meta, kind = field.metadata, types[field.name]
+                option_type: Any = kind if kind in (int, float) else str
+                if meta["choices"]:
+                    option_type = click.Choice(meta["choices"])
+                command = click.option(
+                    f"--{field.name.replace('_', '-')}",
+                    f"{name}__{field.name}",
+                    type=option_type,
+                    help=f"{meta['help']}  [{name}]",
+                )(command)
+        return click.option(
+            "--config", "config_file", type=click.Path(), help=f"settings  [{DEFAULT_FILE}]"
+        )(command)
+
+    return add
+
+
+def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
+    """Read the settings with the flags that were given."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for key, value in flags.items():
+        if value is None:
+            continue
+        section, _, name = key.partition("__")
+        if name == "fractions":
+            try:
+                value = [float(part) for part in value.split(",")]
+            except ValueError as error:
+                raise UsageError(
+                    f"--fractions {value!r}: expected three numbers, such as 0.8,0.1,0.1"
+                ) from error
+        overrides.setdefault(section, {})[name] = value
+    config = load_config(config_file, overrides)
+    if config.is_demo:
+        click.echo(
+            "no [data] rows set: this is the built-in demo (rendered scenes, its own encoders);"
+            " `init` writes a file for your data",
+            err=True,
+        )
+    return config
+
+
+def split_option(*choices: str) -> Callable[[Command], Command]:
+    """Give a command `--split`; the first choice is what it is without."""
+    return click.option(
+        "--split", type=click.Choice(choices), default=choices[0], show_default=True
+    )
+
+
+def json_option(command: Command) -> Command:
+    """Give a command `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def runs_option(command: Command) -> Command:
+    """Give a command `--runs`."""
+    return click.option(
+        "--runs", "runs", default="runs", show_default=True, help="Folder of the runs."
+    )(command)
+
+
+def bar_seconds() -> float:
+    """Return how often a progress bar is drawn: rarely where it becomes lines of a log."""
+    return BAR_SECONDS if sys.stderr.isatty() else LOGGED_BAR_SECONDS
+
+
+@contextlib.contextmanager
+def row_bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show rows done, rows a second and the time that is left, on stderr."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, smoothing=0.1, mininterval=bar_seconds()) as bar:
+
+        def advance(rows: int) -> None:
+            bar.update(rows)
+
+        yield advance
+
+
+def print_halved(size: int) -> None:
+    """Say that the batch was halved for want of memory."""
+    click.echo(f"out of memory: going on with batches of {size}", err=True)
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a question; a second Ctrl-C ends at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def print_rows(dataset: Any) -> None:
+    """Print how many rows each split has, and which rows were left out."""
+    counts = dataset.counts()
+    rows = ", ".join(f"{split} {n}" for split, n in counts["rows"].items())
+    click.echo(f"rows: {rows}", err=True)
+    for title, reasons in (
+        ("left out", counts["dropped"]),
+        ("kept with a warning", counts["kept_with_warning"]),
+    ):
+        if reasons:
+            found = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
+            click.echo(f"rows {title}: {found} (named in {dataset.report})", err=True)
+
+
+@contextlib.contextmanager
+def epoch_bar(epoch: int, steps: int) -> Iterator[Any]:
+    """Show the steps of an epoch, on a terminal only."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=steps,
+        desc=f"epoch {epoch}",
+        unit=" steps",
+        leave=False,
+        mininterval=bar_seconds(),
+        disable=None,
+    ) as bar:
+        yield bar
+
+
+def print_epoch(record: dict[str, Any]) -> None:
+    """Print the figures of an epoch."""
+    click.echo(
+        f"epoch {record['epoch']}: loss {record['loss']:.4f}, val loss {record['val_loss']:.4f},"
+        f" accuracy {record['val_accuracy']:.2%}, macro-F1 {record['val_macro_f1']:.2%}"
+        f" at τ {record['threshold']:.2f}; {record['seconds']:.1f} s",
+        err=True,
+    )

@@ -1,0 +1,288 @@
+"""`search`: many runs over one store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featstore.config import hints
+from featstore.errors import RunError
+from trainer.commands.console import (
+    Command,
+    epoch_bar,
+    import_framework,
+    json_option,
+    print_epoch,
+    print_halved,
+    print_rows,
+    read_config,
+    row_bar,
+    runs_option,
+    settings,
+    split_option,
+    stop_request,
+)
+from trainer.search_space import SearchConfig, read_space
+
+
+def _search_options(command: Command) -> Command:
+    """Give a command one flag for each setting of `[search]`."""
+    types = hints(SearchConfig)
+    for field in reversed(dataclasses.fields(SearchConfig)):
+        meta = field.metadata
+        kind: Any = click.Choice(meta["choices"]) if meta["choices"] else types[field.name]
+        # `--seed` is a run's.
+        name = "search-seed" if field.name == "seed" else field.name
+        flag = f"--{name}"
+        option = click.option(flag, f"search__{field.name}", type=kind, help=meta["help"])
+        command = option(command)
+    return command
+
+
+def _flag_sections(flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in flags.items():
+        if value is not None:
+            section, _, name = key.partition("__")
+            sections.setdefault(section, {})[name] = value
+    return sections
+
+
+@click.group("search", invoke_without_command=True)
+@click.option("--space", "space_file", type=click.Path(), help="What to vary (TOML).")
+@click.option("--name", help="Name of the search; one of that name goes on.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--timeout", type=click.FloatRange(min=0), help="Seconds after which none starts.")
+@click.option("--init-from", help="Run that every trial starts from.")
+@click.option("--storage", help="Database URL for many machines, such as postgresql://….")
+@click.option("--dry-run", is_flag=True, help="Print what there is to do; change nothing.")
+@runs_option
+@json_option
+@_search_options
+@settings("data", "encoders", "store", "train")
+@click.pass_context
+def search_group(
+    context: click.Context,
+    space_file: str | None,
+    name: str | None,
+    workers: int,
+    timeout: float | None,
+    init_from: str | None,
+    storage: str | None,
+    dry_run: bool,
+    runs: str,
+    as_json: bool,
+    config_file: str | None,
+    **flags: Any,
+) -> None:
+    """Search settings: many trials over one store, drawn by Optuna.
+
+    Without --space, the reference study's own space. A search goes on by its
+    name, with no other settings.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from trainer.run import find_run, run_folder
+    from trainer.search import exists
+
+    started = time.time()
+    name = name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = run_folder(Path(runs), name)
+    search_flags = {
+        key.removeprefix("search__"): flags.pop(key)
+        for key in list(flags)
+        if key.startswith("search__")
+    }
+    search_flags = {key: value for key, value in search_flags.items() if value is not None}
+    given = _flag_sections(flags)
+    goes_on = space_file is None and config_file is None and init_from is None and not given
+    source: Any
+    if exists(folder) and goes_on:
+        from trainer.search import known_search
+
+        base, space, source = known_search(folder, search_flags)
+    else:
+        config = read_config(config_file, flags)
+        file = None if space_file is None else Path(space_file)
+        space = read_space(file, search_flags, given, config.is_demo)
+        base = space.base(config)
+        source = find_run(Path(runs), init_from) if init_from else None
+    from featstore.dataset import load_dataset
+
+    dataset = load_dataset(base.data, Path(base.store.root), save=not dry_run)
+    print_rows(dataset)
+    _extract_for_search(dataset, space.feature_configs(base), dry_run)
+    if dry_run:
+        click.echo(f"{space.trials} trials of {', '.join(p.name for p in space.parameters)}")
+        return
+    from trainer.leaderboard import best_row, trial_rows, write_leaderboard
+    from trainer.search import driver_url, masked, start_search
+    from trainer.workers import run_workers
+
+    search = start_search(folder, base, space, source, storage, dataset)
+    deadline = float("inf") if timeout is None else started + timeout
+    with stop_request() as stopping:
+        from trainer.live import live_view
+
+        with live_view(search, workers) as watch:
+            watched = run_workers(search, workers, deadline, stopping, watch)
+    files = write_leaderboard(search)
+    rows = trial_rows(search)
+    if as_json:
+        found = {
+            "search": str(folder),
+            "best": best_row(search, rows),
+            "trials": rows,
+            "seconds": round(time.time() - started, 3),
+            "workers": workers,
+            "peak_memory_bytes": watched.peak_bytes,
+            "worker_deaths": watched.deaths,
+        }
+        click.echo(json.dumps(found))
+    else:
+        _print_leaderboard(search, rows)
+        click.echo(f"{', '.join(str(path) for path in files)}")
+        click.echo(f"workers' memory at most {watched.peak_bytes / 1e9:.1f} GB", err=True)
+        place = masked(driver_url(storage)) if storage else search.folder / "study.journal"
+        click.echo(f"see it: optuna-dashboard {place}", err=True)
+        click.echo(f"        tensorboard --logdir {search.folder}", err=True)
+    if best_row(search, rows) is None and rows:
+        reasons = {row["reason"] for row in rows if row["reason"]}
+        raise RunError(f"{folder}: no trial ended well ({'; '.join(sorted(reasons)[:3])})")
+
+
+def _extract_for_search(dataset: Any, configs: list[Any], dry_run: bool) -> None:
+    """Extract what the trials will read, with an estimate first."""
+    from trainer.search import missing_features
+
+    for missing in missing_features(dataset, configs):
+        import_framework()
+        from featstore import extract
+
+        config, k_txt = missing.config, missing.config.train.k_txt
+        estimate: Any
+        bring: Any
+        inputs: Any
+        if missing.kind == "images":
+            what, bar = "images", lambda total: row_bar(total, " images")
+            inputs = (config.encoders, config.store, missing.inputs, dataset.images)
+            estimate, bring = extract.estimate_images, extract.bring_images
+        else:
+            what, bar = f"sentences at k_txt {k_txt}", lambda total: row_bar(total, " sentences")
+            inputs = (config.encoders, config.store, missing.inputs, k_txt)
+            estimate, bring = extract.estimate_text, extract.bring_text
+        plan, rate = estimate(*inputs)
+        click.echo(
+            f"to extract: {len(plan.keys)} {what}, about {len(plan.keys) / rate / 60:.1f} min,"
+            f" {plan.to_dict()['todo_bytes'] / 1e6:.1f} MB in {plan.folder}",
+            err=True,
+        )
+        if not dry_run:
+            bring(*inputs, bar, print_halved)
+
+
+def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
+    from trainer.leaderboard import ranked, shown
+
+    names = [parameter.name for parameter in search.space.parameters]
+    metric = search.space.search.metric
+    header = ["trial", "state", metric, "epoch", "seconds", *names]
+    lines = [header]
+    for row in ranked(search, rows):
+        value = "" if row["value"] is None else f"{row['value']:.4f}"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        epoch = str(row["best_epoch"] or row["epoch"])
+        params = [shown(row["params"].get(name, "")) for name in names]
+        lines.append([row["run"], row["state"], value, epoch, seconds, *params])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    for line in lines:
+        cells = [cell.ljust(w) for cell, w in zip(line, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())
+    for row in rows:
+        if row["reason"]:
+            click.echo(f"{row['run']}: {row['reason']}", err=True)
+
+
+def _known_search(runs: str, name: str, storage: str | None) -> Any:
+    from trainer.run import run_folder
+    from trainer.search import open_search
+
+    return open_search(run_folder(Path(runs), name), storage)
+
+
+@search_group.command("show")
+@click.argument("name")
+@click.option("--storage", help="Database URL, where the search has one.")
+@runs_option
+@json_option
+def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> None:
+    """Print a search's leaderboard, also while it runs; write its plots."""
+    from trainer.leaderboard import ranked, trial_rows, write_leaderboard
+
+    search = _known_search(runs, name, storage)
+    rows = trial_rows(search)
+    files = write_leaderboard(search)
+    if as_json:
+        click.echo(json.dumps({"search": name, "trials": ranked(search, rows)}))
+        return
+    _print_leaderboard(search, rows)
+    click.echo(", ".join(str(path) for path in files))
+
+
+@search_group.command("best")
+@click.argument("name")
+@click.option("--epochs", type=click.IntRange(min=1), help="Train it again for so many epochs.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Train it again with so many seeds.")
+@click.option("--storage", help="Database URL, where the search has one.")
+@split_option("val", "test")
+@runs_option
+@json_option
+def search_best(
+    name: str,
+    epochs: int | None,
+    seeds: int | None,
+    storage: str | None,
+    split: str,
+    runs: str,
+    as_json: bool,
+) -> None:
+    """Show the best trial; train it again with more epochs or seeds."""
+    search = _known_search(runs, name, storage)
+    from trainer.leaderboard import best_row, shown, trial_rows
+
+    best = best_row(search, trial_rows(search))
+    if best is None:
+        raise RunError(f"{search.folder}: no trial is complete yet")
+    if epochs is None and seeds is None:
+        if as_json:
+            click.echo(json.dumps(best))
+            return
+        params = ", ".join(f"{key} {shown(value)}" for key, value in best["params"].items())
+        click.echo(f"{search.run_of(best['trial']).folder}: {params}")
+        click.echo(
+            f"{search.space.search.metric} {best['value']:.4f} in epoch {best['best_epoch']},"
+            f" accuracy {best['val_accuracy']:.2%}, τ {best['threshold']:.2f}"
+        )
+        return
+    import_framework()
+    from trainer.fit import Reporter
+    from trainer.retrain import retrain
+
+    with stop_request() as stopping:
+        found = retrain(
+            search, best, epochs, seeds or 1, split, Reporter(epoch_bar, print_epoch, stopping)
+        )
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for run in found["runs"]:
+        click.echo(f"{run['run']}: accuracy {run['accuracy']:.2%}, macro-F1 {run['macro_f1']:.2%}")
+    for figure in ("accuracy", "macro_f1"):
+        mean, deviation = found[figure]["mean"], found[figure]["deviation"]
+        spread = "" if deviation is None else f" ± {deviation:.2%}"
+        click.echo(f"{split} {figure.replace('_', '-')}: {mean:.2%}{spread}")

@@ -1,0 +1,238 @@
+"""`store`: info, verify, repair, gc and export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featstore.config import SPLITS
+from trainer.commands.console import (
+    Command,
+    import_framework,
+    json_option,
+    print_error,
+    read_config,
+    row_bar,
+    runs_option,
+    settings,
+    split_option,
+)
+
+
+@click.group("store")
+def store_group() -> None:
+    """Look after the stored features: what is there, is it whole, what can go."""
+
+
+def _store_options(command: Command) -> Command:
+    k_txt = click.option("--k-txt", "train__k_txt", type=int, help="last text layers that train")
+    return json_option(k_txt(settings("data", "encoders", "store")(command)))
+
+
+def _kind_option(*choices: str) -> Callable[[Command], Command]:
+    return click.option("--kind", type=click.Choice(choices), default=choices[0], show_default=True)
+
+
+def _source(config_file: str | None, flags: dict[str, Any]) -> Any:
+    config = read_config(config_file, flags)
+    from featstore.maintain import Source
+
+    return Source(config.data, config.encoders, config.store, config.train.k_txt)
+
+
+def _kinds(kind: str) -> tuple[str, ...]:
+    return ("vit", "text") if kind == "all" else (kind,)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _print_keys(keys: list[str]) -> None:
+    if keys:
+        more = f" … and {len(keys) - 20} more (--json names all)" if len(keys) > 20 else ""
+        click.echo(f"    {', '.join(map(repr, keys[:20]))}{more}")
+
+
+def _print_info(found: dict[str, Any]) -> None:
+    for entry in found["features"]:
+        mark = "  asked for by the configuration" if entry["asked_for"] else ""
+        names = ", ".join(entry["names"]) or "unknown preset"
+        click.echo(f"{entry['kind']:4} {entry['fingerprint']}  {names}{mark}")
+        click.echo(f"     {_megabytes(entry['bytes'])} in {entry['shards']} shards")
+        if entry["damaged"]:
+            click.echo(f"     damaged: {entry['damaged']}")
+            continue
+        unit = f"{entry['tokens']} tokens" + (" in all" if entry["kind"] == "text" else " a row")
+        click.echo(
+            f"     boundary {entry['boundary']} of {entry['layers']}, {unit} × {entry['width']}"
+            f" {entry['dtype']}"
+        )
+        click.echo(
+            f"     {entry['rows']} rows, {entry['superseded_rows']} superseded,"
+            f" {entry['stale_rows']} stale, {entry['quarantined']} quarantined"
+        )
+    for split, counts in (found["coverage"] or {}).items():
+        parts = [
+            f"{counts[f'{what}_with_features']} of {counts[what]} {what}"
+            for what in ("images", "sentences")
+            if what in counts
+        ]
+        click.echo(f"{split:5} {', '.join(parts)} have features")
+    for name in ("splits", "reports"):
+        click.echo(f"{name}: {found[name]['files']} files, {_megabytes(found[name]['bytes'])}")
+    for problem in found["problems"]:
+        click.echo(f"note: {problem}", err=True)
+
+
+@store_group.command("info")
+@_store_options
+def store_info(as_json: bool, config_file: str | None, **flags: Any) -> None:
+    """Show what is stored, and what of it the configuration asks for."""
+    source = _source(config_file, flags)
+    from featstore.maintain import describe_store
+
+    found = describe_store(source)
+    click.echo(json.dumps(found)) if as_json else _print_info(found)
+
+
+@store_group.command("verify")
+@_kind_option("all", "vit", "text")
+@click.option("--mine", is_flag=True, help="Only the features that the configuration asks for.")
+@click.option("--sample", type=click.IntRange(min=1), help="Check that many random rows instead.")
+@click.option(
+    "--source", "photos", is_flag=True, help="Compare the photos with their features' source too."
+)
+@_store_options
+def store_verify(
+    kind: str,
+    mine: bool,
+    sample: int | None,
+    photos: bool,
+    as_json: bool,
+    config_file: str | None,
+    **flags: Any,
+) -> None:
+    """Check every byte of the stored features; exit 1 if any is not as it was written."""
+    source = _source(config_file, flags)
+    from featstore.verify import verify_store
+
+    reports = verify_store(
+        source, _kinds(kind), mine, sample, photos, lambda total: row_bar(total, " MiB")
+    )
+    if as_json:
+        sound = not any(report.problems for report in reports)
+        found = [report.to_dict() for report in reports]
+        click.echo(json.dumps({"sound": sound, "sample": sample, "folders": found}))
+    else:
+        for report in reports:
+            verdict = f"{len(report.problems)} problems" if report.problems else "sound"
+            share = f"{report.checked_rows} of {report.rows} rows checked"
+            if sample is not None:
+                share += " (a sample; without --sample every byte is)"
+            click.echo(f"{report.folder}: {verdict}; {report.shards} shards, {share}")
+            for problem in report.problems:
+                click.echo(f"  {problem.path}: {problem.what}: {problem.detail}")
+                _print_keys(list(problem.keys))
+                click.echo(f"    mend: {problem.mend}")
+            for note in report.notes:
+                click.echo(f"  note: {note}")
+        if not reports:
+            click.echo("no features are stored")
+    if any(report.problems for report in reports):
+        click.get_current_context().exit(1)
+
+
+@store_group.command("repair")
+@_kind_option("all", "vit", "text")
+@click.option("--dry-run", is_flag=True, help="Print what would be done; change nothing.")
+@_store_options
+def store_repair(
+    kind: str, dry_run: bool, as_json: bool, config_file: str | None, **flags: Any
+) -> None:
+    """Mend what verify finds: damaged rows are computed again, the others are kept."""
+    source = _source(config_file, flags)
+    if not dry_run:
+        import_framework()
+    from featstore.repair import repair_store
+
+    reports = repair_store(source, _kinds(kind), lambda total: row_bar(total, " rows"), dry_run)
+    if as_json:
+        found = [report.to_dict() for report in reports]
+        click.echo(json.dumps({"dry_run": dry_run, "folders": found}))
+    for report in reports if not as_json else []:
+        for action in report.actions:
+            click.echo(action)
+        if report.restored:
+            click.echo(
+                f"{report.folder}: {report.restored} rows computed again, {report.identical} with"
+                " the bits that they had"
+            )
+        if report.dropped:
+            click.echo(f"{report.folder}: {len(report.dropped)} known rows could not be kept")
+            _print_keys(report.dropped)
+        if report.extracted:
+            click.echo(f"{report.folder}: {report.extracted} rows extracted")
+        for key, reason in list(report.failed.items())[:5]:
+            click.echo(f"quarantined {key}: {reason}", err=True)
+    if not as_json and not any(report.actions or report.left for report in reports):
+        click.echo("nothing to mend")
+    left = [line for report in reports for line in report.left]
+    for line in left:
+        print_error(line)
+    if left:
+        click.get_current_context().exit(1)
+
+
+@store_group.command("gc")
+@click.option("--yes", is_flag=True, help="Delete what is listed.")
+@runs_option
+@_store_options
+def store_gc(yes: bool, runs: str, as_json: bool, config_file: str | None, **flags: Any) -> None:
+    """List what neither the configuration nor a run needs; delete it with --yes."""
+    source = _source(config_file, flags)
+    from featstore.collect import delete, find_garbage
+
+    found = find_garbage(source, Path(runs))
+    if yes:
+        delete(found)
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+        return
+    for item in found.garbage:
+        click.echo(f"{_megabytes(item.bytes):>12}  {item.what}: {item.path} ({item.detail})")
+    for path in found.unknown:
+        click.echo(f"{'unknown':>12}  {path}: not written by this program; never deleted")
+    for line in (*found.notes, *found.kept):
+        click.echo(f"kept: {line}", err=True)
+    total = _megabytes(sum(item.bytes for item in (found.deleted if yes else found.garbage)))
+    click.echo(f"{total} deleted" if yes else f"{total} can go; --yes deletes it")
+
+
+@store_group.command("export")
+@click.option("--out", required=True, help="FILE.npy or FILE.parquet.")
+@_kind_option("vit", "text")
+@split_option("stored", "all", *SPLITS)
+@_store_options
+def store_export(
+    out: str, kind: str, split: str, as_json: bool, config_file: str | None, **flags: Any
+) -> None:
+    """Write the configuration's features to one file for other tools."""
+    source = _source(config_file, flags)
+    from featstore.export import export_features
+
+    found = export_features(source, kind, Path(out), split, lambda total: row_bar(total, " rows"))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    shape = " × ".join(map(str, found["shape"]))
+    click.echo(
+        f"{', '.join(found['files'])}: {found['rows']} rows, {shape} {found['dtype']},"
+        f" {_megabytes(found['bytes'])}"
+    )
+    if found["quarantined"]:
+        click.echo(f"{found['quarantined']} quarantined inputs left out", err=True)
