@@ -14,29 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.sizes import STUDY, Size
+from benchmarks.tables import table
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.encoders import VisionEncoder
 from featstore.extract import extract_images, writing
 from featstore.images import index_images
 from featstore.plan import plan_images, vision_spec
-
-
-def write_study_vit(folder: Path) -> Path:
-    """Write the study's vision encoder, ViT-B/16 at 224, with random weights."""
-    import keras_hub
-
-    keras_hub.models.ViTBackbone(
-        image_shape=(224, 224, 3),
-        patch_size=16,
-        num_layers=12,
-        num_heads=12,
-        hidden_dim=768,
-        mlp_dim=3072,
-    ).save_to_preset(str(folder))
-    keras_hub.layers.ViTImageConverter(
-        image_size=(224, 224), scale=1 / 127.5, offset=-1.0
-    ).save_to_preset(str(folder))
-    return folder
 
 
 def write_photos(folder: Path, count: int, seed: int = 0) -> Path:
@@ -54,29 +38,39 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> Path:
 
 
 def measure(
-    vit: str | None, photos: str | None, count: int, batch_size: int, passes: int = 4
+    vit: str | None,
+    photos: str | None,
+    count: int,
+    batch_size: int,
+    passes: int = 4,
+    size: Size = STUDY,
+    precision: str = "float32",
 ) -> dict[str, Any]:
     """Extract `count` photos and compare with the bare forward pass.
 
     Args:
-        vit: Preset; None writes the study's with random weights.
+        vit: Preset; None writes one of `size` with random weights.
         photos: Folder of photos; None writes synthetic ones.
         count: Photos to extract; at least four batches.
         batch_size: Images of one forward pass.
         passes: Bare passes timed on each side.
+        size: Of the encoder that is written.
+        precision: Arithmetic of the forward pass.
 
     Returns:
         Images a second of both, their ratio, and the spread of the bare passes.
     """
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        preset = vit or str(write_study_vit(root / "vit"))
+        preset = vit or str(size.write_vision_preset(root / "vit"))
         folder = Path(photos) if photos else write_photos(root / "photos", count)
         encoders = EncodersConfig(vit=preset)
-        store = StoreConfig(root=str(root / "cache"), encode_batch_size=batch_size)
+        store = StoreConfig(
+            root=str(root / "cache"), encode_batch_size=batch_size, precision=precision
+        )
         index = index_images(folder)
         ids = sorted(path.stem for path in folder.iterdir())[:count]
-        encoder = VisionEncoder(preset)
+        encoder = VisionEncoder(preset, precision=precision)
         pixels = np.random.default_rng(0).normal(size=(batch_size, *encoder.image_size, 3))
         pixels = pixels.astype(np.float32)
         np.asarray(encoder.encode(pixels))
@@ -97,7 +91,8 @@ def measure(
         after = bare()
     rate = statistics.median(before + after)
     return {
-        "preset": Path(preset).name if vit else "ViT-B/16 at 224, random weights",
+        "preset": Path(preset).name if vit else f"ViT of the {size.name}'s size, random weights",
+        "precision": precision,
         "photos": len(ids),
         "batch_size": batch_size,
         "extraction_images_per_second": round(summary.rows_per_second, 2),
@@ -105,3 +100,25 @@ def measure(
         "bare_forward_spread": [round(min(before + after), 2), round(max(before + after), 2)],
         "ratio": round(summary.rows_per_second / rate, 3),
     }
+
+
+def report(figures: dict[str, Any]) -> str:
+    """Return the figures as a Markdown table."""
+    low, high = figures["bare_forward_spread"]
+    row = [
+        figures["preset"],
+        figures.get("precision", "float32"),
+        str(figures["photos"]),
+        f"{figures['extraction_images_per_second']:.2f}",
+        f"{figures['bare_forward_images_per_second']:.2f} ({low:.2f}–{high:.2f})",
+        f"{figures['ratio']:.3f}",
+    ]
+    header = [
+        "encoder",
+        "precision",
+        "photos",
+        "extraction, images/s",
+        "bare forward pass, images/s",
+        "ratio",
+    ]
+    return table(header, [row])

@@ -14,8 +14,6 @@ that were written, before anything is timed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 import os
 import statistics
 import tempfile
@@ -28,16 +26,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.loader_cold import (
+    COLD_HEADER,
+    Array,
+    Batches,
+    aligned,
+    cold_figures,
+    median_ratio,
+)
 from benchmarks.loader_peers import PEERS, Peer, StreamReader
+from benchmarks.synthetic import write_store
 from benchmarks.tables import table
-from featstore.config import StoreConfig
-from featstore.publish import write_json
-from featstore.shard import ShardRows, digest_bytes, shard_name, write_shard
-from featstore.spec import VisionSpec
 from featstore.store import VisionStore, open_store
 
-Array = NDArray[Any]
-Batches = list[NDArray[np.int64]]
 Read = Callable[[NDArray[np.int64]], Array]
 
 MEMCPY = "memcpy, random rows"
@@ -54,9 +55,7 @@ WARM_HEADER = (
     "speed to memcpy",
     "featstore's speed to this",
 )
-COLD_HEADER = ("way", "ms a batch", "min–max", "GB/s", "speed to raw read")
 INSTALL = "pip install 'featstore[bench]'"
-AHEAD = 4
 
 
 @dataclass
@@ -78,63 +77,15 @@ class Timing:
                 round(max(self.seconds) * 1e3, 3),
             ],
             "gigabytes_a_second": round(batch_bytes / middle / 1e9, 2),
-            "speed_to_memcpy": _median_ratio(self.memcpy, self.seconds),
-            "featstore_speed_to_this": _median_ratio(self.seconds, self.ours),
+            "speed_to_memcpy": median_ratio(self.memcpy, self.seconds),
+            "featstore_speed_to_this": median_ratio(self.seconds, self.ours),
         }
-
-
-def _median_ratio(above: list[float], below: list[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 4)
-
-
-def write_store(root: Path, features: Array) -> VisionSpec:
-    """Publish rows as an extraction does: shards, spec, manifest.
-
-    Args:
-        root: The store's root.
-        features: float16 of shape (rows, tokens, width).
-
-    Returns:
-        The spec that names the folder.
-    """
-    spec = VisionSpec(
-        encoder="random features",
-        weights="",
-        architecture={},
-        boundary=0,
-        dtype="float16",
-        precision="float32",
-        final_norm=True,
-        converter={},
-        decoder="",
-        tokens="patches",
-    )
-    folder = spec.folder(root)
-    write_json(folder / "spec.json", {"spec": spec.to_dict()})
-    lines = []
-    step = StoreConfig().shard_rows
-    for number, start in enumerate(range(0, len(features), step)):
-        part = features[start : start + step]
-        keys = [f"{i:08d}" for i in range(start, start + len(part))]
-        rows = ShardRows(keys, part[:, None], [digest_bytes(key.encode()) for key in keys])
-        path = folder / shard_name(number)
-        lines.append(write_shard(path, spec.kind, spec.fingerprint, spec.dtype, rows, {}))
-    write_json(folder / "manifest.json", {"shards": lines})
-    return spec
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return an array at the start of a page, so that no way copies to a slower address."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 4096, np.uint8)
-    start = -raw.ctypes.data % 4096
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _random_features(rows: int, row_shape: tuple[int, int]) -> Array:
     """Return distinct float16 rows, none of them NaN."""
     generator = np.random.default_rng(0)
-    features = _aligned((rows, *row_shape), np.float16)
+    features = aligned((rows, *row_shape), np.float16)
     for row in features:
         row[...] = generator.standard_normal(row_shape, np.float32)
     return features
@@ -191,7 +142,7 @@ class _Warm:
     ) -> None:
         self.features, self.batch_size = features, batch_size
         self.batches, self.rounds = batches, rounds
-        self.out = _aligned((batch_size, *features.shape[1:]), features.dtype)
+        self.out = aligned((batch_size, *features.shape[1:]), features.dtype)
         self.generator = np.random.default_rng(2)
         own = store.empty(batch_size)
         self.own: dict[str, Read] = {
@@ -269,129 +220,6 @@ class _Warm:
             self.measure(peer.name, "random", opened=lambda: gather)
 
 
-def _is_in_memory(path: Path) -> bool:
-    """Tell whether the system holds any page of a file, without reading one."""
-    file = np.memmap(path, np.uint8, "r")
-    held = np.zeros(-(-file.size // mmap.PAGESIZE), np.uint8)
-    mincore = ctypes.CDLL(None, use_errno=True).mincore
-    arguments = (ctypes.c_void_p(file.ctypes.data), ctypes.c_size_t(file.size))
-    if mincore(*arguments, ctypes.c_void_p(held.ctypes.data)):
-        raise OSError(ctypes.get_errno(), f"{path}: mincore failed")
-    return bool((held & 1).any())
-
-
-def drop_page_cache(paths: Sequence[Path]) -> bool:
-    """Make the system forget files' pages.
-
-    Returns:
-        Whether it did: a file in memory, or one that is still mapped, stays.
-    """
-    for _ in range(20):
-        for path in paths:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
-        if not any(_is_in_memory(path) for path in paths):
-            return True
-        time.sleep(0.1)  # pages that are still being read ahead cannot be dropped
-    return False
-
-
-def _read_ahead(store: VisionStore, batches: Batches, out: Array) -> None:
-    for positions in batches[:AHEAD]:
-        store.will_need(positions)
-    for i, positions in enumerate(batches):
-        for coming in batches[i + AHEAD : i + AHEAD + 1]:
-            store.will_need(coming)
-        store.gather(positions, out)
-
-
-def _cold(features: Array, folder: Path, batches: int, rounds: int, size: int) -> dict[str, Any]:
-    """Time batches of rows that are on the disk alone.
-
-    Returns:
-        Figures by way; none where the files cannot be dropped from memory.
-        Disks below a virtual machine keep caches of their own, so the ratios
-        say more than the speeds.
-    """
-    import h5py
-
-    spec = write_store(folder, features)
-    shards = sorted(spec.folder(folder).glob("shard-*.h5"))
-    plain, contiguous = folder / "rows.npy", folder / "rows.h5"
-    np.save(plain, features)
-    with h5py.File(contiguous, "w") as file:
-        file.create_dataset("rows", data=features)
-    out = _aligned((size, *features.shape[1:]), features.dtype)
-    block = memoryview(bytearray(out.nbytes))
-
-    def sequential(chosen: Batches) -> float:
-        with plain.open("rb", buffering=0) as file:
-            started = time.perf_counter()
-            for _ in chosen:
-                file.readinto(block)
-            return time.perf_counter() - started
-
-    def ours(chosen: Batches) -> float:
-        store = open_store(folder, spec, "benchmarks")
-        started = time.perf_counter()
-        for positions in chosen:
-            store.gather(positions, out)
-        return time.perf_counter() - started
-
-    def ours_ahead(chosen: Batches) -> float:
-        store = open_store(folder, spec, "benchmarks")
-        started = time.perf_counter()
-        _read_ahead(store, chosen, out)
-        return time.perf_counter() - started
-
-    def memmap(chosen: Batches) -> float:
-        rows = np.load(plain, mmap_mode="r")
-        started = time.perf_counter()
-        for positions in chosen:
-            np.take(rows, positions, axis=0, out=out, mode="clip")
-        return time.perf_counter() - started
-
-    def hdf5(chosen: Batches) -> float:
-        with h5py.File(contiguous, "r") as file:
-            rows = file["rows"]
-            started = time.perf_counter()
-            for positions in chosen:
-                for i, position in enumerate(positions.tolist()):
-                    rows.read_direct(out, np.s_[position], np.s_[i])
-            return time.perf_counter() - started
-
-    ways = {
-        "raw sequential read": sequential,
-        "featstore, read ahead": ours_ahead,
-        "featstore": ours,
-        "NumPy memmap, take": memmap,
-        "h5py contiguous, read_direct a row": hdf5,
-    }
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    generator = np.random.default_rng(3)
-    for _ in range(rounds):
-        order = generator.permutation(len(features))
-        chosen = [order[i * size : (i + 1) * size] for i in range(batches)]
-        for way in generator.permutation(len(ways)):
-            name = list(ways)[way]
-            if not drop_page_cache([*shards, plain, contiguous]):
-                return {}
-            found[name].append(ways[name](chosen) / len(chosen))
-    return {
-        name: {
-            "milliseconds_a_batch": round(statistics.median(seconds) * 1e3, 2),
-            "spread_milliseconds": [round(min(seconds) * 1e3, 2), round(max(seconds) * 1e3, 2)],
-            "gigabytes_a_second": round(out.nbytes / statistics.median(seconds) / 1e9, 2),
-            "speed_to_raw_read": _median_ratio(found["raw sequential read"], seconds),
-        }
-        for name, seconds in found.items()
-    }
-
-
 @contextlib.contextmanager
 def _folder(scratch: str | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -433,7 +261,7 @@ def measure(
     with _folder(scratch) as folder:
         # With a store of its own: pages that were read row by row lie scattered in
         # memory, and are slower to copy than those of the peers' fresh files.
-        cold = _cold(features, folder, batches, rounds, batch_size)
+        cold = cold_figures(features, folder, batches, rounds, batch_size)
     with _folder(scratch) as root:
         spec = write_store(root, features)
         warm = _Warm(features, open_store(root, spec, "benchmarks"), batch_size, batches, rounds)
@@ -460,6 +288,26 @@ def measure(
         "cold": cold,
         "absent": absent,
     }
+
+
+def best_peer(figures: dict[str, Any]) -> str | None:
+    """Return the fastest way that is another format's, or None where none was measured."""
+    own = {MEMCPY, SEQUENTIAL, OURS, OURS_ALLOCATING, OURS_FIRST}
+    peers = {name: way for name, way in figures["warm"].items() if name not in own}
+    # The ratio was taken inside each round, so peers of different minutes compare.
+    return min(peers, key=lambda name: peers[name]["featstore_speed_to_this"], default=None)
+
+
+def _verdict(figures: dict[str, Any]) -> str:
+    name = best_peer(figures)
+    if name is None:
+        return "No other format was measured."
+    ratio = figures["warm"][name]["featstore_speed_to_this"]
+    return (
+        f"The best of the other formats is {name}; featstore's {OURS.split()[1]} runs at"
+        f" {ratio:.2f}× its speed, and at"
+        f" {figures['warm'][OURS]['speed_to_memcpy']:.2f}× that of memcpy."
+    )
 
 
 def report(figures: dict[str, Any]) -> str:
@@ -499,6 +347,7 @@ def report(figures: dict[str, Any]) -> str:
         f" {figures['rows']} rows in the page cache. A stream reads an epoch through a shuffle"
         " buffer; the others read any row.",
         table(WARM_HEADER, warm),
+        _verdict(figures),
         "Rows that are on the disk alone"
         + (":" if cold else ": not measured, the files cannot be dropped from memory."),
         *([table(COLD_HEADER, cold)] if cold else []),

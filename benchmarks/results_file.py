@@ -30,8 +30,25 @@ def machine() -> dict[str, Any]:
     }
 
 
+def file_of(about: dict[str, Any], device: str = "", results: Path = RESULTS) -> Path:
+    """Return the file of a machine.
+
+    Args:
+        about: What `machine` returns.
+        device: An accelerator's name; its figures have a file of their own.
+        results: Folder of the files.
+    """
+    name = device or f"{about['processor']} {about['cores']} cores"
+    return results / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """Return a results file's content, empty where there is none."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
 def keep(name: str, figures: dict[str, Any], results: Path = RESULTS) -> Path:
-    """Put a benchmark's figures into this machine's file.
+    """Put a benchmark's figures into this machine's file, or into that of `figures["device"]`.
 
     Args:
         name: The benchmark.
@@ -42,9 +59,8 @@ def keep(name: str, figures: dict[str, Any], results: Path = RESULTS) -> Path:
         The file.
     """
     about = machine()
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{about['processor']} {about['cores']} cores".lower())
-    path = results / f"{slug.strip('-')}.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
+    path = file_of(about, str(figures.get("device", "")), results)
+    content = kept(path)
     content["machine"] = about
     content[name] = {"command": command_line(), "versions": package_versions(), **figures}
     write_json(path, content)

@@ -9,42 +9,31 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
+from benchmarks.measuring import seconds_of
+from benchmarks.sizes import STUDY, Size
 from benchmarks.tables import table
 from trainer.batches import Batch
 from trainer.config import TrainConfig
 from trainer.end_to_end import build_end_to_end
-from trainer.step import binary_cross_entropy, make_optimizer, make_stepper
+from trainer.step import Stepper, binary_cross_entropy, make_optimizer, make_stepper
 from trainer.tower import build_cached_model
 
-TOKENS, WIDTH, SEQUENCE_LENGTH = 196, 768, 24
-TEXT_CONFIG = {
-    "class_name": "DistilBertBackbone",
-    "config": {
-        "vocabulary_size": 30522,
-        "num_layers": 6,
-        "num_heads": 12,
-        "hidden_dim": WIDTH,
-        "intermediate_dim": 4 * WIDTH,
-        "dropout": 0.1,
-        "max_sequence_length": 512,
-    },
-}
 
-
-def random_batch(rows: int, length: int, seed: int = 0) -> Batch:
+def random_batch(rows: int, length: int, seed: int = 0, size: Size = STUDY) -> Batch:
     """Return a batch of random features, its sentences up to four tokens shorter than `length`."""
     rng = np.random.default_rng(seed)
     valid = rng.integers(max(1, length - 4), length + 1, (rows, 1))
     return Batch(
-        rng.normal(size=(rows, TOKENS, WIDTH)).astype(np.float16),
-        rng.normal(size=(rows, length, WIDTH)).astype(np.float16),
+        rng.standard_normal((rows, size.tokens, size.width), np.float32).astype(np.float16),
+        rng.standard_normal((rows, length, size.width), np.float32).astype(np.float16),
         np.arange(length) < valid,
         rng.integers(0, 2, rows).astype(np.float32),
         np.ones(rows, np.float32),
@@ -52,12 +41,16 @@ def random_batch(rows: int, length: int, seed: int = 0) -> Batch:
     )
 
 
-def cached_step(k_txt: int, rows: int, length: int) -> Callable[[], Any]:
+def cached_stepper(train: TrainConfig, size: Size = STUDY) -> tuple[keras.Model, Stepper]:
+    """Return a cached model and what trains it."""
+    model = build_cached_model(size.text_config, size.width, size.tokens, train)
+    return model, make_stepper([(model, make_optimizer(train))])
+
+
+def cached_step(k_txt: int, rows: int, length: int, size: Size = STUDY) -> Callable[[], Any]:
     """Return a call that takes one step over cached features and waits for it."""
-    train = TrainConfig(k_txt=k_txt)
-    model = build_cached_model(TEXT_CONFIG, WIDTH, TOKENS, train)
-    stepper = make_stepper([(model, make_optimizer(train))])
-    batches = [random_batch(rows, length if k_txt else 1, seed) for seed in range(3)]
+    _, stepper = cached_stepper(size.train(k_txt), size)
+    batches = [random_batch(rows, length if k_txt else 1, seed, size) for seed in range(3)]
     taken = 0
 
     def step() -> Any:
@@ -68,36 +61,90 @@ def cached_step(k_txt: int, rows: int, length: int) -> Callable[[], Any]:
     return step
 
 
-def end_to_end_step(k_txt: int, rows: int, compiled: bool) -> Callable[[], Any]:
-    """Return a call that takes one step from pixels and tokens.
+@dataclass
+class PixelBatch:
+    """A batch of the end-to-end model, as a stepper reads it."""
 
-    The frozen layers run forwards only on both sides; `compiled` is XLA.
-    """
-    import keras_hub
-    import tensorflow as tf
+    pixel_values: NDArray[np.float32]
+    input_ids: NDArray[np.int32]
+    attention_mask: NDArray[np.int32]
+    labels: NDArray[np.float32]
+    weights: NDArray[np.float32]
 
-    train = TrainConfig(k_txt=k_txt)
-    vision = keras_hub.models.ViTBackbone(
-        image_shape=(224, 224, 3),
-        patch_size=16,
-        num_layers=12,
-        num_heads=12,
-        hidden_dim=WIDTH,
-        mlp_dim=4 * WIDTH,
+    def inputs(self) -> dict[str, Any]:
+        """Return the model's inputs by name."""
+        return {
+            "pixel_values": self.pixel_values,
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+        }
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Positions of the valid rows: all."""
+        return np.arange(len(self.labels))
+
+
+def pixel_batch(rows: int, size: Size = STUDY) -> PixelBatch:
+    """Return random pixels and sentences of 7 to 12 tokens."""
+    rng = np.random.default_rng(0)
+    valid = rng.integers(7, 13, (rows, 1))
+    shape = (rows, size.sequence_length)
+    return PixelBatch(
+        rng.standard_normal((rows, size.image, size.image, 3), np.float32),
+        rng.integers(1, size.vocabulary, shape).astype(np.int32),
+        (np.arange(size.sequence_length) < valid).astype(np.int32),
+        rng.integers(0, 2, rows).astype(np.float32),
+        np.ones(rows, np.float32),
     )
-    text = keras_hub.models.DistilBertBackbone.from_config(TEXT_CONFIG["config"])
+
+
+@dataclass
+class EndToEnd:
+    """The end-to-end model's calls; each runs one batch and waits for it.
+
+    Attributes:
+        train: Takes an optimizer step. The frozen layers run forwards only.
+        predict: Computes the logits.
+    """
+
+    train: Callable[[], Any]
+    predict: Callable[[], Any]
+
+
+def end_to_end(
+    k_txt: int, rows: int, compiled: bool, size: Size = STUDY, dtype_policy: str = "float32"
+) -> EndToEnd:
+    """Return the steps from pixels and tokens.
+
+    Args:
+        k_txt: Text layers that train.
+        rows: Rows of a batch.
+        compiled: Use XLA; JAX always does.
+        size: Of the encoders.
+        dtype_policy: Of both encoders and of the head.
+    """
+    train = size.train(k_txt, dtype_policy=dtype_policy)
+    vision = size.vision_backbone(dtype=dtype_policy)
+    text = size.text_backbone(dtype=dtype_policy)
     model = build_end_to_end(vision, text, train)
     optimizer = make_optimizer(train)
     optimizer.build(model.trainable_variables)
-    rng = np.random.default_rng(0)
-    valid = rng.integers(7, 13, (rows, 1))
-    inputs = {
-        "pixel_values": tf.constant(rng.normal(size=(rows, 224, 224, 3)), tf.float32),
-        "input_ids": tf.constant(rng.integers(1, 30000, (rows, SEQUENCE_LENGTH)), tf.int32),
-        "attention_mask": tf.constant(np.arange(SEQUENCE_LENGTH) < valid, tf.int32),
-    }
-    labels = tf.constant(rng.integers(0, 2, rows), tf.float32)
-    weights = tf.ones(rows)
+    batch: Any = pixel_batch(rows, size)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        # Read by every step: on the device once.
+        batch = PixelBatch(**jax.device_put(vars(batch)))
+        stepper = make_stepper([(model, optimizer)])
+        return EndToEnd(
+            lambda: float(np.asarray(stepper.train(batch)[0])), lambda: stepper.predict(batch)
+        )
+    import tensorflow as tf
+
+    inputs, labels, weights = tf.nest.map_structure(
+        tf.constant, (batch.inputs(), batch.labels, batch.weights)
+    )
 
     @tf.function(jit_compile=compiled)
     def train_step() -> Any:
@@ -107,11 +154,26 @@ def end_to_end_step(k_txt: int, rows: int, compiled: bool) -> Callable[[], Any]:
         optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
         return loss
 
-    return lambda: float(train_step())
+    @tf.function(jit_compile=compiled)
+    def predict() -> Any:
+        return model(inputs, training=False)[:, 0]
+
+    return EndToEnd(lambda: float(train_step()), lambda: predict().numpy())
+
+
+def release() -> None:
+    """Let go of the models that nobody holds any more."""
+    keras.backend.clear_session()
+    gc.collect()
 
 
 def measure(
-    layers: list[int], rows: int = 32, length: int = 12, rounds: int = 3, steps: int = 10
+    layers: Sequence[int],
+    rows: int = 32,
+    length: int = 12,
+    rounds: int = 3,
+    steps: int = 10,
+    size: Size = STUDY,
 ) -> dict[str, Any]:
     """Time a step for each number of trained text layers, both ways.
 
@@ -121,29 +183,32 @@ def measure(
         length: Tokens that the cached batch is padded to.
         rounds: In each, every side runs once, end to end one step.
         steps: Cached steps of a round.
+        size: Of the encoders.
 
     Returns:
         Median and spread in seconds of each side, and the median ratios of the
         rounds.
     """
-    figures: dict[str, Any] = {"batch_size": rows, "tokens": length, "k_txt": {}}
+    figures: dict[str, Any] = {
+        "size": size.name,
+        "batch_size": rows,
+        "tokens": length,
+        "rounds": rounds,
+        "k_txt": {},
+    }
     for k_txt in layers:
         sides = {
-            "cached": cached_step(k_txt, rows, length),
-            "end_to_end": end_to_end_step(k_txt, rows, compiled=False),
-            "end_to_end_xla": end_to_end_step(k_txt, rows, compiled=True),
+            "cached": cached_step(k_txt, rows, length, size),
+            "end_to_end": end_to_end(k_txt, rows, False, size).train,
+            "end_to_end_xla": end_to_end(k_txt, rows, True, size).train,
         }
         for step in sides.values():
             step()
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, step in sides.items():
-                taken = []
-                for _ in range(steps if name == "cached" else 1):
-                    started = time.perf_counter()
-                    step()
-                    taken.append(time.perf_counter() - started)
-                seconds[name].append(statistics.median(taken))
+                times = steps if name == "cached" else 1
+                seconds[name].append(statistics.median(seconds_of(step) for _ in range(times)))
         found: dict[str, Any] = {
             name: {
                 "seconds": round(statistics.median(values), 5),
@@ -152,27 +217,38 @@ def measure(
             for name, values in seconds.items()
         }
         for name in ("end_to_end", "end_to_end_xla"):
-            pairs = zip(seconds[name], seconds["cached"], strict=True)
-            found[name]["ratio"] = round(statistics.median(a / b for a, b in pairs), 1)
+            pairs = [a / b for a, b in zip(seconds[name], seconds["cached"], strict=True)]
+            found[name]["ratio"] = round(statistics.median(pairs), 1)
+            found[name]["ratio_spread"] = [round(min(pairs), 1), round(max(pairs), 1)]
         figures["k_txt"][str(k_txt)] = found
         del sides
-        keras.backend.clear_session()
-        gc.collect()
+        release()
     return figures
 
 
 def report(figures: dict[str, Any]) -> str:
     """Return the figures as a Markdown table."""
-    rows = [
-        [
-            k_txt,
-            f"{1e3 * found['cached']['seconds']:.1f} ms",
-            f"{found['end_to_end']['seconds']:.2f} s",
-            f"{found['end_to_end']['ratio']:.0f}×",
-            f"{found['end_to_end_xla']['seconds']:.2f} s",
-            f"{found['end_to_end_xla']['ratio']:.0f}×",
-        ]
-        for k_txt, found in figures["k_txt"].items()
-    ]
+
+    def ratio(side: dict[str, Any]) -> str:
+        low, high = side["ratio_spread"]
+        return f"{side['ratio']:.0f}× ({low:.0f}–{high:.0f})"
+
+    rows = []
+    for k_txt, found in figures["k_txt"].items():
+        low, high = found["cached"]["spread"]
+        rows.append(
+            [
+                k_txt,
+                f"{1e3 * found['cached']['seconds']:.1f} ms ({1e3 * low:.1f}–{1e3 * high:.1f})",
+                f"{found['end_to_end']['seconds']:.2f} s",
+                ratio(found["end_to_end"]),
+                f"{found['end_to_end_xla']['seconds']:.2f} s",
+                ratio(found["end_to_end_xla"]),
+            ]
+        )
     header = ["k_txt", "cached", "end to end", "ratio", "end to end, XLA", "ratio"]
-    return table(header, rows)
+    head = (
+        f"One training step of {figures['batch_size']} rows, {figures['tokens']} tokens where text"
+        f" layers train; median (least–greatest) of {figures['rounds']} rounds."
+    )
+    return f"{head}\n\n{table(header, rows)}"

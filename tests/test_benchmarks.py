@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
+from click.testing import CliRunner
 
-from benchmarks.loader import COLD_HEADER, OURS, OURS_FIRST, WARM_HEADER, measure, report
+from benchmarks import growth, loop, search, together
+from benchmarks.__main__ import benchmarks
+from benchmarks.arithmetic import bytes_moved, operations, parameters
+from benchmarks.loader import OURS, OURS_FIRST, WARM_HEADER, best_peer, measure, report
+from benchmarks.loader_cold import COLD_HEADER
 from benchmarks.loader_peers import PEERS, Peer, RandomReader, StreamReader, numpy_memmap
+from benchmarks.measuring import in_child, memory_bytes, ratios, spread, written
+from benchmarks.sizes import TINY
+from benchmarks.steps import cached_stepper, random_batch
 from benchmarks.tables import table
+from trainer.run import Run
 
-TINY: dict[str, Any] = {
+LOADER: dict[str, Any] = {
     "rows": 64,
     "row_shape": (4, 8),
     "batch_size": 8,
@@ -35,7 +51,7 @@ def test_a_table_is_markdown_of_even_columns() -> None:
 
 
 def test_the_loader_benchmark_measures_every_way_that_is_installed(tmp_path: Path) -> None:
-    figures = measure(**TINY, scratch=str(tmp_path))
+    figures = measure(**LOADER, scratch=str(tmp_path))
     assert not list(tmp_path.iterdir())
     names = {peer.name for peer in PEERS}
     assert names <= figures["warm"].keys() | figures["absent"].keys()
@@ -46,6 +62,7 @@ def test_the_loader_benchmark_measures_every_way_that_is_installed(tmp_path: Pat
         low, high = way["spread_milliseconds"]
         assert 0 < low <= way["milliseconds_a_batch"] <= high
     text = report(figures)
+    assert f"The best of the other formats is {best_peer(figures)};" in text
     assert all(name in text for name in (*WARM_HEADER, *names))
     assert all(name in text for name in COLD_HEADER) or not figures["cold"]
 
@@ -83,12 +100,12 @@ def not_installed(features: Any, folder: Path) -> Iterator[RandomReader]:
 )
 def test_a_way_that_returns_other_rows_is_refused(tmp_path: Path, peer: Peer) -> None:
     with pytest.raises(ValueError, match=f"^{peer.name}: "):
-        measure(**TINY, scratch=str(tmp_path), peers=[peer])
+        measure(**LOADER, scratch=str(tmp_path), peers=[peer])
 
 
 def test_a_peer_that_is_not_installed_is_listed(tmp_path: Path) -> None:
     peers = [Peer("nobody's", False, not_installed), Peer("memmap", False, numpy_memmap)]
-    figures = measure(**TINY, scratch=str(tmp_path), peers=peers)
+    figures = measure(**LOADER, scratch=str(tmp_path), peers=peers)
     assert "a_format_that_nobody_has" in figures["absent"]["nobody's"]
     assert "memmap" in figures["warm"]
     assert "nobody's is absent" in report(figures)
@@ -96,7 +113,7 @@ def test_a_peer_that_is_not_installed_is_listed(tmp_path: Path) -> None:
 
 def test_too_few_rows_for_a_round(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 batches of 8 need more than 20 rows"):
-        measure(**TINY | {"rows": 20, "batches": 3}, scratch=str(tmp_path))
+        measure(**LOADER | {"rows": 20, "batches": 3}, scratch=str(tmp_path))
 
 
 def test_the_checks_read_what_was_written(tmp_path: Path) -> None:
@@ -112,3 +129,299 @@ def test_the_checks_read_what_was_written(tmp_path: Path) -> None:
             else:
                 found = read(np.array([5, 0, 3]), np.zeros((3, 2, 4), np.float16))
                 assert found.tobytes() == features[[5, 0, 3]].tobytes(), peer.name
+
+
+def test_the_best_peer_is_the_one_that_the_store_gains_least_on() -> None:
+    speeds = {OURS: 1.0, "memcpy, one block": 0.2, "slow": 9.0, "fast": 1.1, "faster": 0.9}
+    ways = {name: {"featstore_speed_to_this": speed} for name, speed in speeds.items()}
+    assert best_peer({"warm": ways}) == "faster"
+    assert best_peer({"warm": {OURS: ways[OURS]}}) is None
+
+
+def test_spreads_and_ratios_are_of_the_rounds() -> None:
+    assert spread([3.0, 1.0, 2.0], 1) == {"median": 2.0, "spread": [1.0, 3.0]}
+    # Of the medians alone, it would be 2.
+    assert ratios([10.0, 2.0, 4.0], [1.0, 2.0, 1.0], 1) == {"median": 4.0, "spread": [1.0, 10.0]}
+    assert written(spread([0.001, 0.0025]), " ms", 1, 1e3) == "1.8 ms (1.0–2.5)"
+
+
+def hold(mebibytes: int) -> tuple[dict[str, int], dict[str, int]]:
+    before = memory_bytes()
+    held = np.ones(mebibytes << 20, np.uint8)
+    after = memory_bytes()
+    assert held[-1] == 1
+    return before, after
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_that_of_the_process_alone() -> None:
+    before, after = in_child(hold, 64)
+    assert 64 << 20 <= after["anonymous"] - before["anonymous"] < 80 << 20
+    assert after["peak"] >= after["anonymous"] + after["mapped"] >= 64 << 20
+
+
+def products_of_graph(k_txt: int, rows: int, length: int) -> tuple[int, int]:
+    """Return the operations of the matrix products that a traced step needs, and its parameters."""
+    model, stepper = cached_stepper(TINY.train(k_txt), TINY)
+    batch = random_batch(rows, length, size=TINY)
+    arguments = tf.nest.map_structure(tf.constant, (batch.inputs(), batch.labels, batch.weights))
+    graph = stepper._gradients.get_concrete_function(*arguments).graph  # type: ignore[attr-defined]
+    waiting = [tensor.op for tensor in graph.outputs]
+    seen, found = set(), 0
+    while waiting:
+        op = waiting.pop()
+        if op.name in seen:
+            continue
+        seen.add(op.name)
+        waiting += [tensor.op for tensor in op.inputs]
+        assert op.type != "Einsum"
+        if "MatMul" in op.type:
+            transposed = op.get_attr("transpose_a" if op.type == "MatMul" else "adj_x")
+            inner = op.inputs[0].shape[-2 if transposed else -1]
+            found += 2 * inner * int(np.prod(op.outputs[0].shape))
+    return found, sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+
+
+@pytest.mark.parametrize(("k_txt", "length"), [(0, 1), (1, 12), (2, 8), (3, 12)])
+def test_the_operations_are_those_of_the_steps_own_graph(k_txt: int, length: int) -> None:
+    counted = operations(TINY, k_txt, 8, length)
+    optimizer = counted.pop("AdamW")
+    products, trained = products_of_graph(k_txt, 8, length)
+    assert sum(counted.values()) == products
+    assert parameters(TINY, k_txt) == trained
+    assert optimizer % trained == 0
+
+
+def test_the_bytes_grow_with_what_is_moved() -> None:
+    one, twice = bytes_moved(TINY, 2, 8, 12), bytes_moved(TINY, 2, 16, 12)
+    assert twice["features"] == 2 * one["features"]
+    assert twice["parameters"] == one["parameters"]
+    assert one["features"] == 2 * 2 * 8 * 16 * (TINY.tokens + 12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
+def test_the_compiler_counts_the_same_operations() -> None:
+    program = """
+import dataclasses, json, jax
+from benchmarks.sizes import TINY
+from benchmarks.steps import cached_stepper, random_batch
+size = dataclasses.replace(TINY, width=128, mlp_dim=128)
+_, stepper = cached_stepper(size.train(2), size)
+batch = random_batch(8, 12, size=size)
+arguments = (stepper._load(), (batch.inputs(), batch.labels, batch.weights))
+cost = stepper._train.lower(*arguments).compile().cost_analysis()
+print(json.dumps((cost[0] if isinstance(cost, list) else cost)["flops"]))
+"""
+    done = run_jax("-c", program)
+    found = json.loads(done.stdout.splitlines()[-1])
+    size = dataclasses.replace(TINY, width=128, mlp_dim=128)
+    counted = sum(operations(size, 2, 8, 12).values())
+    # The compiler also counts softmax, norms, activations and dropout.
+    assert counted < found * 1.02
+    assert counted > found * 0.85
+
+
+def run_jax(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+@pytest.mark.slow
+def test_growth_measures_every_store_in_a_process_of_its_own(tmp_path: Path) -> None:
+    figures = growth.measure((64, 128), 3000, 2, 3, scratch=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert list(figures["stores"]) == ["64", "128"]
+    assert figures["stores"]["64"]["ratio_to_smallest"]["median"] == 1
+    assert figures["stores"]["128"]["features_bytes"] == 128 * 49 * 192 * 2
+    for store in figures["stores"].values():
+        assert store["peak_bytes"] >= store["anonymous_bytes"] > 0
+    assert figures["many"]["rows"] == 3000
+    text = growth.report(figures)
+    assert "| 3,000 |" in text
+    assert "| 128  |" in text
+
+
+def test_opening_fails_where_a_row_is_not_found(tmp_path: Path) -> None:
+    spec = growth.write_parts(tmp_path, [np.ones((3, 1, 4), np.float16)], "three")
+    assert growth.open_and_look_up(tmp_path, spec, ["00000002"])["open_seconds"] > 0
+    with pytest.raises(ValueError, match="1 of 2 rows were not found"):
+        growth.open_and_look_up(tmp_path, spec, ["00000000", "00000003"])
+
+
+def test_the_loop_is_the_real_one(tmp_path: Path) -> None:
+    figures = loop.measure(40, 80, 2, 1, TINY, str(tmp_path))
+    assert figures["steps_an_epoch"] == 8
+    assert 0 <= figures["wait_share"]["median"] < 1
+    assert figures["step_seconds"]["median"] > 0
+    assert "waiting for data" in loop.report(figures)
+
+
+@pytest.mark.slow
+def test_runs_trained_together_are_the_runs_trained_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: dict[str, float] = {}
+    end = together.Training.end
+
+    def record(training: Any, status: str) -> None:
+        end(training, status)
+        assert isinstance(training.run, Run)
+        losses[training.run.name] = training.progress.history[-1]["loss"]
+
+    monkeypatch.setattr(together.Training, "end", record)
+    figures = together.measure(2, 20, 40, 2, 1, TINY, str(tmp_path))
+    assert losses.keys() == {"alone-0-0", "alone-0-1", "together-0-0", "together-0-1"}
+    for run in (0, 1):
+        assert losses[f"alone-0-{run}"] == pytest.approx(losses[f"together-0-{run}"], rel=1e-4)
+    assert losses["alone-0-0"] != losses["alone-0-1"]
+    assert figures["whole_ratio"]["median"] > 0
+    assert "| trials an hour, all included |" in together.report(figures)
+
+
+def search_figures() -> dict[str, Any]:
+    """Return figures of a search whose sums can be done in one's head."""
+    side = {"step": 1.0, "setup": 10.0, "val_step": 0.5, "val_setup": 2.0}
+    cached = {"step": 0.1, "setup": 4.0, "val_step": 0.05, "rest": 3.0}
+    study = {"images": 100, "rows": 1000, "train_share": 0.8, "val_share": 0.1, "epochs": 2}
+    return {
+        "size": "tiny",
+        "batch_size": 10,
+        "study": {**study, "trials": [[2, 3]]},
+        "images_per_second": 4.0,
+        "k_txt": {
+            "2": {
+                "load_seconds": 5.0,
+                "sentences_per_second": 100.0,
+                "cached": cached,
+                "end_to_end": {**side, "step": 2.0},
+                "end_to_end_xla": side,
+            }
+        },
+    }
+
+
+def test_a_search_costs_the_sum_of_its_parts() -> None:
+    figures = search_figures()
+    sums = {
+        way: sum(one * count for _, one, count in lines)
+        for way, lines in search.parts(figures).items()
+    }
+    # Photos 25, text 5 + 10, three trials: set up 4, then 2 epochs of 80 and 10 batches, 3 to save.
+    assert sums["cached"] == pytest.approx(40 + 3 * (4 + 2 * (8 + 0.5) + 3))
+    assert sums["end_to_end_xla"] == pytest.approx(3 * (12 + 2 * (80 + 5)))
+    assert sums["end_to_end"] == pytest.approx(3 * (12 + 2 * (160 + 5)))
+    text = search.report(figures)
+    assert "end to end, XLA: all, 4.9× of cached" in text
+
+
+def test_caching_breaks_even_when_the_epochs_gain_what_extraction_cost() -> None:
+    figures = search_figures()
+    assert search.break_even(figures) == {"2": pytest.approx(40 / (85 - 8.5))}
+    figures["k_txt"]["2"]["end_to_end_xla"]["step"] = 0.01
+    figures["k_txt"]["2"]["end_to_end_xla"]["val_step"] = 0.01
+    assert search.break_even(figures) == {"2": float("inf")}
+    assert "never" in search.report(figures)
+
+
+def run(results: Path, *arguments: str) -> str:
+    done = CliRunner().invoke(benchmarks, ["--results", str(results), *arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_what_a_command_measured_is_kept_and_printed_as_a_table(tmp_path: Path) -> None:
+    shown = run(tmp_path, "roofline", "--size", "tiny", "--k-txt", "0", "--rounds", "2")
+    assert "taken to the longer" in shown
+    (file,) = tmp_path.glob("*.json")
+    content = json.loads(file.read_text())
+    assert content["machine"]["cores"] == len(os.sched_getaffinity(0))
+    assert content["roofline"]["versions"]["keras"]
+    run(tmp_path, "loader", "--size", "tiny", "--rows", "100", "--rounds", "1")
+    again = run(tmp_path, "tables")
+    assert again.startswith(f"## {content['machine']['processor']}, ")
+    assert again.index("### loader") < again.index("### roofline")
+    assert shown.rpartition("kept in")[0].strip() in again
+
+
+def test_figures_of_another_version_are_refused_by_name(tmp_path: Path) -> None:
+    figures = {"command": "", "versions": {}, "k_txt": {"0": {}}}
+    content = {"machine": {"processor": "x", "cores": 1, "memory_gb": 1}, "roofline": figures}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    done = CliRunner().invoke(benchmarks, ["--results", str(tmp_path), "tables"])
+    assert done.exit_code == 1
+    assert "run `python -m benchmarks roofline`" in done.output
+
+
+def test_an_unknown_benchmark_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(benchmarks, ["--results", str(tmp_path), "all", "lop"])
+    assert done.exit_code == 2
+    assert "no benchmark 'lop'" in done.output
+
+
+@pytest.mark.slow
+def test_all_runs_each_benchmark_and_keeps_it(tmp_path: Path) -> None:
+    names = ("extraction", "loader", "loop")
+    run(tmp_path, "all", *names, "--size", "tiny")
+    (file,) = tmp_path.glob("*.json")
+    assert {"machine", *names} == json.loads(file.read_text()).keys()
+    text = run(tmp_path, "tables")
+    assert all(f"### {name}" in text for name in names)
+
+
+@pytest.mark.slow
+def test_steps_measures_both_ways(tmp_path: Path) -> None:
+    run(tmp_path, "steps", "--size", "tiny", "--k-txt", "1", "--rows", "8", "--rounds", "2")
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())["steps"]["k_txt"]["1"]
+    for way in ("end_to_end", "end_to_end_xla"):
+        low, high = found[way]["ratio_spread"]
+        assert 0 < low <= found[way]["ratio"] <= high
+    assert "| end to end, XLA |" in run(tmp_path, "tables")
+
+
+@pytest.mark.slow
+def test_search_measures_every_part(tmp_path: Path) -> None:
+    study = search.Study(images=100, rows=200, trials=((1, 2),), epochs=2)
+    figures = search.measure(40, 20, 8, 16, 1, (0, 1), TINY, study, str(tmp_path))
+    assert figures["k_txt"]["0"].keys() >= {"cached", "end_to_end_xla"}
+    assert all(one >= 0 for lines in search.parts(figures).values() for _, one, _ in lines)
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert "cached: all" in search.report(figures)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
+def test_the_accelerator_benchmark_runs_where_tensorflow_is_not_installed(tmp_path: Path) -> None:
+    program = """
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("tensorflow", "tensorflow_text"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+sys.argv[0] = "benchmarks"
+runpy.run_module("benchmarks", run_name="__main__")
+"""
+    common = ["accelerator", "--size", "tiny", "--k-txt", "1", "--rounds", "1", "--steps", "2"]
+    common = ["--results", str(tmp_path), *common, "--policy", "float32"]
+    run_jax("-c", program, *common, "--batch-size", "4", "--photos", "8")
+    run_jax("-c", program, *common, "--batch-size", "8", "--photos", "0")
+    (file,) = tmp_path.glob("*.json")
+    figures = json.loads(file.read_text())["accelerator"]
+    assert figures["steps"].keys() == {"float32/4/1", "float32/8/1"}
+    assert figures["extraction"].keys() == {"float32"}
+    assert figures["steps"]["float32/4/1"]["end_to_end_to_device"]["median"] > 0
+    assert "### accelerator" in run(tmp_path, "tables")
+
+
+def test_the_accelerator_benchmark_says_how_to_start_it(tmp_path: Path) -> None:
+    done = CliRunner().invoke(benchmarks, ["--results", str(tmp_path), "accelerator"])
+    assert "KERAS_BACKEND=jax python -m benchmarks accelerator" in str(done.exception)
