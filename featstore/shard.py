@@ -32,13 +32,14 @@ import errno
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import h5py
 import numpy as np
@@ -476,30 +477,74 @@ def salvage_keys(path: Path) -> list[str]:
         return []
 
 
-def _dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
+@dataclass(frozen=True)
+class _Stored:
+    """Where a dataset's numbers lie in the file; `offset` is None where it has none."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int | None
+
+    def read(self, memory: mmap.mmap) -> NDArray[Any]:
+        """Return the numbers as an array on the mapped file."""
+        count = math.prod(self.shape)
+        if self.offset is None or not count:
+            return np.empty(self.shape, self.dtype)
+        # A plain array on the map: each slice of a memmap object costs microseconds more.
+        return np.frombuffer(memory, self.dtype, count, self.offset).reshape(self.shape)
+
+
+# HDF5 is called without h5py's objects in between: those cost a millisecond for each shard.
+# Nothing stays open, whatever was opened inside the file.
+_ACCESS = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+_ACCESS.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+_ACCESS.set_file_locking(False, True)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[h5py.h5f.FileID]:
+    file = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, _ACCESS)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def _dataset(file: h5py.h5f.FileID, path: Path, name: str, file_bytes: int) -> _Stored:
     """Return a plain dataset of this very file, or refuse."""
-    link = file.get(name, getlink=True)
-    if not isinstance(link, h5py.HardLink):
+    links, key = file.links, name.encode()
+    if not links.exists(key) or links.get_info(key).type != h5py.h5l.TYPE_HARD:
         raise CorruptShardError(f"{path}: /{name} is missing or a link to elsewhere")
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset):
+    dataset = h5py.h5o.open(file, key)
+    if not isinstance(dataset, h5py.h5d.DatasetID):
         raise CorruptShardError(f"{path}: /{name} is not a dataset")
-    layout = dataset.id.get_create_plist()
+    layout = dataset.get_create_plist()
     if layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count():
         raise CorruptShardError(f"{path}: /{name} is not contiguous inside the file")
-    if dataset.size and dataset.id.get_offset() is None:
+    found = _Stored(dataset.dtype, dataset.shape, dataset.get_offset())
+    count = math.prod(found.shape)
+    if count and found.offset is None:
         raise CorruptShardError(f"{path}: /{name} has no data")
-    return dataset
+    size, claimed = dataset.get_storage_size(), count * found.dtype.itemsize
+    if found.dtype.hasobject or (found.offset or 0) + size > file_bytes or size != claimed:
+        raise CorruptShardError(
+            f"{path}: /{name} claims {claimed} bytes that the file does not have"
+        )
+    return found
 
 
-def _attribute(file: h5py.File, path: Path, name: str) -> str | int:
+def _attribute(file: h5py.h5f.FileID, path: Path, name: str) -> str | int:
     """Return a root attribute that is one text or integer, or refuse."""
-    value = file.attrs.get(name)
-    if isinstance(value, np.integer):
-        return int(value)
-    if not isinstance(value, str):
-        raise CorruptShardError(f"{path}: attribute {name} is missing or not one value")
-    return value
+    key = name.encode()
+    if h5py.h5a.exists(file, key):
+        attribute = h5py.h5a.open(file, key)
+        dtype = attribute.dtype
+        if attribute.shape == () and (dtype.kind in "iu" or dtype.metadata == {"vlen": str}):
+            value = np.empty((), dtype)
+            attribute.read(value)
+            found = value.item()
+            return found.decode() if isinstance(found, bytes) else found
+    raise CorruptShardError(f"{path}: attribute {name} is missing or not one value")
 
 
 def _check_shapes(path: Path, kind: str, shape: tuple[int, ...], index: dict[str, Any]) -> None:
@@ -556,59 +601,45 @@ def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bo
         if not stat.S_ISREG(status.st_mode):
             # Opening a pipe would wait for a writer that never comes.
             raise CorruptShardError(f"{path}: not a regular file")
-        with h5py.File(path, "r", locking=False) as file:
+        with _opened(path) as file:
             attributes = {name: _attribute(file, path, name) for name in ATTRIBUTES}
-            if "number" in file.attrs:
+            if h5py.h5a.exists(file, b"number"):
                 attributes["number"] = _attribute(file, path, "number")
             mapped = ("features", "scales") if dtype == QUANTISED else ("features",)
-            datasets = {name: _dataset(file, path, name) for name in (*names, *mapped)}
-            for name, dataset in datasets.items():
-                end = (dataset.id.get_offset() or 0) + dataset.id.get_storage_size()
-                expected_bytes = dataset.size * dataset.dtype.itemsize
-                if (
-                    dataset.dtype.hasobject
-                    or end > file_bytes
-                    or (dataset.id.get_storage_size() != expected_bytes)
-                ):
-                    raise CorruptShardError(
-                        f"{path}: /{name} claims {expected_bytes} bytes that the file does not have"
-                    )
-            index = {}
-            for name, (expected, rank) in names.items():
-                dataset = datasets[name]
-                if dataset.dtype != np.dtype(expected) or dataset.ndim != rank:
-                    raise CorruptShardError(
-                        f"{path}: /{name} is {dataset.dtype}{dataset.shape}, expected"
-                        f" {expected} with {rank} axes"
-                    )
-                index[name] = dataset[...]
-            stored = datasets["features"]
-            shape, offset = stored.shape, stored.id.get_offset()
-            if stored.dtype != _disk_dtype(dtype):
+            datasets = {name: _dataset(file, path, name, file_bytes) for name in (*names, *mapped)}
+        for name, (expected, rank) in names.items():
+            dataset = datasets[name]
+            if dataset.dtype != np.dtype(expected) or len(dataset.shape) != rank:
                 raise CorruptShardError(
-                    f"{path}: /features is {stored.dtype}, expected {_disk_dtype(dtype)}"
+                    f"{path}: /{name} is {dataset.dtype}{dataset.shape}, expected"
+                    f" {expected} with {rank} axes"
                 )
-            scales_offset = None
-            if dtype == QUANTISED:
-                found = datasets["scales"]
-                scales_offset = found.id.get_offset()
-                if found.dtype != SCALE_DTYPE or found.shape != shape[:-1]:
-                    raise CorruptShardError(
-                        f"{path}: /scales is {found.dtype}{found.shape}, expected"
-                        f" {SCALE_DTYPE}{shape[:-1]}"
-                    )
+        stored = datasets["features"]
+        if stored.dtype != _disk_dtype(dtype):
+            raise CorruptShardError(
+                f"{path}: /features is {stored.dtype}, expected {_disk_dtype(dtype)}"
+            )
+        scaled = datasets.get("scales")
+        if scaled and (scaled.dtype, scaled.shape) != (SCALE_DTYPE, stored.shape[:-1]):
+            raise CorruptShardError(
+                f"{path}: /scales is {scaled.dtype}{scaled.shape}, expected"
+                f" {SCALE_DTYPE}{stored.shape[:-1]}"
+            )
+        memory = _map(path, private)
+        # Copies: what was checked must not change under the reader.
+        index = {name: datasets[name].read(memory).copy() for name in names}
     except CorruptShardError:
         raise
     except HDF5_ERRORS as error:
         reason = " ".join(str(error).split())
         raise CorruptShardError(f"{path}: not a readable shard ({reason})") from error
-    _check_shapes(path, kind, shape, index)
+    _check_shapes(path, kind, stored.shape, index)
     header: dict[str, Any] = {
         "format": format_of(dtype),
         "kind": kind,
         "fingerprint": fingerprint,
         "dtype": dtype,
-        "shape": list(shape),
+        "shape": list(stored.shape),
         "versions": attributes["versions"],
     }
     if "number" in attributes:
@@ -622,37 +653,26 @@ def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bo
             f"{path}: keys, digests or offsets were changed (index checksum differs)"
         )
     try:
-        features = _map(path, _disk_dtype(dtype), shape, offset, private)
-        scales = None
-        if dtype == QUANTISED:
-            scales = _map(path, SCALE_DTYPE, shape[:-1], scales_offset, private)
         versions = dict(json.loads(str(header["versions"])))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CorruptShardError(f"{path}: not a readable shard ({reason})") from error
-    features = features.view(feature_dtype(dtype))
     number = header.get("number")
-    starts = {"features_offset": offset or 0, "scales_offset": scales_offset or 0}
     return Shard(
         path,
         kind,
         fingerprint,
         dtype,
-        features,
+        stored.read(memory).view(feature_dtype(dtype)),
         index,
         versions,
+        features_offset=stored.offset or 0,
         number=number,
-        scales=scales,
-        **starts,
+        scales=scaled.read(memory) if scaled else None,
+        scales_offset=(scaled.offset or 0) if scaled else 0,
     )
 
 
-def _map(
-    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int | None, private: bool
-) -> NDArray[Any]:
-    """Map a dataset; one without numbers has no offset."""
-    if offset is None:
-        return np.empty(shape, dtype)
-    mode: Literal["c", "r"] = "c" if private else "r"
-    # A plain array on the map: each slice of a memmap object costs microseconds more.
-    return np.asarray(np.memmap(path, dtype=dtype, mode=mode, offset=offset, shape=shape))
+def _map(path: Path, private: bool) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY if private else mmap.ACCESS_READ)
