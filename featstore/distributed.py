@@ -113,7 +113,7 @@ def connect(address: str) -> Iterator[Any]:
     except Exception as error:
         ray.shutdown()
         raise UsageError(
-            f"--ray {address}: cannot be connected to ({_one_line(error)}); give the host:port"
+            f"--ray {address}: cannot be connected to ({one_line(error)}); give the host:port"
             " that `ray start --head` printed, or local"
         ) from error
     try:
@@ -143,22 +143,24 @@ def _check_address(address: str) -> None:
         ) from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return the last line of what Ray says, which has the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 @dataclass(frozen=True)
 class Actors:
-    """The actors of an extraction.
+    """The actors of a job.
 
     Attributes:
-        count: How many; None: as many as fit, at most one for each shard.
+        count: How many; None: as many as fit, at most one for each shard or
+            trial.
         num_gpus: GPUs of each, fractions allowed; None: 1 where the cluster
             has any.
         num_cpus: CPUs of each; None: 2 beside a GPU, and otherwise all of the
             smallest node, so that each node has one encoder.
-        return_shards: The bytes of every shard are sent to the driver.
+        return_shards: The bytes of every extracted shard are sent to the driver.
     """
 
     count: int | None = None
@@ -263,7 +265,7 @@ class ShardActor:
 
     def _load(self) -> None:
         task = self.task
-        _limit_threads(task.threads)
+        limit_threads(task.threads)
         found = vision_spec(task.encoders, task.store).fingerprint
         if found != task.spec.fingerprint:
             raise StoreError(
@@ -310,7 +312,8 @@ def _file_of(number: int, rows: ShardRows, spec: VisionSpec) -> tuple[dict[str, 
         return line, path.read_bytes()
 
 
-def _limit_threads(threads: int) -> None:
+def limit_threads(threads: int) -> None:
+    """Have TensorFlow compute with so many threads; 0: with as many as it takes."""
     import keras
 
     if threads and keras.backend.backend() == "tensorflow":
@@ -322,8 +325,8 @@ def _limit_threads(threads: int) -> None:
             tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
-def _resources(ray: Any, wanted: Actors, shards: int) -> tuple[int, float, float]:
-    """Return the number of actors, and the GPUs and CPUs of each."""
+def resources_of(ray: Any, wanted: Actors, most: int) -> tuple[int, float, float]:
+    """Return the number of actors, at most `most`, and the GPUs and CPUs of each."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus, cpus = wanted.num_gpus, wanted.num_cpus
     if gpus is None:
@@ -336,7 +339,7 @@ def _resources(ray: Any, wanted: Actors, shards: int) -> tuple[int, float, float
         min((int(node.get(name, 0) / need) for name, need in needs.items() if need), default=1)
         for node in nodes
     )
-    return max(1, min(wanted.count or fitting, shards)), gpus, cpus
+    return max(1, min(wanted.count or fitting, most)), gpus, cpus
 
 
 class _Driver:
@@ -423,7 +426,7 @@ class _Driver:
         try:
             found = self.ray.get(ref)
         except errors.RayTaskError as error:
-            raise StoreError(f"Ray: an actor failed: {_one_line(error)}") from error
+            raise StoreError(f"Ray: an actor failed: {one_line(error)}") from error
         except errors.RayError as error:
             self._lost(actor, position, error, queue)
             return
@@ -438,7 +441,7 @@ class _Driver:
     def _lost(self, actor: Any, position: int | None, error: Exception, queue: deque[int]) -> None:
         """Have a shard made again whose actor, or whose bytes, are gone."""
         self.deaths += 1
-        reason = _one_line(error)
+        reason = one_line(error)
         if position is not None:
             self.tries[position] += 1
             if self._published_before_the_end(position):
@@ -607,7 +610,7 @@ def bring_images_on_ray(
                 if work and pending:
                     ray = ray or held.enter_context(connect(address))
                     started = time.perf_counter()
-                    resources = _resources(ray, wanted, len(pending))
+                    resources = resources_of(ray, wanted, len(pending))
                     say("Ray: {} actors, each with {:g} GPUs and {:g} CPUs".format(*resources))
                     with _marked(work.folder, str(work.publisher.token)) as marker:
                         task = _task(

@@ -339,7 +339,7 @@ def test_the_actors_that_fit(
             dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
             return [dead, *({"Alive": True, "Resources": node} for node in nodes)]
 
-    assert distributed._resources(Ray(), wanted, 9) == expected
+    assert distributed.resources_of(Ray(), wanted, 9) == expected
 
 
 @pytest.mark.slow

@@ -27,16 +27,14 @@ def _minutes(seconds: float | None) -> str:
     )
 
 
-def _summary(
-    search: Search, rows: list[dict[str, Any]], watched: Watched, workers: int, started: float
-) -> str:
+def _summary(search: Search, rows: list[dict[str, Any]], watched: Watched, started: float) -> str:
     best = best_row(search, rows)
     ended = sum(row["state"] != "running" for row in rows)
     parts = [f"{ended} of {search.space.trials} trials ended"]
     if best is not None:
         parts.append(f"best {search.space.search.metric} {best['value']:.4f} ({best['run']})")
     parts.append(f"{_minutes(time.time() - started)} gone")
-    left = seconds_left(search, rows, workers)
+    left = seconds_left(search, rows, watched.workers)
     if left is not None:
         parts.append(f"about {_minutes(left)} left")
     parts.append(f"workers' memory {sum(watched.own_bytes.values()) / 1e9:.1f} GB")
@@ -77,15 +75,14 @@ def _line(search: Search, row: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def live_view(search: Search, workers: int) -> Iterator[Callable[[Watched], None]]:
+def live_view(search: Search) -> Iterator[Callable[[Watched], None]]:
     """Show a search on stderr while it runs.
 
     Args:
         search: The search.
-        workers: Processes that run its trials.
 
     Yields:
-        What `run_workers` calls again and again.
+        What `run_workers` or `run_on_ray` calls again and again.
     """
     from rich.console import Console
     from rich.live import Live
@@ -105,21 +102,21 @@ def live_view(search: Search, workers: int) -> Iterator[Callable[[Watched], None
                 changed |= row["state"] != "running"
                 print(_line(search, row), file=sys.stderr, flush=True)
         if changed:
-            print(_summary(search, rows, watched, workers, started), file=sys.stderr, flush=True)
+            print(_summary(search, rows, watched, started), file=sys.stderr, flush=True)
 
     def show(watched: Watched, last: bool = False) -> None:
         nonlocal drawn, warned
         if not last and time.time() - drawn < REDRAW_SECONDS:
             return
         drawn = time.time()
-        if watched.low_memory and workers > 1 and not warned:
+        if watched.low_memory and watched.workers > 1 and not warned:
             warned = True
             console.print("memory is nearly used up: fewer --workers would be safer")
         rows = trial_rows(search)
         if live is None:
             lines(rows, watched)
         else:
-            caption = _summary(search, rows, watched, workers, started)
+            caption = _summary(search, rows, watched, started)
             live.update(_table(search, rows, caption), refresh=True)
 
     latest = Watched()

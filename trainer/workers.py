@@ -33,11 +33,13 @@ class Watched:
     """What is known of the workers.
 
     Attributes:
+        workers: How many there are to be.
         peak_bytes: Most memory of their own that all of them held at once.
         deaths: Workers that ended by a signal or an error and were replaced.
         low_memory: Whether the machine came close to its end of memory.
     """
 
+    workers: int = 1
     peak_bytes: int = 0
     deaths: int = 0
     low_memory: bool = False
@@ -72,8 +74,8 @@ def run_workers(
     context = multiprocessing.get_context("spawn")
     threads = max(1, len(os.sched_getaffinity(0)) // workers) if workers > 1 else 0
     alive: dict[int, SpawnProcess] = {}
-    watched = Watched()
-    deaths_since, got_to = 0, _position(search)
+    watched = Watched(workers)
+    deaths_since, got_to = 0, position(search)
     log = search.folder / "worker-0.log"
     try:
         for slot in range(workers):
@@ -90,7 +92,7 @@ def run_workers(
                     alive[slot] = _start(context, search, slot, deadline, threads)
                     continue
                 watched.deaths += 1
-                now = _position(search)
+                now = position(search)
                 deaths_since, got_to = (1, now) if now != got_to else (deaths_since + 1, got_to)
                 log = search.folder / f"worker-{slot}.log"
                 if deaths_since >= MOST_DEATHS:
@@ -123,7 +125,7 @@ def _start(context: Any, search: Search, slot: int, deadline: float, threads: in
     return process
 
 
-def _position(search: Search) -> tuple[int, int]:
+def position(search: Search) -> tuple[int, int]:
     """Return how far the search got: epochs reported, trials ended."""
     drawn = search.drawn()
     ended = sum(trial.state.is_finished() for trial in drawn)
@@ -199,8 +201,11 @@ def work_in_process(folder: str, url: str | None, deadline: float, slot: int, th
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent, asked), daemon=True).start()
+    # Imported here: it takes the encoders' code along, which the driver has no need of.
+    from featstore.distributed import limit_threads
+
     try:
-        _limit_threads(threads)
+        limit_threads(threads)
         if work_in(Path(folder), url, asked.is_set, deadline, MEMORY_GROWTH):
             sys.exit(RENEW)
     except StoppedError:
@@ -223,13 +228,3 @@ def _print_to(log: Path) -> None:
     os.close(descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-
-
-def _limit_threads(threads: int) -> None:
-    import keras
-
-    if threads and keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)

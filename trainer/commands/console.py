@@ -183,6 +183,11 @@ def row_bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
+def print_note(line: str) -> None:
+    """Tell people something on the way."""
+    click.echo(line, err=True)
+
+
 def print_halved(size: int) -> None:
     """Say that the batch was halved for want of memory."""
     click.echo(f"out of memory: going on with batches of {size}", err=True)

@@ -15,6 +15,7 @@ from trainer.commands.console import (
     import_framework,
     json_option,
     print_halved,
+    print_note,
     print_rows,
     read_config,
     row_bar,
@@ -134,11 +135,9 @@ def extract_vit(
         from featstore.distributed import Actors, bring_images_on_ray
 
         wanted = Actors(actors, num_gpus, num_cpus, return_shards)
-
-        def say(line: str) -> None:
-            click.echo(line, err=True)
-
-        plan, summary = bring_images_on_ray(ray, *inputs, wanted, bar, print_halved, shards, say)
+        plan, summary = bring_images_on_ray(
+            ray, *inputs, wanted, bar, print_halved, shards, print_note
+        )
         _print_summary(plan, summary, as_json, "images")
         return
     import_framework()

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from featstore.config import hints
-from featstore.errors import RunError
+from featstore.errors import RunError, UsageError
 from trainer.commands.console import (
     Command,
     epoch_bar,
@@ -19,6 +19,7 @@ from trainer.commands.console import (
     json_option,
     print_epoch,
     print_halved,
+    print_note,
     print_rows,
     read_config,
     row_bar,
@@ -53,13 +54,23 @@ def _flag_sections(flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return sections
 
 
+RAY_HELP = "Run the trials on a Ray cluster: host:port, auto, or local."
+
+
 @click.group("search", invoke_without_command=True)
 @click.option("--space", "space_file", type=click.Path(), help="What to vary (TOML).")
 @click.option("--name", help="Name of the search; one of that name goes on.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Trials at once; default: 1, with --ray as many as fit.",
+)
 @click.option("--timeout", type=click.FloatRange(min=0), help="Seconds after which none starts.")
 @click.option("--init-from", help="Run that every trial starts from.")
 @click.option("--storage", help="Database URL for many machines, such as postgresql://….")
+@click.option("--ray", "ray_address", metavar="ADDRESS", help=RAY_HELP)
+@click.option("--num-gpus", type=click.FloatRange(min=0), help="GPUs of a Ray worker.")
+@click.option("--num-cpus", type=click.FloatRange(min=1), help="CPUs of a Ray worker.")
 @click.option("--dry-run", is_flag=True, help="Print what there is to do; change nothing.")
 @runs_option
 @json_option
@@ -70,10 +81,13 @@ def search_group(
     context: click.Context,
     space_file: str | None,
     name: str | None,
-    workers: int,
+    workers: int | None,
     timeout: float | None,
     init_from: str | None,
     storage: str | None,
+    ray_address: str | None,
+    num_gpus: float | None,
+    num_cpus: float | None,
     dry_run: bool,
     runs: str,
     as_json: bool,
@@ -87,6 +101,8 @@ def search_group(
     """
     if context.invoked_subcommand is not None:
         return
+    if ray_address is None and (num_gpus, num_cpus) != (None, None):
+        raise UsageError("--num-gpus and --num-cpus are of the workers on Ray; give --ray ADDRESS")
     from trainer.run import find_run, run_folder
     from trainer.search import exists
 
@@ -122,15 +138,25 @@ def search_group(
         return
     from trainer.leaderboard import best_row, trial_rows, write_leaderboard
     from trainer.search import driver_url, masked, start_search
-    from trainer.workers import run_workers
 
     search = start_search(folder, base, space, source, storage, dataset)
     deadline = float("inf") if timeout is None else started + timeout
     with stop_request() as stopping:
         from trainer.live import live_view
 
-        with live_view(search, workers) as watch:
-            watched = run_workers(search, workers, deadline, stopping, watch)
+        with live_view(search) as watch:
+            if ray_address is None:
+                from trainer.workers import run_workers
+
+                watched = run_workers(search, workers or 1, deadline, stopping, watch)
+            else:
+                from featstore.distributed import Actors
+                from trainer.cluster import run_on_ray
+
+                wanted = Actors(workers, num_gpus, num_cpus)
+                watched = run_on_ray(
+                    ray_address, search, wanted, deadline, stopping, watch, print_note
+                )
     files = write_leaderboard(search)
     rows = trial_rows(search)
     if as_json:
@@ -139,7 +165,7 @@ def search_group(
             "best": best_row(search, rows),
             "trials": rows,
             "seconds": round(time.time() - started, 3),
-            "workers": workers,
+            "workers": watched.workers,
             "peak_memory_bytes": watched.peak_bytes,
             "worker_deaths": watched.deaths,
         }
