@@ -172,7 +172,7 @@ def measure(
     rows: int = 32,
     length: int = 12,
     rounds: int = 3,
-    steps: int = 10,
+    steps: int = 30,
     size: Size = STUDY,
 ) -> dict[str, Any]:
     """Time a step for each number of trained text layers, both ways.

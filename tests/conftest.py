@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -42,3 +44,24 @@ def shared_dir() -> Path:
     if not (folder / "presets").is_dir():
         pytest.skip(f"no real presets and photos: {folder} is absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of two nodes on this machine, one CPU each."""
+    from featstore import distributed
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in distributed.QUIET.items():
+            patch.setenv(name, value)
+        # The nodes can import what a test defines.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        from ray.cluster_utils import Cluster
+
+        found = Cluster()
+        try:
+            found.add_node(num_cpus=1, include_dashboard=False)
+            found.add_node(num_cpus=1)
+            yield found
+        finally:
+            found.shutdown()

@@ -81,25 +81,6 @@ def single(
     return contents(root, encoders)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Two raylets on this machine, one CPU each."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in distributed.QUIET.items():
-            patch.setenv(name, value)
-        # The nodes can import what a test defines.
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        from ray.cluster_utils import Cluster
-
-        found = Cluster()
-        try:
-            found.add_node(num_cpus=1, include_dashboard=False)
-            found.add_node(num_cpus=1)
-            yield found
-        finally:
-            found.shutdown()
-
-
 Hook = Callable[["Watched"], None]
 
 
@@ -347,6 +328,10 @@ def test_the_command_on_ray_stops_and_goes_on(
     tiny_vit: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     data = write_data(tmp_path)
+    rng = np.random.default_rng(0)
+    for photo in Path(data["images"]).iterdir():
+        # Large enough that the signal comes long before the end.
+        Image.fromarray(rng.integers(0, 256, (900, 900, 3), np.uint8)).save(photo)
     config = tmp_path / "featstore.toml"
     config.write_text(
         f'[data]\nrows = "{data["rows"]}"\nimages = "{data["images"]}"\n'

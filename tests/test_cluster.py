@@ -1,0 +1,231 @@
+"""A search on Ray: actors on two nodes end it as the processes of one machine do."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tiny_runs import extracted, tiny_config
+
+from featstore.distributed import Actors
+from featstore.errors import RunError, StoppedError
+from trainer import cluster as on_ray
+from trainer.cluster import TrialActor, run_on_ray
+from trainer.leaderboard import trial_rows
+from trainer.search import Search, start_search
+from trainer.search_space import Space, read_space
+from trainer.workers import Watched, run_workers
+
+ROOT = Path(__file__).resolve().parent.parent
+TWO = Actors(count=2, num_gpus=0, num_cpus=1)
+TRIALS = 6
+FOREVER = float("inf")
+# Long enough that an actor can be met in the middle of a trial.
+EPOCHS = 24
+
+
+def space_of(folder: Path, epochs: int = EPOCHS) -> Space:
+    path = folder / "space.toml"
+    path.write_text(
+        f'[search]\ntrials = {TRIALS}\ntogether = 1\nseed = 3\nmetric = "val_loss"\n'
+        f"[train]\nlr = {{log_uniform = [1e-4, 1e-3]}}\nk_txt = {{choice = [0, 1]}}\n"
+        f"epochs = {epochs}\nearly_stop_patience = {epochs}\n"
+    )
+    return read_space(path, {}, {})
+
+
+def searches(work: tuple[Path, Any, Any], name: str) -> Search:
+    folder, config, dataset = work
+    space = space_of(folder)
+    return start_search(folder / "runs" / name, space.base(config), space, None, None, dataset)
+
+
+@pytest.fixture(scope="module")
+def work(tiny_vit: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("search")
+    config = tiny_config(folder, tiny_vit, tiny_text)
+    dataset = extracted(config)
+    return folder, config, dataset
+
+
+@pytest.fixture(scope="module")
+def alone(work: Any) -> list[Any]:
+    """The results of one machine's processes, each with one thread as an actor has."""
+    search = searches(work, "alone")
+    run_workers(search, 2, FOREVER, lambda: False)
+    return results(search)
+
+
+def results(search: Search) -> list[Any]:
+    """What each trial drew and reached; the order in which they ended does not count."""
+    rows = trial_rows(search)
+    return [(row["trial"], row["state"], row["params"], row["value"]) for row in rows]
+
+
+def actors() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::TrialActor"):
+                found.append(process)
+    return found
+
+
+class At:
+    """Calls a function once, in the middle of a trial: after a number of epochs of all trials."""
+
+    def __init__(self, search: Search, epochs: int, call: Callable[[], None]) -> None:
+        self.search, self.epochs, self.call, self.called = search, epochs, call, False
+
+    def __call__(self, watched: Watched) -> None:
+        done = sum(row["epoch"] for row in trial_rows(self.search))
+        if not self.called and done >= self.epochs:
+            self.called = True
+            self.call()
+
+
+@pytest.mark.slow
+def test_two_nodes_end_as_one_machine(cluster: Any, work: Any, alone: list[Any]) -> None:
+    search, lines = searches(work, "two"), []
+    watched = run_on_ray(cluster.address, search, TWO, FOREVER, lambda: False, say=lines.append)
+    assert results(search) == alone
+    assert {state for _, state, _, _ in alone} == {"complete"}
+    workers = {row["worker"] for row in trial_rows(search)}
+    assert len(workers) == 2
+    assert lines == ["Ray: 2 workers, each with 0 GPUs and 1 CPUs"]
+    assert (watched.workers, watched.deaths) == (2, 0)
+    assert watched.peak_bytes > 0
+    assert not list(search.folder.glob(".tmp-*"))
+    assert actors() == []
+
+
+@pytest.mark.slow
+def test_killed_workers_lose_nothing(cluster: Any, work: Any, alone: list[Any]) -> None:
+    search = searches(work, "killed")
+
+    def kill() -> None:
+        for process in actors():
+            process.kill()
+
+    watch = At(search, EPOCHS // 2, kill)
+    watched = run_on_ray(cluster.address, search, TWO, FOREVER, lambda: False, watch)
+    assert watch.called
+    assert watched.deaths >= 2
+    assert results(search) == alone
+
+
+@pytest.mark.slow
+def test_a_lost_node_loses_nothing(cluster: Any, work: Any, alone: list[Any]) -> None:
+    search = searches(work, "lost")
+    node = cluster.add_node(num_cpus=1)
+    three = dataclasses.replace(TWO, count=3)
+    watch = At(search, EPOCHS, lambda: cluster.remove_node(node, allow_graceful=False))
+    watched = run_on_ray(
+        # Two nodes have no room for the third actor: it waits, and the search ends without it.
+        cluster.address,
+        search,
+        three,
+        FOREVER,
+        lambda: False,
+        watch,
+    )
+    assert watch.called
+    assert watched.deaths == 1
+    assert results(search) == alone
+
+
+@pytest.mark.slow
+def test_a_stopped_search_goes_on(cluster: Any, work: Any, alone: list[Any]) -> None:
+    search, asked = searches(work, "stopped"), []
+    watch = At(search, EPOCHS // 2, lambda: asked.append(True))
+    with pytest.raises(StoppedError, match="--name stopped goes on"):
+        run_on_ray(cluster.address, search, TWO, FOREVER, lambda: bool(asked), watch)
+    assert actors() == []
+    states = [row["state"] for row in trial_rows(search)]
+    assert "running" in states
+    # Saved between two epochs, so that nothing is computed twice.
+    run_on_ray(cluster.address, search, TWO, FOREVER, lambda: False)
+    assert results(search) == alone
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_live_are_given_up(
+    cluster: Any, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fatal(TrialActor):
+        def work(self, job: Any) -> Any:
+            os._exit(1)
+
+    monkeypatch.setattr(on_ray, "TrialActor", Fatal)
+    search = searches(work, "fatal")
+    with pytest.raises(RunError, match="6 workers ended one after the other"):
+        run_on_ray(cluster.address, search, TWO, FOREVER, lambda: False)
+
+
+def test_a_worker_elsewhere_says_what_it_does_not_see(tmp_path: Path) -> None:
+    def job(folder: Path, token: str = "of this search") -> Any:
+        return on_ray._Job(folder, "marker", token, None, FOREVER, ".", 0, {}, tuple(sys.argv))
+
+    (tmp_path / "marker").write_text("of another search")
+    for wrong in (job(tmp_path / "nowhere"), job(tmp_path)):
+        ended = TrialActor().work(wrong)
+        assert ended.how == "refused"
+        assert f"{wrong.folder} is not there; a search on several machines" in ended.why
+    right = job(tmp_path, "of another search")
+    assert "no search there" in TrialActor().work(right).why
+
+
+@pytest.mark.slow
+def test_the_command_on_ray_stops_and_goes_on(work: Any, alone: list[Any]) -> None:
+    folder, config, _ = work
+    from trainer.config import render_config
+
+    (folder / "featstore.toml").write_text(render_config(config))
+    space_of(folder)
+    ray = ["--ray", "local", "--num-cpus", "1", "--workers", "1", "--runs", str(folder / "runs")]
+    begin = ["--config", str(folder / "featstore.toml"), "--space", str(folder / "space.toml")]
+    command = [sys.executable, "cli.py", "search", "--name", "typed", "--json", *ray]
+    process = subprocess.Popen(
+        [*command, *begin],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    history = folder / "runs" / "typed" / "trial-0000" / "history.csv"
+    while process.poll() is None and not history.exists():
+        time.sleep(0.05)
+    # As Ctrl-C does: to the whole group.
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err.decode()
+    assert "Traceback" not in err.decode()
+    assert "--name typed goes on" in err.decode()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [(t["trial"], t["state"], t["params"], t["value"]) for t in found["trials"]] == alone
+    assert found["workers"] == 1
+
+
+def test_options_of_ray_without_ray(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "cli.py", "search", "--num-cpus", "2", "--runs", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "give --ray ADDRESS" in done.stderr
