@@ -54,6 +54,18 @@ def size_option(command: Command) -> Command:
     return option(command)
 
 
+def config_option(command: Command) -> Command:
+    """Add `--config`."""
+    option = click.option(
+        "--config",
+        "config_file",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        required=True,
+        help="Settings of your rows, photos and presets.",
+    )
+    return option(command)
+
+
 def scratch_option(command: Command) -> Command:
     """Add `--scratch`."""
     help = "Folder for the files; default: the system's temporary one."
@@ -287,7 +299,30 @@ def accelerator(
     finish("accelerator", figures, kept)
 
 
-NOT_IN_ALL = ("all", "tables", "accelerator")
+@benchmarks.command(name="study-search")
+@config_option
+@kept_option
+def study_search(config_file: Path, kept: bool) -> None:
+    """The study's search on your rows, with one worker and two, against end to end."""
+    from benchmarks.study_search import measure
+
+    finish("study_search", measure(config_file), kept)
+
+
+@benchmarks.command(name="search-quality")
+@click.option("--seeds", default=3, show_default=True, help="Searches of each kind.")
+@click.option("--trials", default=20, show_default=True, help="Trials of a random search.")
+@click.option("--epochs", default=3, show_default=True, help="Most epochs of a trial.")
+@config_option
+@kept_option
+def search_quality(seeds: int, trials: int, epochs: int, config_file: Path, kept: bool) -> None:
+    """Best value against budget on your rows: TPE with pruning, and random search."""
+    from benchmarks.search_quality import measure
+
+    finish("search_quality", measure(config_file, seeds, trials, epochs), kept)
+
+
+NOT_IN_ALL = ("all", "tables", "accelerator", "study-search", "search-quality")
 
 
 @benchmarks.command(name="all")
@@ -295,7 +330,7 @@ NOT_IN_ALL = ("all", "tables", "accelerator")
 @size_option
 @click.pass_context
 def run_all(context: click.Context, names: tuple[str, ...], size_name: str) -> None:
-    """Run NAMES, or everything but `accelerator`, each in a process of its own."""
+    """Run NAMES, or everything that needs no accelerator and no data of yours, one by one."""
     known = [name for name in benchmarks.commands if name not in NOT_IN_ALL]
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -1,14 +1,14 @@
-"""A real search on the user's rows: against end to end, by workers, and by sampler.
+"""The study's search on the user's own rows: cached, by workers, against end to end.
 
-Both parts run `cli.py search` as a user does, in a store and a folder of runs
-of their own, extraction included.
+`cli.py search` runs as a user types it, in a store and a folder of runs of its
+own, extraction included. End to end is scaled from measured steps of the same
+presets.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,23 +23,6 @@ from benchmarks.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "study-search.toml"
-
-QUALITY_SPACE = """
-[search]
-trials = {trials}
-sampler = "{sampler}"
-pruner = "{pruner}"
-seed = {seed}
-together = 1
-
-[train]
-k_txt = 0
-epochs = {epochs}
-lr = {{log_uniform = [1e-5, 3e-3]}}
-weight_decay = {{log_uniform = [1e-6, 1e-2]}}
-dropout = {{uniform = [0.0, 0.6]}}
-clipnorm = {{log_uniform = [0.01, 3.0]}}
-"""
 
 
 def search(folder: Path, config: Path, name: str, *arguments: str) -> dict[str, Any]:
@@ -137,7 +120,7 @@ def _call_seconds(call: Callable[[], Any]) -> float:
     return seconds_of(lambda: call().numpy())
 
 
-def measure_study(config: Path, workers: Sequence[int] = (1, 2)) -> dict[str, Any]:
+def measure(config: Path, workers: Sequence[int] = (1, 2)) -> dict[str, Any]:
     """Run the study's search with each number of workers, and time end to end beside it.
 
     Args:
@@ -179,6 +162,7 @@ def measure_study(config: Path, workers: Sequence[int] = (1, 2)) -> dict[str, An
         manifest = json.loads((runs / "trial-0000" / "manifest.json").read_text())
         counts = {split: found["rows"] for split, found in manifest["data"]["counts"].items()}
         figures["rows"] = counts
+        figures["trials"] = len(found["trials"])
         for name in ("plain", "xla"):
             total = 0.0
             for trial in found["trials"]:
@@ -191,7 +175,7 @@ def measure_study(config: Path, workers: Sequence[int] = (1, 2)) -> dict[str, An
     return figures
 
 
-def report_study(figures: dict[str, Any]) -> str:
+def report(figures: dict[str, Any]) -> str:
     """Return the search's figures as Markdown."""
     rows = []
     extraction = figures["extraction_seconds"]
@@ -209,79 +193,26 @@ def report_study(figures: dict[str, Any]) -> str:
         )
     for name, title in (("plain", "end to end"), ("xla", "end to end, XLA")):
         seconds = figures[f"end_to_end_{name}_seconds"]
-        rows.append([title, "", f"{seconds:.0f} s", f"{3600 * 6 / seconds:.1f}", "", ""])
+        rows.append(
+            [title, "", f"{seconds:.0f} s", f"{3600 * figures['trials'] / seconds:.1f}", "", ""]
+        )
     header = [
-        "six trials",
+        f"{figures['trials']} trials",
         "extraction",
         "search",
         "trials an hour",
         "against plain",
         "against XLA",
     ]
-    return table(header, rows)
-
-
-def measure_quality(
-    config: Path, seeds: int = 3, trials: int = 16, epochs: int = 4
-) -> dict[str, Any]:
-    """Compare TPE with pruning and random search, by the best value for a budget.
-
-    Args:
-        config: Settings of the data and the encoders.
-        seeds: Searches of each kind.
-        trials: Trials of a search.
-        epochs: Most epochs of a trial.
-
-    Returns:
-        For each kind and seed: the best value after each epoch that was spent,
-        in the order in which the trials ran.
-    """
-    figures: dict[str, Any] = {"trials": trials, "epochs": epochs, "searches": {}}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for name, sampler, pruner in (("random", "random", "none"), ("tpe", "tpe", "median")):
-            curves = []
-            for seed in range(seeds):
-                space = folder / f"{name}-{seed}.toml"
-                space.write_text(
-                    QUALITY_SPACE.format(
-                        trials=trials, sampler=sampler, pruner=pruner, seed=seed, epochs=epochs
-                    )
-                )
-                found = search(folder, config, f"{name}-{seed}", "--space", str(space))
-                best, spent, curve = -math.inf, 0, []
-                for trial in found["trials"]:
-                    spent += trial["epoch"]
-                    best = max(best, -math.inf if trial["value"] is None else trial["value"])
-                    curve.append([spent, round(best, 5)])
-                curves.append({"curve": curve, "wall_seconds": found["wall_seconds"]})
-            figures["searches"][name] = curves
-    return figures
-
-
-def best_after(curve: Sequence[Sequence[float]], budget: float) -> float:
-    """Return the best value of the trials that ended within a budget of epochs."""
-    return max((value for spent, value in curve if spent <= budget), default=math.nan)
-
-
-def report_quality(figures: dict[str, Any]) -> str:
-    """Return best value against budget as Markdown: mean over seeds, and their spread."""
-    most = figures["trials"] * figures["epochs"]
-    budgets = [most // 4, most // 2, 3 * most // 4, most]
-    rows = []
-    for name, searches in figures["searches"].items():
-        cells = []
-        for budget in budgets:
-            values = [best_after(found["curve"], budget) for found in searches]
-            cells.append(f"{statistics.fmean(values):.4f} ({min(values):.4f}–{max(values):.4f})")
-        spent = statistics.fmean(found["curve"][-1][0] for found in searches)
-        seconds = statistics.fmean(found["wall_seconds"] for found in searches)
-        title = {"random": "random", "tpe": "TPE, median pruning"}[name]
-        rows.append([title, *cells, f"{spent:.0f}", f"{seconds:.0f} s"])
-    header = [
-        f"best val macro-F1 of {len(searches)} seeds",
-        *(f"{budget} epochs" for budget in budgets),
-        "epochs spent",
-        "wall time",
-    ]
-    return table(header, rows)
+    counts = figures["rows"]
+    steps = ", ".join(
+        f"{1e3 * found[way]['step']['median']:,.0f} ms{title} at k_txt {k_txt}"
+        for k_txt, found in figures["end_to_end"].items()
+        for way, title in (("plain", ""), ("xla", " with XLA"))
+    )
+    head = (
+        f"`recipes/{figures['recipe']}` on {counts['train']:,} training and {counts['val']:,}"
+        f" validation rows. End to end is scaled from its measured steps ({steps}) and does not pay"
+        " for reading its photos."
+    )
+    return f"{head}\n\n{table(header, rows)}"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from click.testing import CliRunner
+from tiny_runs import tiny_config
 
 from benchmarks import growth, loop, search, together
 from benchmarks.__main__ import benchmarks
@@ -25,9 +26,11 @@ from benchmarks.loader import OURS, OURS_FIRST, WARM_HEADER, best_peer, measure,
 from benchmarks.loader_cold import COLD_HEADER
 from benchmarks.loader_peers import PEERS, Peer, RandomReader, StreamReader, numpy_memmap
 from benchmarks.measuring import in_child, memory_bytes, ratios, spread, written
+from benchmarks.search_quality import best_after
 from benchmarks.sizes import TINY
 from benchmarks.steps import cached_stepper, random_batch
 from benchmarks.tables import table
+from trainer.config import render_config
 from trainer.run import Run
 
 LOADER: dict[str, Any] = {
@@ -199,11 +202,64 @@ def test_the_bytes_grow_with_what_is_moved() -> None:
     assert one["features"] == 2 * 2 * 8 * 16 * (TINY.tokens + 12)
 
 
+@pytest.fixture(scope="module")
+def real_config(tiny_vit: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Settings of rows and presets as a user has them."""
+    folder = tmp_path_factory.mktemp("real")
+    path = folder / "featstore.toml"
+    path.write_text(render_config(tiny_config(folder, tiny_vit, tiny_text)))
+    return path
+
+
+@pytest.mark.slow
+def test_the_study_search_runs_on_a_users_rows(tmp_path: Path, real_config: Path) -> None:
+    shown = run(tmp_path, "study-search", "--config", str(real_config))
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())["study_search"]
+    assert found["trials"] == 6
+    one, two = (found["workers"][count] for count in ("1", "2"))
+    assert one["best"] == pytest.approx(two["best"], abs=1e-6)
+    # Two epochs of 128 rows in steps of 32 and of 48 validation rows, for each trial.
+    steps = {k: found["end_to_end"][k]["plain"] for k in ("2", "3")}
+    low, high = (
+        12
+        * pick(
+            4 * step["step"]["median"] + 2 * step["predict"]["median"] for step in steps.values()
+        )
+        for pick in (min, max)
+    )
+    assert low - 0.1 <= found["end_to_end_plain_seconds"] <= high + 0.1
+    assert "on 128 training and 48 validation rows" in shown
+    assert "cached, 2 workers" in shown
+
+
+@pytest.mark.slow
+def test_search_quality_compares_for_one_budget(tmp_path: Path, real_config: Path) -> None:
+    shown = run(
+        tmp_path,
+        *("search-quality", "--config", str(real_config)),
+        *("--seeds", "1", "--trials", "4", "--epochs", "2"),
+    )
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())["search_quality"]["searches"]
+    assert {name: len(curve) for name, (curve,) in found.items()} == {"random": 4, "tpe": 6}
+    for (curve,) in found.values():
+        assert curve == sorted(curve)
+    assert "| TPE, median pruning" in shown
+
+
+def test_a_budget_counts_trials_that_ended_within_it() -> None:
+    curve = [[2, 0.5], [3, 0.6], [5, 0.6], [7, 0.9]]
+    assert [best_after(curve, budget) for budget in (2, 4, 6, 7)] == [0.5, 0.6, 0.6, 0.9]
+    assert np.isnan(best_after(curve, 1))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 def test_the_compiler_counts_the_same_operations() -> None:
     program = """
 import dataclasses, json, jax
+from benchmarks.search_quality import best_after
 from benchmarks.sizes import TINY
 from benchmarks.steps import cached_stepper, random_batch
 size = dataclasses.replace(TINY, width=128, mlp_dim=128)

@@ -137,6 +137,8 @@ def _plots(search: Search) -> list[Path]:
         for p in search.space.parameters
         if len({str(trial.params.get(p.name)) for trial in complete}) > 1
     ]
+    # Where every value is the same, nothing has more importance than anything else.
+    values = {trial.value for trial in complete}
     metric = search.space.search.metric
     paths = []
     for name, plot, least in (
@@ -149,6 +151,8 @@ def _plots(search: Search) -> list[Path]:
         ),
     ):
         if len(complete) < least or (name != "history" and not varied):
+            continue
+        if name == "importance" and len(values) < 2:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
