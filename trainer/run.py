@@ -40,6 +40,7 @@ MANIFEST_FIELDS: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...] = (
     (("features", "vision", "row_shape"), (list,)),
     (("features", "text", "fingerprint"), (str,)),
 )
+SEARCH_FILE = "search.json"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -130,9 +131,11 @@ class Run:
         """Allow a new run, or one that was stopped and has the same settings.
 
         Raises:
-            UsageError: The name is taken by a finished run, or by one with
-                other settings.
+            UsageError: The name is taken by a search, by a finished run, or by
+                one with other settings.
         """
+        if (self.folder / SEARCH_FILE).exists():
+            raise UsageError(f"{self.folder}: a search, not a run; choose another --name")
         if not self.exists:
             return
         if self.manifest()["status"] == "finished":

@@ -39,13 +39,12 @@ from featstore.plan import plan_images, plan_text, text_spec, vision_spec
 from featstore.publish import command_line, package_versions, write_json
 from featstore.spec import differing_fields
 from trainer.config import Config, load_config, render_config
-from trainer.run import Run, find_run
+from trainer.run import SEARCH_FILE, Run, find_run
 from trainer.search_space import Space, space_from_json
 
 if TYPE_CHECKING:
     from featstore.dataset import Dataset
 
-SEARCH_FILE = "search.json"
 FORMAT = 1
 # A trial that ends its worker as often as this without finishing an epoch is given up.
 MOST_ATTEMPTS = 3
