@@ -1,0 +1,257 @@
+"""`cli.py search` as it is typed: workers, files, Ctrl-C, kills, what it prints, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import psutil
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import extracted, tiny_config
+
+from trainer.config import render_config
+
+ROOT = Path(__file__).resolve().parent.parent
+SPACE = """
+[search]
+trials = 5
+metric = "val_loss"
+together = 1
+
+[train]
+lr = {log_uniform = [1e-3, 1e-2]}
+k_txt = {choice = [0, 1]}
+epochs = 3
+"""
+
+
+class Project:
+    """A folder with settings, features of the photos and searches."""
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        self.folder, self.runs = folder, folder / "runs"
+        (folder / "featstore.toml").write_text(render_config(config))
+        (folder / "space.toml").write_text(SPACE)
+        self.settings = ["--config", str(folder / "featstore.toml")]
+        self.space = [*self.settings, "--space", str(folder / "space.toml")]
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "cli.py", *arguments, "--runs", str(self.runs)]
+
+    def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            self.command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, (done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        return done
+
+    def search(self, name: str, *arguments: str) -> Any:
+        return json.loads(self.run("search", "--name", name, "--json", *arguments).stdout)
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.command("search", "--name", name, "--json", *arguments),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def wait_for(self, process: subprocess.Popen[bytes], path: str) -> None:
+        while process.poll() is None and not list(self.runs.glob(path)):
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def project(tiny_vit: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    folder = tmp_path_factory.mktemp("search")
+    config = tiny_config(folder, tiny_vit, tiny_text)
+    extracted(config)
+    return Project(folder, config)
+
+
+def results(found: Any) -> list[Any]:
+    return [(t["trial"], t["state"], t["params"], t["value"]) for t in found["trials"]]
+
+
+@pytest.fixture(scope="module")
+def whole(project: Project) -> list[Any]:
+    """What an undisturbed search with two workers gives."""
+    found = project.search("whole", *project.space, "--workers", "2")
+    assert found["peak_memory_bytes"] > 0
+    assert (found["workers"], found["worker_deaths"]) == (2, 0)
+    assert len({trial["worker"] for trial in found["trials"]}) == 2
+    return results(found)
+
+
+@pytest.mark.slow
+def test_what_a_search_leaves(project: Project, whole: list[Any]) -> None:
+    folder = project.runs / "whole"
+    assert [state for _, state, *_ in whole] == ["complete"] * 5
+    for name in ("history", "importance", "parallel_coordinates"):
+        with Image.open(folder / f"{name}.png") as image:
+            assert min(image.size) > 300
+            assert np.asarray(image.convert("L")).std() > 5
+    # As the printed commands open it.
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "study.journal"))
+    storage = optuna.storages.JournalStorage(backend)
+    study = optuna.load_study(study_name="whole", storage=storage)
+    assert study.best_value == min(value for *_, value in whole)
+    events = EventAccumulator(str(next((folder / "trial-0000").rglob("events*")).parent))
+    events.Reload()
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+    config = (folder / "trial-0001" / "config.toml").read_text()
+    assert f"lr = {whole[1][2]['lr']}" in config
+    project.run("evaluate", str(folder / "trial-0001"), "--split", "test")
+
+
+@pytest.mark.slow
+def test_show_and_best(project: Project, whole: list[Any]) -> None:
+    shown = project.run("search", "show", "whole")
+    best = min(whole, key=lambda trial: trial[3])
+    line = shown.stdout.splitlines()[1]
+    assert line.startswith(f"trial-{best[0]:04d}")
+    assert f"{best[3]:.4f}" in line
+    found = json.loads(project.run("search", "show", "whole", "--json").stdout)
+    assert sorted(results(found)) == whole
+    one = json.loads(project.run("search", "best", "whole", "--json").stdout)
+    assert (one["trial"], one["value"]) == (best[0], best[3])
+    again = ["search", "best", "whole", "--seeds", "2", "--epochs", "2", "--json"]
+    first = json.loads(project.run(*again).stdout)
+    scores = [run["accuracy"] for run in first["runs"]]
+    assert len(scores) == 2
+    assert first["accuracy"]["mean"] == pytest.approx(sum(scores) / 2)
+    assert first["accuracy"]["deviation"] == pytest.approx(float(np.std(scores, ddof=1)))
+    weights = Path(first["runs"][0]["run"]) / "best.weights.h5"
+    before = weights.stat().st_mtime_ns
+    assert json.loads(project.run(*again).stdout) == first
+    assert weights.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_on_by_the_name(project: Project, whole: list[Any]) -> None:
+    process = project.start("stopped", *project.space, "--workers", "2")
+    project.wait_for(process, "stopped/trial-0002/history.csv")
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err.decode()
+    assert "--name stopped goes on" in err.decode()
+    assert "Traceback" not in err.decode()
+    assert results(project.search("stopped", "--workers", "2")) == whole
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_undisturbed(
+    project: Project, whole: list[Any]
+) -> None:
+    chance = random.Random(0)
+    kills = 0
+    for number in range(4):
+        arguments = project.space if number == 0 else []
+        process = project.start("shot", *arguments, "--workers", "2")
+        project.wait_for(process, f"shot/trial-000{number}/*")
+        time.sleep(3 * chance.random())
+        children = psutil.Process(process.pid).children(recursive=True)
+        for child in [*children, process]:
+            kills += 1
+            child.kill()
+        process.communicate()
+    assert kills >= 8
+    assert results(project.search("shot", "--workers", "2")) == whole
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced(project: Project, whole: list[Any]) -> None:
+    process = project.start("worker", *project.space)
+    project.wait_for(process, "worker/trial-0001/history.csv")
+    children = psutil.Process(process.pid).children()
+    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    workers[0].kill()
+    out, err = process.communicate()
+    assert process.returncode == 0, err.decode()
+    found = json.loads(out)
+    assert found["worker_deaths"] == 1
+    one_thread_more = [(*trial[:3], pytest.approx(trial[3], abs=1e-5)) for trial in whole]
+    assert results(found) == one_thread_more
+
+
+@pytest.mark.slow
+def test_the_boundaries_are_extracted_first_with_an_estimate(
+    tiny_vit: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    project = Project(tmp_path, tiny_config(tmp_path, tiny_vit, tiny_text))
+    cache = tmp_path / "cache"
+    dry = project.run("search", "--name", "dry", *project.space, "--dry-run")
+    assert "to extract: 44 images, about" in dry.stderr
+    assert "sentences at k_txt 0" in dry.stderr
+    assert "sentences at k_txt 1" in dry.stderr
+    assert "5 trials of lr, k_txt" in dry.stdout
+    assert not project.runs.exists()
+    assert not list(cache.rglob("*.h5"))
+    done = project.run("search", "--name", "x", *project.space, "--trials", "1", "--epochs", "1")
+    assert done.stderr.count("to extract:") == 3
+    assert len(list((cache / "vit").iterdir())) == 1
+    assert len(list((cache / "text").iterdir())) == 2
+    assert "optuna-dashboard" in done.stderr
+    assert "tensorboard --logdir" in done.stderr
+    stored = {path: path.stat().st_mtime_ns for path in cache.rglob("*.h5")}
+    again = project.run("search", "--name", "y", *project.space, "--trials", "1", "--epochs", "1")
+    assert "to extract:" not in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.h5")} == stored
+
+
+@pytest.mark.slow
+def test_no_trial_starts_after_the_timeout(project: Project) -> None:
+    found = project.run(
+        "search", "--name", "late", *project.space, "--timeout", "0", "--json"
+    ).stdout
+    assert json.loads(found)["trials"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--space", "none.toml"], 1, "none.toml"),
+        (["--name", "../x"], 2, "--name '../x'"),
+        (["--storage", "nonsense://x"], 2, "--storage nonsense://x"),
+        (["--num-gpus", "1"], 2, "give --ray ADDRESS"),
+        (["--ray", "nowhere"], 2, "expected host:port"),
+        (["--trials", "-1"], 1, "trials"),
+        (["show", "nothing"], 1, "no search there"),
+        (["best", "nothing"], 1, "no search there"),
+    ],
+)
+def test_errors_are_one_line(project: Project, arguments: list[str], code: int, words: str) -> None:
+    first = [] if arguments[0] in ("show", "best") else project.settings
+    done = subprocess.run(
+        project.command("search", *arguments, *first),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert words in lines[0]
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_and_a_search_do_not_share_a_name(project: Project, whole: list[Any]) -> None:
+    done = project.run("train", "--name", "whole", *project.settings, code=2)
+    assert "a search, not a run; choose another --name" in done.stderr
+    assert whole
