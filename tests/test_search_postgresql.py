@@ -116,15 +116,14 @@ def test_two_drivers_share_one_study(server: str, project: Project, whole: list[
     second = project.start("shared", *given)
     ends = [process.communicate() for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), ends
-    found = json.loads(
-        project.run("search", "show", "shared", "--storage", server, "--json").stdout
-    )
+    there = ["shared", "--storage", server, "--json"]
+    found = json.loads(project.run("search", "show", *there).stdout)
     rows = sorted(values(found))
     assert [row[:3] for row in rows] == [row[:3] for row in whole]
     assert [row[3] for row in rows] == pytest.approx([row[3] for row in whole], abs=1e-5)
     assert len({trial["worker"] for trial in found["trials"]}) == 2
     hides_the_password(project.runs / "shared", *(part.decode() for end in ends for part in end))
-    best = json.loads(project.run("search", "best", "shared", "--storage", server, "--json").stdout)
+    best = json.loads(project.run("search", "best", *there).stdout)
     assert best["value"] == min(row[3] for row in rows)
 
 
