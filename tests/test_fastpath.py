@@ -168,8 +168,8 @@ def test_models_draw_threefry(tiny_text: Path) -> None:
 
 
 @pytest.mark.parametrize("k_txt", [0, 1, 3])
-def test_plain_and_fast_models_train_alike(tiny_text: Path, k_txt: int) -> None:
-    """Six steps of AdamW with dropout on: the same losses, and weights that fit either model."""
+def test_plain_and_fast_models_train_alike(tiny_text: Path, tmp_path: Path, k_txt: int) -> None:
+    """Six steps of AdamW with dropout on: the same losses, and files that fit either model."""
     from trainer.batches import Batch
 
     train = TrainConfig(k_txt=k_txt, num_heads=2, head_dim=4, mlp_dim=6, lr=1e-3, dropout=0.3)
@@ -197,9 +197,13 @@ def test_plain_and_fast_models_train_alike(tiny_text: Path, k_txt: int) -> None:
     np.testing.assert_allclose(losses[0], losses[1], atol=2e-5)
     assert len(set(np.round(losses[0], 6))) == len(batches)
     inputs = batches[1].inputs()
-    trained = models[0](inputs, training=False)
-    models[1].set_weights(models[0].get_weights())
-    np.testing.assert_allclose(models[1](inputs, training=False), trained, atol=1e-5)
+    for written, reading in ((models[0], False), (models[1], True)):
+        file = tmp_path / f"{reading}.weights.h5"
+        written.save_weights(file)
+        other = build_cached_model(config, 9, 7, train, fast=reading)
+        other.load_weights(file)
+        expected = written(inputs, training=False)
+        np.testing.assert_allclose(other(inputs, training=False), expected, atol=1e-5)
 
 
 def test_loss_has_a_gradient_at_zero() -> None:
