@@ -88,7 +88,9 @@ def end_to_end_seconds(run: Path, ks: Sequence[int], rounds: int = 3) -> dict[in
         shape = model.inputs[0].shape[1:] if len(model.inputs[0].shape) == 4 else vision.image_shape
         inputs = {
             "pixel_values": tf.constant(rng.normal(size=(rows, *shape)), tf.float32),
-            "input_ids": tf.constant(rng.integers(1, text.vocabulary_size, (rows, length)), tf.int32),
+            "input_ids": tf.constant(
+                rng.integers(1, text.vocabulary_size, (rows, length)), tf.int32
+            ),
             "attention_mask": tf.ones((rows, length), tf.int32),
         }
         labels = tf.constant(rng.integers(0, 2, rows), tf.float32)
