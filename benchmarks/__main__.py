@@ -322,7 +322,24 @@ def search_quality(seeds: int, trials: int, epochs: int, config_file: Path, kept
     finish("search_quality", measure(config_file, seeds, trials, epochs), kept)
 
 
-NOT_IN_ALL = ("all", "tables", "accelerator", "study-search", "search-quality")
+@benchmarks.command()
+@click.pass_context
+def scale(context: click.Context) -> None:
+    """What 1 million to 1 billion photos would take, from what was measured on this machine."""
+    from benchmarks.results_file import file_of, machine
+    from benchmarks.results_file import kept as kept_of
+    from benchmarks.scale import report
+
+    path = file_of(machine(), results=context.obj)
+    try:
+        click.echo(report(kept_of(path)))
+    except KeyError as error:
+        raise click.ClickException(
+            f"{path} has no {error}; run `python -m benchmarks all` first"
+        ) from error
+
+
+NOT_IN_ALL = ("all", "tables", "scale", "accelerator", "study-search", "search-quality")
 
 
 @benchmarks.command(name="all")
