@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import stat
 import sys
@@ -23,6 +24,8 @@ from typing import Any
 
 from featstore.errors import FeatstoreError
 
+# Of `scheme://user:password@host`; a password may have an @ of its own.
+PASSWORD = re.compile(r"(\w+://[^\s/:@]*:)\S*@")
 TEMPORARY = ".tmp-"
 RECORDED_PACKAGES = (
     "featstore",
@@ -46,8 +49,9 @@ def package_versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """Return the command that is running, as it could be typed again."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command that is running, as it could be typed again; a URL's password is not."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return PASSWORD.sub(r"\1***@", command)
 
 
 def _sync(path: Path) -> None:

@@ -218,3 +218,19 @@ def test_what_an_output_records(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"python", "numpy", "h5py"} <= package_versions().keys()
     monkeypatch.setattr(sys, "argv", ["/somewhere/cli.py", "train", "--name", "a b"])
     assert command_line() == "cli.py train --name 'a b'"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("--storage=postgresql://me:s3cret@host:1/db", "--storage=postgresql://me:***@host:1/db"),
+        ("postgresql+psycopg://me:a@b@host/db", "postgresql+psycopg://me:***@host/db"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
+        ("hf://owner/name", "hf://owner/name"),
+    ],
+)
+def test_a_recorded_command_has_no_password(
+    monkeypatch: pytest.MonkeyPatch, given: str, kept: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/x/cli.py", "search", given, "--name", "a b"])
+    assert command_line() == f"cli.py search {kept} --name 'a b'"

@@ -224,12 +224,12 @@ def test_no_trial_starts_after_the_timeout(project: Project) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--space", "none.toml"], 1, "none.toml"),
+        (["--space", "none.toml"], 2, "none.toml"),
         (["--name", "../x"], 2, "--name '../x'"),
         (["--storage", "nonsense://x"], 2, "--storage nonsense://x"),
         (["--num-gpus", "1"], 2, "give --ray ADDRESS"),
         (["--ray", "nowhere"], 2, "expected host:port"),
-        (["--trials", "-1"], 1, "trials"),
+        (["--trials", "-1"], 2, "trials"),
         (["show", "nothing"], 1, "no search there"),
         (["best", "nothing"], 1, "no search there"),
     ],

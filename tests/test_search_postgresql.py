@@ -77,7 +77,8 @@ def server() -> Iterator[str]:
         assert process.poll() is None, (folder / "log").read_text()
         yield f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{port}/postgres"
     finally:
-        process.send_signal(signal.SIGINT)
+        # To the server itself: what runs it as another user does not pass a signal on.
+        os.kill(int((data / "postmaster.pid").read_text().split()[0]), signal.SIGINT)
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
