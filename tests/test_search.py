@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import pandas as pd
 import pytest
 from tiny_runs import extracted, tiny_config
 
+import trainer.fit
 import trainer.loop
 from featstore.errors import StoppedError, UsageError
 from trainer import search as searching
+from trainer.fit import Training
 from trainer.leaderboard import best_row, ranked, trial_rows, write_leaderboard
 from trainer.run import Run
 from trainer.search import Search, known_search, open_search, start_search
@@ -80,6 +83,14 @@ class Place:
         """Open a search anew, as the same command does."""
         base, space, source = known_search(search.folder, flags)
         return start_search(search.folder, base, space, source, None, self.dataset)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_xla() -> Iterator[None]:
+    """Compiling takes most of such a small trial's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.fit, "Training", functools.partial(Training, compiled=False))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -271,11 +282,12 @@ def test_a_diverged_trial_is_recorded(place: Place) -> None:
 
 
 WORKER = """
-import os, signal, sys
+import functools, os, signal, sys
 from pathlib import Path
+import trainer.fit
 from trainer import trials
-from trainer.search import open_search
-whole, calls = trials._add_figures, iter(range(100))
+trainer.fit.Training = functools.partial(trainer.fit.Training, compiled=False)
+calls = iter(range(100))
 count = trials._count_attempt
 def die(trial, by):
     count(trial, by)
