@@ -19,7 +19,7 @@ import tensorflow as tf
 from click.testing import CliRunner
 from tiny_runs import tiny_config
 
-from benchmarks import growth, loop, search, together
+from benchmarks import growth, loop, number_formats, search, together
 from benchmarks.__main__ import benchmarks
 from benchmarks.arithmetic import bytes_moved, operations, parameters
 from benchmarks.loader import OURS, OURS_FIRST, WARM_HEADER, best_peer, measure, report
@@ -255,6 +255,30 @@ def test_a_budget_counts_trials_that_ended_within_it() -> None:
 
 
 @pytest.mark.slow
+def test_number_formats_are_compared_under_the_same_weights(
+    tiny_vit: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path / "data", tiny_vit, tiny_text, epochs=2)
+    file = tmp_path / "featstore.toml"
+    file.write_text(render_config(config))
+    figures = number_formats.measure(file, layers=(1,), rounds=2, batches=2)
+    found = figures["dtypes"]
+    changes = [found[d]["k_txt"]["1"]["largest_logit_difference"] for d in number_formats.DTYPES]
+    assert changes[0] == 0
+    assert 0 < changes[1] < changes[2]
+    assert changes[1] < changes[3] < 1
+    assert [found[dtype]["row_bytes"] for dtype in number_formats.DTYPES] == [
+        16 * 16 * 4,
+        16 * 16 * 2,
+        16 * 16 * 2,
+        16 * (16 + 4),
+    ]
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert "| int8 " in number_formats.report(figures)
+    assert not (tmp_path / "data" / "cache" / "vit").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 def test_the_compiler_counts_the_same_operations() -> None:
     program = """
@@ -346,7 +370,7 @@ def search_figures() -> dict[str, Any]:
     """Return figures of a search whose sums can be done in one's head."""
     side = {"step": 1.0, "setup": 10.0, "val_step": 0.5, "val_setup": 2.0}
     cached = {"step": 0.1, "setup": 4.0, "val_step": 0.05, "rest": 3.0}
-    study = {"images": 100, "rows": 1000, "train_share": 0.8, "val_share": 0.1, "epochs": 2}
+    study = {"images": 100, "train_rows": 800, "val_rows": 100, "epochs": 2}
     return {
         "size": "tiny",
         "batch_size": 10,
@@ -370,8 +394,8 @@ def test_a_search_costs_the_sum_of_its_parts() -> None:
         way: sum(one * count for _, one, count in lines)
         for way, lines in search.parts(figures).items()
     }
-    # Photos 25, text 5 + 10, three trials: set up 4, then 2 epochs of 80 and 10 batches, 3 to save.
-    assert sums["cached"] == pytest.approx(40 + 3 * (4 + 2 * (8 + 0.5) + 3))
+    # Photos 25, text 5 + 9, three trials: set up 4, then 2 epochs of 80 and 10 batches, 3 to save.
+    assert sums["cached"] == pytest.approx(39 + 3 * (4 + 2 * (8 + 0.5) + 3))
     assert sums["end_to_end_xla"] == pytest.approx(3 * (12 + 2 * (80 + 5)))
     assert sums["end_to_end"] == pytest.approx(3 * (12 + 2 * (160 + 5)))
     text = search.report(figures)
@@ -380,7 +404,7 @@ def test_a_search_costs_the_sum_of_its_parts() -> None:
 
 def test_caching_breaks_even_when_the_epochs_gain_what_extraction_cost() -> None:
     figures = search_figures()
-    assert search.break_even(figures) == {"2": pytest.approx(40 / (85 - 8.5))}
+    assert search.break_even(figures) == {"2": pytest.approx(39 / (85 - 8.5))}
     figures["k_txt"]["2"]["end_to_end_xla"]["step"] = 0.01
     figures["k_txt"]["2"]["end_to_end_xla"]["val_step"] = 0.01
     assert search.break_even(figures) == {"2": float("inf")}
@@ -445,7 +469,7 @@ def test_steps_measures_both_ways(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_search_measures_every_part(tmp_path: Path) -> None:
-    study = search.Study(images=100, rows=200, trials=((1, 2),), epochs=2)
+    study = search.Study(images=100, train_rows=160, val_rows=20, trials=((1, 2),), epochs=2)
     figures = search.measure(40, 20, 8, 16, 1, (0, 1), TINY, study, str(tmp_path))
     assert figures["k_txt"]["0"].keys() >= {"cached", "end_to_end_xla"}
     assert all(one >= 0 for lines in search.parts(figures).values() for _, one, _ in lines)

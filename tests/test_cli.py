@@ -108,6 +108,18 @@ def trained(project: Project, extraction: object) -> Result:
     )
 
 
+def test_plain_sets_what_the_run_keeps(project: Project, trained: Result) -> None:
+    common = ("train", "--config", project.file, "--runs", project.runs, "--epochs", "1")
+    plain = json.loads(succeed(*common, "--name", "plain", "--plain", "--json").stdout)
+    kept = load_config(Path(plain["run"]) / "config.toml").train
+    assert not kept.xla
+    assert not kept.fast_path
+    compiled = succeed(*common, "--name", "compiled", "--xla", "--json")
+    assert load_config(Path(json.loads(compiled.stdout)["run"]) / "config.toml").train.xla
+    # The same numbers but for rounding: dropout draws the same on each way.
+    assert json.loads(compiled.stdout)["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+
+
 def test_help_imports_nothing_heavy() -> None:
     program = f"""
 import sys
@@ -415,6 +427,8 @@ def other_value(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
         return next(choice for choice in choices if choice != value)
     if field.name == "fractions":
         return (0.5, 0.25, 0.25)
+    if kind is bool:
+        return not value
     if kind is int:
         return value + 1
     if kind is float:
@@ -439,7 +453,9 @@ def test_every_flag_overrides_the_file(
     wanted = other_value(field, kind, in_file)
     text = ",".join(map(str, wanted)) if isinstance(wanted, tuple) else str(wanted)
     command = cli.cli.commands["train"]
-    flags = ["--config", project.file, f"--{field.name.replace('_', '-')}", text]
+    name = field.name.replace("_", "-")
+    given = [f"--{name}" if wanted else f"--no-{name}"] if kind is bool else [f"--{name}", text]
+    flags = ["--config", project.file, *given]
     params = command.make_context("train", flags).params
     keep = {key: value for key, value in params.items() if "__" in key}
     config = read_config(params["config_file"], keep)

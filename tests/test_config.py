@@ -183,6 +183,8 @@ def values_of(section: str, field: dataclasses.Field[Any], hint: Any) -> st.Sear
     low = meta["minimum"] if meta["minimum"] is not None else meta["above"]
     if hint is int:
         return st.integers(low, 2**63)
+    if hint is bool:
+        return st.booleans()
     assert hint is float
     return st.floats(
         low,

@@ -28,12 +28,12 @@ from trainer.run import Run
 
 def trained(config: Config, folder: Path) -> Run:
     features = open_features(config, extracted(config))
-    Training(Run(folder), features, compiled=False).fit()
+    Training(Run(folder), features).fit()
     return Run(folder)
 
 
 def measure(run: Run, split: str = "test", control: str = "none") -> dict[str, Any]:
-    return evaluate(run, open_run_features(run), split, control, compiled=False)
+    return evaluate(run, open_run_features(run), split, control)
 
 
 @pytest.fixture(scope="module")

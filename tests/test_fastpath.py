@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ def test_plain_and_fast_models_train_alike(tiny_text: Path, tmp_path: Path, k_tx
     from trainer.batches import Batch
 
     train = TrainConfig(k_txt=k_txt, num_heads=2, head_dim=4, mlp_dim=6, lr=1e-3, dropout=0.3)
+    plain = dataclasses.replace(train, fast_path=False)
     config = resolve_preset(tiny_text).config
     rng = np.random.default_rng(0)
     batches = []
@@ -189,18 +191,19 @@ def test_plain_and_fast_models_train_alike(tiny_text: Path, tmp_path: Path, k_tx
             )
         )
     losses, models = [], []
-    for fast in (True, False):
-        model = build_cached_model(config, 9, 7, train, fast=fast)
-        stepper = make_stepper([(model, make_optimizer(train))], compiled=False)
+    for own in (train, plain):
+        model = build_cached_model(config, 9, 7, own)
+        stepper = make_stepper([(model, make_optimizer(train))], xla=False)
         losses.append([float(stepper.train(batch)[0]) for batch in batches])
         models.append(model)
     np.testing.assert_allclose(losses[0], losses[1], atol=2e-5)
     assert len(set(np.round(losses[0], 6))) == len(batches)
     inputs = batches[1].inputs()
-    for written, reading in ((models[0], False), (models[1], True)):
-        file = tmp_path / f"{reading}.weights.h5"
+    assert type(models[1].get_layer("xattn")) is keras.layers.MultiHeadAttention
+    for written, reading in ((models[0], plain), (models[1], train)):
+        file = tmp_path / f"{reading.fast_path}.weights.h5"
         written.save_weights(file)
-        other = build_cached_model(config, 9, 7, train, fast=reading)
+        other = build_cached_model(config, 9, 7, reading)
         other.load_weights(file)
         expected = written(inputs, training=False)
         np.testing.assert_allclose(other(inputs, training=False), expected, atol=1e-5)

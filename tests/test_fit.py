@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 from tiny_runs import extracted, tiny_config, with_train
@@ -28,6 +29,7 @@ from trainer.features import open_features
 from trainer.fit import Reporter, Training, judge, monitored
 from trainer.fusion import HEAD_LAYERS
 from trainer.run import Run
+from trainer.step import make_stepper
 
 TIMES = {"seconds", "val_seconds", "wait_share"}
 STEPS = 8  # 32 photos × 4 sentences, 16 rows a step
@@ -50,13 +52,11 @@ class Workspace:
         run: Run | None = None,
         init_from: Run | None = None,
         reporter: Reporter | None = None,
-        compiled: bool = False,
         **changes: Any,
     ) -> Training:
-        """Return a training without XLA, which compiles longer than tiny models run."""
         features = open_features(with_train(self.config, **changes), self.dataset)
         run = run or self.run()
-        return Training(run, features, init_from, reporter, compiled=compiled)
+        return Training(run, features, init_from, reporter)
 
     def fit(self, **kwargs: Any) -> Training:
         training = self.training(**kwargs)
@@ -171,7 +171,7 @@ def test_a_seed_decides_everything(work: Workspace, k_txt: int) -> None:
 
 @pytest.mark.slow
 def test_xla_runs_are_repeatable_and_near_the_plain_graph(work: Workspace, plain: Training) -> None:
-    first, second = work.fit(compiled=True), work.fit(compiled=True)
+    first, second = work.fit(xla=True), work.fit(xla=True)
     assert_same_run(first.run, second.run)
     # Dropout draws other numbers under XLA.
     gap = float(history(first)[0]["val_loss"]) - float(history(plain)[0]["val_loss"])
@@ -221,6 +221,7 @@ from trainer.config import load_config
 from trainer.features import open_features
 from trainer.fit import Reporter, Training
 from trainer.run import Run
+from trainer.step import make_stepper
 config = load_config(sys.argv[1])
 run = Run(Path(sys.argv[2]))
 features = open_features(config, load_dataset(config.data, Path(config.store.root)))
@@ -229,7 +230,7 @@ slow = Reporter(
     epoch=lambda record: print(record["epoch"], flush=True),
 )
 with run.writing():
-    Training(run, features, reporter=slow, compiled=False).fit()
+    Training(run, features, reporter=slow).fit()
 """
 
 
@@ -278,7 +279,7 @@ def test_going_on_with_other_inputs_is_refused(work: Workspace, tmp_path: Path) 
     data = dataclasses.replace(work.config.data, rows=str(rows))
     fewer = load_dataset(data, Path(work.config.store.root))
     with pytest.raises(RunError, match="the rows changed"):
-        Training(run, open_features(work.config, fewer), compiled=False)
+        Training(run, open_features(work.config, fewer))
 
 
 def test_a_damaged_checkpoint_is_one_line(work: Workspace) -> None:
@@ -443,6 +444,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "control": {"control": "hypothesis-only"},
     "dtype_policy": {"dtype_policy": "mixed_bfloat16"},
 }
+# What decides how the same numbers are computed.
+SAME_FIGURES = {"xla", "fast_path"}
 # The accuracy soon stands at 1 and gains no more: rate cuts and the early stop come.
 RESTLESS = {
     "lr": 0.05,
@@ -459,7 +462,29 @@ def restless(work: Workspace) -> Training:
 
 
 def test_every_setting_is_in_the_table() -> None:
-    assert CHANGES.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert CHANGES.keys() == names - SAME_FIGURES
+
+
+@pytest.mark.parametrize("xla", [True, False])
+def test_the_step_is_compiled_where_the_settings_say_so(
+    work: Workspace, monkeypatch: pytest.MonkeyPatch, xla: bool
+) -> None:
+    found = []
+
+    def spied(members: Any, xla: bool) -> Any:
+        found.append(xla)
+        return make_stepper(members, xla=False)
+
+    monkeypatch.setattr(trainer.loop, "make_stepper", spied)
+    work.fit(xla=xla, epochs=1)
+    assert found == [xla]
+
+
+def test_the_plain_path_has_keras_own_layers(work: Workspace) -> None:
+    layer = work.training(k_txt=1, fast_path=False).model.get_layer("xattn")
+    assert type(layer) is keras.layers.MultiHeadAttention
+    assert not work.training(k_txt=1, fast_path=False).model.get_layer("text_tail").fast
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -1,4 +1,4 @@
-"""CrossAttention against keras.layers.MultiHeadAttention: outputs, gradients, weights, dropout."""
+"""The fast MultiHeadAttention against Keras's own: outputs, gradients, weights, dropout."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from featstore.errors import ConfigError
 from trainer.config import TrainConfig
-from trainer.fusion import HEAD_LAYERS, CrossAttention, apply_head
+from trainer.fusion import HEAD_LAYERS, MultiHeadAttention, apply_head
 
 
 def pair(query_width: int, width: int, heads: int, **kwargs: Any) -> tuple[Any, Any]:
     """Return the plain and the fast layer with the same random weights."""
     layers = [
         cls(heads, 4, name="xattn", **kwargs)
-        for cls in (keras.layers.MultiHeadAttention, CrossAttention)
+        for cls in (keras.layers.MultiHeadAttention, MultiHeadAttention)
     ]
     rng = np.random.default_rng(0)
     for layer in layers:

@@ -198,7 +198,7 @@ def test_the_model_reads_levels_as_the_numbers_they_stand_for(
     tiny_text: Path, k_txt: int, fast: bool
 ) -> None:
     config = json.loads((tiny_text / "config.json").read_text())
-    train = TrainConfig(k_txt=k_txt, num_heads=2, head_dim=4, mlp_dim=8)
+    train = TrainConfig(k_txt=k_txt, num_heads=2, head_dim=4, mlp_dim=8, fast_path=fast)
     rng = np.random.default_rng(0)
     features, hidden = (
         quantise(rng.normal(size=(3, n, width)).astype(np.float32))
@@ -207,7 +207,7 @@ def test_the_model_reads_levels_as_the_numbers_they_stand_for(
     mask = np.arange(5) < np.array([[5], [2], [3]])
     shared = {"padding_mask": mask}
     models = {
-        dtype: build_cached_model(config, 12, 6, train, feature_dtype=dtype, fast=fast)
+        dtype: build_cached_model(config, 12, 6, train, feature_dtype=dtype)
         for dtype in ("int8", "float32")
     }
     levels = {
@@ -296,12 +296,11 @@ def test_runs_on_int8_features(project: Config) -> None:
     losses = {}
     for name, changes in (
         ("fast", {}),
-        ("plain", {"plain": True}),
+        ("plain", {"fast_path": False}),
         ("head", {"k_txt": 0}),
     ):
-        given_plain = changes.pop("plain", False)
         config = with_train(project, **changes)
-        training = Training(Run(root / name), open_features(config, dataset), fast=not given_plain)
+        training = Training(Run(root / name), open_features(config, dataset))
         training.fit()
         losses[name] = [record["val_loss"] for record in training.progress.history]
         shown = CliRunner().invoke(cli.cli, ["parity", str(root / name), "--rows", "30"])

@@ -120,10 +120,10 @@ def test_cached_equals_end_to_end(
 ) -> None:
     vision = vision if tokens == "patches" else whole_vision
     rows = Rows(vision, text, k_txt, random_images(4))
-    train = settings(k_txt)
+    train, plain_train = settings(k_txt), settings(k_txt, fast_path=False)
     config, sizes = text.preset.config, (vision.width, vision.num_tokens)
     fast = build_cached_model(config, *sizes, train, feature_dtype="float32")
-    plain = build_cached_model(config, *sizes, train, feature_dtype="float32", fast=False)
+    plain = build_cached_model(config, *sizes, plain_train, feature_dtype="float32")
     oracle = build_end_to_end(vision.backbone, text.backbone, train, tokens)
     for model in (fast, plain):
         # Weights from the preset and the seed alone: nothing is copied between the models.
@@ -153,9 +153,9 @@ def test_same_formula_for_any_length(
     rows.cached["hidden"] = text.encode(ids, mask, k_txt)[:, :length]
     rows.cached["padding_mask"] = mask[:, :length]
     rows.end_to_end |= {"input_ids": ids, "attention_mask": mask.astype(np.int32)}
-    train = settings(k_txt, dtype_policy="float64")
+    train = settings(k_txt, dtype_policy="float64", fast_path=fast)
     config = text.preset.config
-    model = build_cached_model(config, 16, 16, train, feature_dtype="float64", fast=fast)
+    model = build_cached_model(config, 16, 16, train, feature_dtype="float64")
     load_text_layers(model, text.backbone)
     oracle = build_end_to_end(vision.backbone, text.backbone, train)
     # The logit itself is float32.
@@ -187,7 +187,7 @@ def test_weights_go_both_ways(vision: VisionEncoder, text: TextEncoder) -> None:
     oracle = build_end_to_end(vision.backbone, text.backbone, settings(2, seed=6))
     frozen = vision.backbone.get_weights()
     transfer_weights(source, oracle)
-    back = build_cached_model(config, 16, 16, settings(2, seed=7), fast=False)
+    back = build_cached_model(config, 16, 16, settings(2, seed=7, fast_path=False))
     transfer_weights(oracle, back)
     for one, two in zip(source.get_weights(), back.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)

@@ -39,7 +39,7 @@ def make_run(folder: Path, vit: Path, text: Path, store: dict[str, Any], **train
     config = tiny_config(folder / "data", vit, text, **{"epochs": 1, **train})
     config = dataclasses.replace(config, store=dataclasses.replace(config.store, **store))
     features = open_features(config, extracted(config))
-    Training(Run(folder / "runs" / "first"), features, compiled=False).fit()
+    Training(Run(folder / "runs" / "first"), features).fit()
     return Run(folder / "runs" / "first")
 
 
@@ -62,7 +62,7 @@ def run(whole: Path, tmp_path: Path) -> Run:
 
 
 def measure(run: Run, split: str, count: int, seed: int = 0) -> dict[str, Any]:
-    return check_parity(run, split, count, seed, compiled=False)
+    return check_parity(run, split, count, seed)
 
 
 def photo(run: Run, image_id: str) -> Path:

@@ -55,14 +55,13 @@ def test_plain_and_fast_runs_have_one_loss_curve(
     real: tuple[Config, Dataset], tmp_path: Path, k_txt: int
 ) -> None:
     config, dataset = real
-    features = open_features(with_train(config, k_txt=k_txt, lr=5e-5, epochs=2), dataset)
+    config = with_train(config, k_txt=k_txt, lr=5e-5, epochs=2)
     curves = {}
     for fast in (True, False):
         records: list[dict[str, float]] = []
         run = Run(tmp_path / f"fast-{fast}")
-        Training(
-            run, features, None, Reporter(epoch=records.append), compiled=fast, fast=fast
-        ).fit()
+        features = open_features(with_train(config, fast_path=fast, xla=fast), dataset)
+        Training(run, features, reporter=Reporter(epoch=records.append)).fit()
         curves[fast] = np.array([[r["loss"], r["val_loss"]] for r in records])
     # Training happened, so that two curves that agree are not two constants.
     assert curves[True][1, 0] < curves[True][0, 0]

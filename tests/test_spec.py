@@ -135,7 +135,7 @@ def test_the_order_of_keys_does_not_count() -> None:
         ({"a"}, "set cannot be fingerprinted"),
         (b"a", "bytes cannot be fingerprinted"),
         (Path("a"), "PosixPath cannot be fingerprinted"),
-        (object(), "object cannot be fingerprinted"),
+        pytest.param(object(), "object cannot be fingerprinted", id="object"),
         ("a\ud800", "cannot be fingerprinted"),
         ({"a\ud800": 1}, "cannot be fingerprinted"),
     ],

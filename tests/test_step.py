@@ -68,10 +68,10 @@ def weights_of(model: keras.Model) -> list[np.ndarray]:
 
 
 def train(
-    settings: TrainConfig = PLAIN, steps: int = 4, compiled: bool = False, **batch: Any
+    settings: TrainConfig = PLAIN, steps: int = 4, xla: bool = False, **batch: Any
 ) -> tuple[list[float], keras.Model]:
     model = tiny_model(settings.dtype_policy)
-    stepper = make_stepper([(model, make_optimizer(settings))], compiled)
+    stepper = make_stepper([(model, make_optimizer(settings))], xla)
     losses = [float(stepper.train(random_batch(seed, **batch))[0]) for seed in range(steps)]
     stepper.sync()
     return losses, model
@@ -133,7 +133,7 @@ def test_filling_rows_change_nothing() -> None:
     results = []
     for filling in (0.0, 50.0):
         model = tiny_model()
-        stepper = make_stepper([(model, make_optimizer(settings))], compiled=False)
+        stepper = make_stepper([(model, make_optimizer(settings))], xla=False)
         losses = []
         for seed in range(3):
             batch = random_batch(seed, valid=5)
@@ -151,14 +151,14 @@ def test_the_loss_of_a_filled_batch_is_that_of_its_rows() -> None:
     logits = np.asarray(model(batch.inputs()))[:5, 0].astype(np.float64)
     p = 1 / (1 + np.exp(-logits))
     expected = -np.mean(np.where(batch.labels[:5] == 1, np.log(p), np.log(1 - p)))
-    stepper = make_stepper([(model, make_optimizer(PLAIN))], compiled=False)
+    stepper = make_stepper([(model, make_optimizer(PLAIN))], xla=False)
     assert float(stepper.train(batch)[0]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_predictions_are_the_models_on_valid_rows() -> None:
     model = tiny_model(dropout=0.5)
     batch = random_batch(1, valid=6)
-    stepper = make_stepper([(model, make_optimizer(PLAIN))], compiled=False)
+    stepper = make_stepper([(model, make_optimizer(PLAIN))], xla=False)
     (found,) = stepper.predict(batch)
     assert found.shape == (6,)
     expected = np.asarray(model(batch.inputs(), training=False))[:6, 0]
@@ -172,7 +172,7 @@ def test_each_setting_of_the_optimizer_is_used(change: dict[str, float]) -> None
     # Adam forgets the scale of gradients that is the same at each step: scale them unlike.
     def run(settings: TrainConfig) -> keras.Model:
         model = tiny_model()
-        stepper = make_stepper([(model, make_optimizer(settings))], compiled=False)
+        stepper = make_stepper([(model, make_optimizer(settings))], xla=False)
         for seed in range(4):
             stepper.train(random_batch(seed, scale=(1 + seed) ** 2))
         return model
@@ -187,14 +187,14 @@ def test_weight_decay_shrinks_weights_that_have_no_gradient() -> None:
     model.get_layer("logit").kernel.assign(np.zeros((5, 1)))
     before = np.asarray(model.trainable_variables[0])
     settings = TrainConfig(lr=1e-2, weight_decay=0.5)
-    make_stepper([(model, make_optimizer(settings))], compiled=False).train(random_batch(0))
+    make_stepper([(model, make_optimizer(settings))], xla=False).train(random_batch(0))
     after = np.asarray(model.trainable_variables[0])
     np.testing.assert_allclose(after, before * (1 - 1e-2 * 0.5), rtol=1e-5)
 
 
 def test_xla_gives_the_same_within_rounding() -> None:
-    plain, model = train(compiled=False)
-    compiled, other = train(compiled=True)
+    plain, model = train(xla=False)
+    compiled, other = train(xla=True)
     np.testing.assert_allclose(plain, compiled, rtol=1e-4)
     assert largest_difference(model, other) < 1e-4
 
@@ -213,7 +213,7 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows() -> None:
     settings = dataclasses.replace(PLAIN, dtype_policy="mixed_float16")
     model = tiny_model("mixed_float16")
     optimizer = make_optimizer(settings)
-    stepper = make_stepper([(model, optimizer)], compiled=False)
+    stepper = make_stepper([(model, optimizer)], xla=False)
     scale = float(optimizer.dynamic_scale)
     assert scale > 1
     before = weights_of(model)
@@ -240,7 +240,7 @@ def test_a_cut_learning_rate_takes_effect_without_tracing_again(policy: str) -> 
     model = keras.Model(base.inputs, Counted(dtype="float32")(base.output))
     model = keras.Model({t.name: t for t in base.inputs}, model.output)
     optimizer = make_optimizer(settings)
-    stepper = make_stepper([(model, optimizer)], compiled=False)
+    stepper = make_stepper([(model, optimizer)], xla=False)
     stepper.train(random_batch(0))
     traced = len(traces)
     _cut_learning_rate(optimizer, 1e-6)

@@ -71,7 +71,9 @@ def test_tail_is_the_backbones_end(config: dict[str, Any], fast: bool) -> None:
     backbone = tiny_text_backbone()
     hidden, mask = batch()["hidden"], batch()["padding_mask"]
     for k_txt in range(5):
-        model = build_cached_model(config, 9, 7, tiny(k_txt), feature_dtype="float32", fast=fast)
+        model = build_cached_model(
+            config, 9, 7, tiny(k_txt, fast_path=fast), feature_dtype="float32"
+        )
         load_text_layers(model, backbone)
         expected = hidden
         for layer in backbone.transformer_layers[4 - k_txt :]:

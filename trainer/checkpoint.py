@@ -34,18 +34,17 @@ from trainer.tower import (
 WEIGHTLESS = ("xattn_residual", "flatten_cls", "drop_1")
 
 
-def build_model(config: Config, row_shape: tuple[int, int], fast: bool = True) -> keras.Model:
+def build_model(config: Config, row_shape: tuple[int, int]) -> keras.Model:
     """Build the cached model of a configuration, with random weights.
 
     Args:
         config: The settings.
         row_shape: Tokens and width of the image features.
-        fast: As in `build_cached_model`.
     """
     tokens, width = row_shape
     text = resolve_preset(config.encoders.text)
     return build_cached_model(
-        text.config, width, tokens, config.train, feature_dtype=config.store.dtype, fast=fast
+        text.config, width, tokens, config.train, feature_dtype=config.store.dtype
     )
 
 

@@ -76,9 +76,7 @@ def open_run_features(run: Run, bar: ProgressBar = no_progress) -> Features:
     return open_features(config, dataset, bar)
 
 
-def evaluate(
-    run: Run, features: Features, split: str, control: str = "none", *, compiled: bool = True
-) -> dict[str, Any]:
+def evaluate(run: Run, features: Features, split: str, control: str = "none") -> dict[str, Any]:
     """Compute a run's metrics over exactly the rows of a split.
 
     Args:
@@ -87,7 +85,6 @@ def evaluate(
         split: "train", "val" or "test".
         control: Measure without the picture: "hypothesis-only" or
             "shuffled-images".
-        compiled: Use XLA; False runs a plain graph.
 
     Returns:
         `evaluate_logits` at the run's threshold, with run, split, control and
@@ -100,9 +97,10 @@ def evaluate(
     check_same_features(run, features.config)
     threshold = float(run.metrics()["threshold"])
     model = load_best(run)
-    stepper = make_stepper([(model, make_optimizer(features.config.train))], compiled)
+    train = features.config.train
+    stepper = make_stepper([(model, make_optimizer(train))], train.xla)
     rows = features.rows(split, control)
-    logits = predict_logits(stepper, rows, features.config.train.batch_size)[0]
+    logits = predict_logits(stepper, rows, train.batch_size)[0]
     _, unread = features.usable(split)
     result = {
         "run": run.name,

@@ -122,8 +122,6 @@ class Training:
         features: The features and rows.
         init_from: A run to take the head (and shared text layers) from.
         reporter: How it is shown.
-        compiled: Use XLA; False runs a plain graph.
-        fast: Use `trainer.fastpath`; False runs the plain Keras layers.
 
     Raises:
         RunError: The run was started on other rows, features or weights; or
@@ -136,9 +134,6 @@ class Training:
         features: Features,
         init_from: Run | None = None,
         reporter: Reporter | None = None,
-        *,
-        compiled: bool = True,
-        fast: bool = True,
     ) -> None:
         self.run, self.features = run, features
         self.config: Config = features.config
@@ -149,12 +144,11 @@ class Training:
         self.rows = features.rows("train", self.train_config.control)
         self.val_rows = features.rows("val", self.train_config.control)
         row_shape = features.vision.row_shape
-        self.model = build_model(self.config, row_shape, fast)
+        self.model = build_model(self.config, row_shape)
         load_pretrained(self.model, self.config)
         self.initialised = start_from(self.model, init_from) if init_from else []
         self.optimizer = make_optimizer(self.train_config)
         self.optimizer.build(self.model.trainable_variables)
-        self.compiled = compiled
         self.progress = Progress()
         self.manifest = self._manifest(row_shape, init_from)
         if run.checkpoint_path.exists():

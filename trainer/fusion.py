@@ -15,27 +15,15 @@ HEAD_LAYERS = ("xattn", "xattn_residual", "xattn_norm", "flatten_cls", "mlp_1", 
 
 
 @keras.saving.register_keras_serializable(package="featstore")
-class CrossAttention(keras.layers.MultiHeadAttention):
+class MultiHeadAttention(keras.layers.MultiHeadAttention):
     """`keras.layers.MultiHeadAttention` that is fast where the query is one token.
 
-    Constructor, variables and their names are the parent's, so weights can go
-    either way. A call that is not one unmasked query over one set of features
+    Constructor, variables and their names are the parent's, and so is the name
+    of the class, by which Keras names a layer in a weights file: files go either
+    way. A call that is not one unmasked query over one set of features
     (self-attention, other keys than values, masks, a gate, a window) runs the
     parent's code.
-
-    Args:
-        fast: False always runs the parent's code. The class stays this one, as
-            Keras names weights in a file by it.
-        *args, **kwargs: Of the parent.
     """
-
-    def __init__(self, *args: Any, fast: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.fast = fast
-
-    def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {**super().get_config(), "fast": self.fast}
 
     def call(
         self,
@@ -68,8 +56,7 @@ class CrossAttention(keras.layers.MultiHeadAttention):
         """
         masks = (query_mask, value_mask, key_mask, attention_mask)
         absorbs = (
-            self.fast
-            and len(query.shape) == 3
+            len(query.shape) == 3
             and query.shape[1] == 1
             and len(value.shape) == 3
             and (key is None or key is value)
@@ -140,7 +127,7 @@ def apply_head(cls: Any, features: Any, train: TrainConfig, fast: bool = True) -
         cls: Symbolic float of shape (batch, 1, text_width).
         features: Symbolic float of shape (batch, tokens, vision_width).
         train: `num_heads`, `head_dim`, `mlp_dim`, `dropout` and `dtype_policy` are used.
-        fast: As in `CrossAttention`.
+        fast: `MultiHeadAttention` of this module rather than Keras's own.
 
     Returns:
         Symbolic float32 of shape (batch, 1): the logit of entailment.
@@ -150,8 +137,8 @@ def apply_head(cls: Any, features: Any, train: TrainConfig, fast: bool = True) -
     """
     text_width, dtype = cls.shape[-1], train.dtype_policy
     heads = head_heads(train, text_width)
-    attention = CrossAttention(heads, train.head_dim, fast=fast, dtype=dtype, name="xattn")
-    attended = attention(cls, features)
+    layer = MultiHeadAttention if fast else keras.layers.MultiHeadAttention
+    attended = layer(heads, train.head_dim, dtype=dtype, name="xattn")(cls, features)
     x = keras.layers.Add(dtype=dtype, name="xattn_residual")([cls, attended])
     x = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="xattn_norm")(x)
     x = keras.layers.Flatten(dtype=dtype, name="flatten_cls")(x)

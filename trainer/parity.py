@@ -187,7 +187,7 @@ class _Models:
     text: TextEncoder
 
 
-def _load_models(config: Config, features: Features, best: keras.Model, compiled: bool) -> _Models:
+def _load_models(config: Config, features: Features, best: keras.Model) -> _Models:
     """Build both models with the weights of `best`."""
     train = dataclasses.replace(config.train, dtype_policy="float32")
     cached = best
@@ -201,8 +201,8 @@ def _load_models(config: Config, features: Features, best: keras.Model, compiled
     transfer_weights(best, model)
     outputs = {"features": model.get_layer(VISION_NAME).output, "logits": model.output}
     both = keras.Model(model.input, outputs)
-    both.compile(jit_compile=compiled)
-    stepper = make_stepper([(cached, make_optimizer(train))], compiled)
+    both.compile(jit_compile=train.xla)
+    stepper = make_stepper([(cached, make_optimizer(train))], train.xla)
     return _Models(stepper, both, vision, text)
 
 
@@ -335,9 +335,7 @@ class _Comparison:
         return results
 
 
-def _recorded_loss(
-    run: Run, features: Features, best: keras.Model, compiled: bool
-) -> dict[str, Any]:
+def _recorded_loss(run: Run, features: Features, best: keras.Model) -> dict[str, Any]:
     """Compare the val loss of the weights with the one that the run wrote down.
 
     Both paths share the weights, so that those of another run would agree
@@ -345,7 +343,7 @@ def _recorded_loss(
     """
     train = features.config.train
     rows = features.rows("val")
-    stepper = make_stepper([(best, make_optimizer(train))], compiled)
+    stepper = make_stepper([(best, make_optimizer(train))], train.xla)
     logits = predict_logits(stepper, rows, train.batch_size)[0]
     found = log_loss(rows.labels, logits) if np.isfinite(logits).all() else np.nan
     expected = float(run.metrics()["loss"])
@@ -467,8 +465,6 @@ def check_parity(
     seed: int = 0,
     sentences_bar: ProgressBar = no_progress,
     rows_bar: ProgressBar = no_progress,
-    *,
-    compiled: bool = True,
 ) -> dict[str, Any]:
     """Compare a run with the end-to-end model on rows drawn from a split.
 
@@ -482,7 +478,6 @@ def check_parity(
         seed: Decides which.
         sentences_bar: Shows the encoding of sentences that the store lacks.
         rows_bar: Shows the rows.
-        compiled: Use XLA; False runs plain graphs.
 
     Returns:
         `quantities` (largest and mean difference, tolerance and whether it is
@@ -507,7 +502,7 @@ def check_parity(
         )
     features = _open_features(run, sentences_bar)
     best = load_best(run)
-    comparison = _Comparison(features, split, _load_models(config, features, best, compiled))
+    comparison = _Comparison(features, split, _load_models(config, features, best))
     total = len(comparison.rows)
     picks = np.random.default_rng(seed).permutation(total)[:count]
     with rows_bar(len(picks)) as progress:
@@ -534,7 +529,7 @@ def check_parity(
         "quantities": comparison.quantities(),
         "predictions": comparison.predictions(threshold),
         "metrics": comparison.metrics(threshold),
-        "recorded_loss": _recorded_loss(run, features, best, compiled),
+        "recorded_loss": _recorded_loss(run, features, best),
         "photos": {
             "changed": sorted(comparison.changed),
             "unreadable": comparison.unreadable,

@@ -91,13 +91,13 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def make_stepper(members: Sequence[Member], compiled: bool = True) -> Stepper:
+def make_stepper(members: Sequence[Member], xla: bool = True) -> Stepper:
     """Return the stepper of the backend that Keras runs on.
 
     Args:
         members: Models from `build_cached_model`, each with its optimizer,
             which is built here if it is not yet.
-        compiled: Use XLA; False traces a plain graph. JAX always compiles.
+        xla: Compile; False traces a plain graph. JAX always compiles.
     """
     keep_freed_memory()
     for model, optimizer in members:
@@ -105,11 +105,11 @@ def make_stepper(members: Sequence[Member], compiled: bool = True) -> Stepper:
             optimizer.build(model.trainable_variables)
     if keras.backend.backend() == "jax":
         return _JaxStepper(members)
-    return _TensorFlowStepper(members, compiled)
+    return _TensorFlowStepper(members, xla)
 
 
 class _TensorFlowStepper:
-    def __init__(self, members: Sequence[Member], compiled: bool) -> None:
+    def __init__(self, members: Sequence[Member], xla: bool) -> None:
         import tensorflow as tf
 
         def gradients(inputs: Any, labels: Any, weights: Any) -> Any:
@@ -132,9 +132,9 @@ class _TensorFlowStepper:
 
         # In two parts: the gradients are compiled once for each length of sentence, and the
         # optimizer, the larger half of the compilation, once in all.
-        self._gradients = tf.function(gradients, jit_compile=compiled)
-        self._update = tf.function(update, jit_compile=compiled)
-        self._predict = tf.function(predict, jit_compile=compiled)
+        self._gradients = tf.function(gradients, jit_compile=xla)
+        self._update = tf.function(update, jit_compile=xla)
+        self._predict = tf.function(predict, jit_compile=xla)
         self._from_dlpack = tf.experimental.dlpack.from_dlpack
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:

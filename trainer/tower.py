@@ -169,7 +169,6 @@ def build_cached_model(
     train: TrainConfig,
     *,
     feature_dtype: str = "float16",
-    fast: bool = True,
 ) -> keras.Model:
     """Build the model that trains over cached features, with random weights.
 
@@ -182,11 +181,10 @@ def build_cached_model(
         text_config: The text preset's parsed `config.json` (`Preset.config`).
         vision_width: Numbers of one vision token.
         num_tokens: Vision tokens of an image.
-        train: `k_txt`, the head's sizes, `seed` and `dtype_policy` are used.
+        train: `k_txt`, the head's sizes, `seed`, `dtype_policy` and `fast_path`
+            are used.
         feature_dtype: The store's dtype. Features enter the graph in it and
             are cast inside, so that fewer bytes are moved.
-        fast: The exact shortcuts of `CrossAttention` and `TextTail`; False
-            runs the plain Keras and keras-hub layers.
 
     Returns:
         keras.Model from `features` (batch, num_tokens, vision_width), `hidden`
@@ -207,10 +205,10 @@ def build_cached_model(
     inputs["padding_mask"] = padding_mask
     configs = text_layer_configs(text_config, train.k_txt)
     with seeded(f"text {train.seed}"):
-        tail = TextTail(configs, fast=fast, dtype=train.dtype_policy, name=TAIL_NAME)
+        tail = TextTail(configs, fast=train.fast_path, dtype=train.dtype_policy, name=TAIL_NAME)
         cls = tail(hidden, padding_mask=padding_mask)
     with seeded(f"head {train.seed}"):
-        logit = apply_head(cls, features, train, fast=fast)
+        logit = apply_head(cls, features, train, fast=train.fast_path)
     model = keras.Model(inputs, logit, name="cached")
     use_threefry(model)
     return model

@@ -108,10 +108,14 @@ def settings(*sections: str) -> Callable[[Command], Command]:
                 option_type: Any = kind if kind in (int, float) else str
                 if meta["choices"]:
                     option_type = click.Choice(meta["choices"])
+                flag = f"--{field.name.replace('_', '-')}"
+                if kind is bool:
+                    option_type, flag = bool, f"{flag}/--no-{flag[2:]}"
                 command = click.option(
-                    f"--{field.name.replace('_', '-')}",
+                    flag,
                     f"{name}__{field.name}",
                     type=option_type,
+                    default=None,
                     help=f"{meta['help']}  [{name}]",
                 )(command)
         return click.option(

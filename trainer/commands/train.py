@@ -51,7 +51,7 @@ def _print_metrics(result: dict[str, Any]) -> None:
 @click.command()
 @click.option("--name", help="Name of the run; an unfinished run of that name goes on.")
 @click.option("--init-from", help="Run to take the head and shared text layers from.")
-@click.option("--plain", is_flag=True, help="Plain Keras layers without XLA: slow, same numbers.")
+@click.option("--plain", is_flag=True, help="As --no-fast-path --no-xla: slow, same numbers.")
 @runs_option
 @json_option
 @settings("data", "encoders", "store", "train")
@@ -65,6 +65,8 @@ def train(
     **flags: Any,
 ) -> None:
     """Train the fusion head and the last text layers on cached features."""
+    if plain:
+        flags |= {"train__fast_path": False, "train__xla": False}
     config = read_config(config_file, flags)
     from trainer.run import Run, find_run, run_folder
 
@@ -84,14 +86,7 @@ def train(
 
     with run.writing(), stop_request() as stopping:
         run.check_free_or_same(config)
-        training = Training(
-            run,
-            features,
-            source,
-            Reporter(epoch_bar, print_epoch, stopping),
-            compiled=not plain,
-            fast=not plain,
-        )
+        training = Training(run, features, source, Reporter(epoch_bar, print_epoch, stopping))
         if not as_json:
             count = training.manifest["parameters"]["trainable"]
             click.echo(f"run {run.folder}: {count:,} trainable parameters", err=True)
