@@ -122,18 +122,26 @@ def loader(rows: int, rounds: int, scratch: str | None, size_name: str, kept: bo
 @benchmarks.command()
 @click.option("--k-txt", "layers", multiple=True, type=int, default=ALL_K_TXT, show_default=True)
 @click.option("--rows", default=32, show_default=True, help="Rows of a step.")
-@click.option("--length", default=12, show_default=True, help="Tokens of a cached batch.")
+@click.option(
+    "--length", type=int, help="Tokens of every cached batch; default: as an epoch of hypotheses."
+)
 @click.option("--rounds", default=3, show_default=True)
 @size_option
 @kept_option
 def steps(
-    layers: tuple[int, ...], rows: int, length: int, rounds: int, size_name: str, kept: bool
+    layers: tuple[int, ...],
+    rows: int,
+    length: int | None,
+    rounds: int,
+    size_name: str,
+    kept: bool,
 ) -> None:
     """One training step, cached against end to end."""
     from benchmarks.sizes import SIZES
     from benchmarks.steps import measure
 
-    figures = measure(layers, rows, length, rounds, size=SIZES[size_name])
+    lengths = [length] if length else None
+    figures = measure(layers, rows, lengths, rounds, size=SIZES[size_name])
     finish("steps", figures, kept)
 
 
@@ -322,6 +330,18 @@ def search_quality(seeds: int, trials: int, epochs: int, config_file: Path, kept
     finish("search_quality", measure(config_file, seeds, trials, epochs), kept)
 
 
+@benchmarks.command(name="number-formats")
+@config_option
+@click.option("--rounds", default=7, show_default=True, help="Rounds of reading.")
+@scratch_option
+@kept_option
+def number_formats(config_file: Path, rounds: int, scratch: str | None, kept: bool) -> None:
+    """Size, speed and accuracy of float32, float16, bfloat16 and int8 stores of your rows."""
+    from benchmarks.number_formats import measure
+
+    finish("number_formats", measure(config_file, rounds=rounds, scratch=scratch), kept)
+
+
 @benchmarks.command()
 @click.pass_context
 def scale(context: click.Context) -> None:
@@ -339,7 +359,8 @@ def scale(context: click.Context) -> None:
         ) from error
 
 
-NOT_IN_ALL = ("all", "tables", "scale", "accelerator", "study-search", "search-quality")
+NEED_MORE = ("accelerator", "study-search", "search-quality", "number-formats")
+NOT_IN_ALL = ("all", "tables", "scale", *NEED_MORE)
 
 
 @benchmarks.command(name="all")

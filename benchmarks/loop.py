@@ -63,7 +63,7 @@ def measure(
         root = Path(folder)
         synthetic = SyntheticFeatures(root, size, rows, images)
         features = synthetic.open(patient(size, 0, epochs))
-        bare_step = cached_step(0, size.rows, 1, size)
+        bare_step = cached_step(0, size.rows, [1], size)
         bare_step()
         step_seconds: list[float] = []
         bare_seconds: list[float] = []

@@ -6,10 +6,12 @@ import json
 import os
 import platform
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
-from featstore.publish import command_line, package_versions, write_json
+from featstore.publish import package_versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -62,6 +64,8 @@ def keep(name: str, figures: dict[str, Any], results: Path = RESULTS) -> Path:
     path = file_of(about, str(figures.get("device", "")), results)
     content = kept(path)
     content["machine"] = about
-    content[name] = {"command": command_line(), "versions": package_versions(), **figures}
+    arguments = shlex.join(sys.argv[1:])
+    command = f"python -m benchmarks {arguments}"
+    content[name] = {"command": command, "versions": package_versions(), **figures}
     write_json(path, content)
     return path

@@ -107,7 +107,7 @@ def measure(
         tokens = length if k_txt else 1
         work = operations(size, k_txt, rows, tokens)
         moved = bytes_moved(size, k_txt, rows, tokens)
-        step = cached_step(k_txt, rows, length, size)
+        step = cached_step(k_txt, rows, [length], size)
         step()
         taken, bound, both = [], [], []
         for _ in range(rounds):

@@ -40,25 +40,26 @@ class Study:
     """The search that is scaled to.
 
     Attributes:
-        images: Photos, all extracted.
-        rows: Rows on them; as many distinct sentences at most.
-        train_share, val_share: Of the rows.
+        images: Photos of both splits, all extracted.
+        train_rows, val_rows: Rows on them; as many distinct sentences at most.
         trials: Trials of each k_txt.
         epochs: Epochs of a trial.
     """
 
-    images: int = 15_658
-    rows: int = 31_340
-    train_share: float = 0.8
-    val_share: float = 0.1
+    images: int = 15_658 + 1_957
+    train_rows: int = 31_340
+    val_rows: int = 3_922
     trials: tuple[tuple[int, int], ...] = ((2, 3), (3, 3))
     epochs: int = 2
 
     def steps(self, batch_size: int) -> tuple[int, int]:
         """Return training steps and validation batches of an epoch."""
-        shares = (self.train_share, self.val_share)
-        train, val = (math.ceil(self.rows * share / batch_size) for share in shares)
-        return train, val
+        return math.ceil(self.train_rows / batch_size), math.ceil(self.val_rows / batch_size)
+
+    @property
+    def rows(self) -> int:
+        """Rows of both splits."""
+        return self.train_rows + self.val_rows
 
 
 A2 = Study()
@@ -155,7 +156,7 @@ def measure(
         once, as it is the same for all.
     """
     trials = dict(study.trials)
-    study_lengths = len(trim_lengths(size.sequence_length, int(study.rows * study.train_share)))
+    study_lengths = len(trim_lengths(size.sequence_length, study.train_rows))
     extracted = extraction.measure(None, None, photos, size.rows, passes=1, size=size)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -209,7 +210,11 @@ def parts(figures: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
         one = sides["cached"]
         cached += [
             (name + "load and compile the text encoder", sides["load_seconds"], 1),
-            (name + "extract a sentence", 1 / sides["sentences_per_second"], float(study["rows"])),
+            (
+                name + "extract a sentence",
+                1 / sides["sentences_per_second"],
+                float(_study(study).rows),
+            ),
             (name + "build and compile a trial", one["setup"], trials),
             (name + "training step", one["step"], trials * epochs * train),
             (name + "validation step", one["val_step"], trials * epochs * val),
@@ -271,8 +276,9 @@ def report(figures: dict[str, Any]) -> str:
         for k_txt, epochs in break_even(figures).items()
     ]
     text = [
-        f"A search of {trials} trials × {study['epochs']} epochs over {study['rows']:,} rows on"
-        f" {study['images']:,} images, batches of {figures['batch_size']}; each number measured on"
+        f"A search of {trials} trials × {study['epochs']} epochs over {study['train_rows']:,}"
+        f" training and {study['val_rows']:,} validation rows on {study['images']:,} images,"
+        f" batches of {figures['batch_size']}; each number measured on"
         " a sample and multiplied. End to end does not pay for reading its photos.",
         table(["way", "part", "one takes", "times", "in all"], rows),
         "Epochs after which caching has won over end to end with XLA, when one run alone pays for"

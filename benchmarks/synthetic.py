@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.sentences import token_counts
 from benchmarks.sizes import Size, word
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.dataset import Dataset
@@ -98,10 +99,10 @@ def random_parts(rows: int, row_shape: tuple[int, int], shard_rows: int) -> Iter
 
 
 def random_sentences(size: Size, count: int = SENTENCES) -> list[str]:
-    """Return distinct sentences of about ten tokens, as the hypotheses of SNLI-VE have."""
+    """Return distinct sentences, as long as the hypotheses of SNLI-VE."""
     generator = np.random.default_rng(1)
     words = size.vocabulary - 5
-    lengths = np.clip(generator.normal(8, 2.7, count).round(), 3, size.sequence_length - 2)
+    lengths = token_counts(count, size.sequence_length) - 2  # without [CLS] and [SEP]
     numbers = [generator.integers(0, words, int(length)) for length in lengths]
     # The first words number the sentence, so that no two are alike.
     return [
