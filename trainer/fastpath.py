@@ -57,7 +57,7 @@ def _kept_share() -> Any:
     """Return the compiled draw of a dropout's factors; TensorFlow has Threefry under XLA only."""
     import tensorflow as tf
 
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=True, autograph=False)
     def draw(like: Any, seed: Any, rate: float) -> Any:
         # Whole bits are compared: the same share is kept in every dtype.
         bits = tf.random.stateless_uniform(

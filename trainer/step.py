@@ -132,9 +132,11 @@ class _TensorFlowStepper:
 
         # In two parts: the gradients are compiled once for each length of sentence, and the
         # optimizer, the larger half of the compilation, once in all.
-        self._gradients = tf.function(gradients, jit_compile=xla)
-        self._update = tf.function(update, jit_compile=xla)
-        self._predict = tf.function(predict, jit_compile=xla)
+        # Nothing in them branches on a tensor, so AutoGraph would only make tracing slower.
+        function = functools.partial(tf.function, jit_compile=xla, autograph=False)
+        self._gradients = function(gradients)
+        self._update = function(update)
+        self._predict = function(predict)
         self._from_dlpack = tf.experimental.dlpack.from_dlpack
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
