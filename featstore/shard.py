@@ -46,13 +46,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from featstore.errors import CorruptShardError
+from featstore.errors import CorruptShardError, StoreError
 from featstore.publish import publish
 from featstore.quantise import QUANTISED, SCALE_DTYPE
 from featstore.spec import format_of
 
 PAGE_BYTES = 4096
 VERIFY = "run `python cli.py store verify`"
+MAKE_READABLE = "make it readable for you, then run the command again"
 
 INDEX_DATASETS: dict[str, dict[str, tuple[str, int]]] = {
     "vit": {
@@ -586,9 +587,12 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: boo
     Raises:
         CorruptShardError: The file is truncated, damaged, of another spec, or
             holds anything but plain contiguous datasets of its own.
+        StoreError: It may not be read, which says nothing of what is in it.
     """
     try:
         return _open_shard(path, kind, fingerprint, dtype, private)
+    except PermissionError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}); {MAKE_READABLE}") from error
     except CorruptShardError as error:
         raise CorruptShardError(f"{error}; {VERIFY}") from error
 
@@ -601,6 +605,8 @@ def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bo
         if not stat.S_ISREG(status.st_mode):
             # Opening a pipe would wait for a writer that never comes.
             raise CorruptShardError(f"{path}: not a regular file")
+        # Before HDF5, whose own error would not say it in a word.
+        memory = _map(path, private)
         with _opened(path) as file:
             attributes = {name: _attribute(file, path, name) for name in ATTRIBUTES}
             if h5py.h5a.exists(file, b"number"):
@@ -625,10 +631,9 @@ def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bo
                 f"{path}: /scales is {scaled.dtype}{scaled.shape}, expected"
                 f" {SCALE_DTYPE}{stored.shape[:-1]}"
             )
-        memory = _map(path, private)
         # Copies: what was checked must not change under the reader.
         index = {name: datasets[name].read(memory).copy() for name in names}
-    except CorruptShardError:
+    except (CorruptShardError, PermissionError):
         raise
     except HDF5_ERRORS as error:
         reason = " ".join(str(error).split())
