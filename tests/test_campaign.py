@@ -104,15 +104,10 @@ def test_a_kill_at_any_point_of_a_publication_gives_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "campaign",
-    ["flips=200", "kills=8", "trainings=3", "images=40", "starts=4", "repairs=3", "disks=1"],
-)
-def test_a_small_campaign_of_real_commands_finds_nothing_wrong(campaign: str) -> None:
-    name, _, count = campaign.partition("=")
-    every = ["flips", "cuts", "kills", "trainings", "images", "starts", "repairs", "disks"]
-    counts = {**dict.fromkeys(every, "0"), name: count}
-    options = [part for key, value in counts.items() for part in (f"--{key}", value)]
+def test_a_small_campaign_of_real_commands_finds_nothing_wrong() -> None:
+    # Searches have tests of their own, which kill them too; a campaign's take half a minute each.
+    counts = "flips=200 cuts=30 kills=6 trainings=3 searches=0 images=40 starts=4 repairs=3 disks=1"
+    options = [f"--{option}" for option in counts.split()]
     ended = subprocess.run(
         [sys.executable, str(TESTS / "campaign.py"), *options],
         cwd=TESTS.parent,
@@ -121,4 +116,4 @@ def test_a_small_campaign_of_real_commands_finds_nothing_wrong(campaign: str) ->
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "0 wrong in all" in ended.stdout
+    assert " tried, 0 wrong in all" in ended.stdout

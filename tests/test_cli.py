@@ -291,7 +291,7 @@ def test_missing_features_name_the_command(project: Project, tmp_path: Path) -> 
     succeed("extract-vit", "--config", project.file, "--root", str(tmp_path), "--split", "val")
     line = fail(1, "train", *args)
     assert "32 of 32 photos of split 'train'" in line
-    assert "`python cli.py extract-vit --split train`" in line
+    assert "`python cli.py extract-vit --split train --config" in line
     assert not (tmp_path / "text").exists()
 
 
@@ -314,7 +314,9 @@ def test_photos_of_which_none_can_be_read_are_an_error(project: Project, tmp_pat
     store = {"root": str(tmp_path / "cache")}
     file = project.write(tmp_path, data={"images": str(images)}, store=store)
     for _ in range(2):
-        line = fail(1, "extract-vit", "--config", file)
+        result = invoke("extract-vit", "--config", file)
+        (line,) = (one for one in result.stderr.splitlines() if one.startswith("error: "))
+        assert (result.exit_code, result.stdout) == (1, "")
         assert "none of the 56 images has features" in line
         assert "quarantine.json" in line
 

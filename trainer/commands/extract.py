@@ -54,19 +54,15 @@ def _print_summary(plan: Any, summary: Any, as_json: bool, unit: str) -> None:
         "batch_size": summary.batch_size,
     }
     unread = len(summary.failed) + plan.quarantined
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        _print_done(plan, summary, unread, unit)
     if unread and unread == plan.requested:
         reason = next(iter(summary.failed.values()), "they failed before")
         raise DataError(
             f"{plan.folder}: none of the {unread} {unit} has features ({reason}); reasons in"
             f" {plan.folder / 'quarantine.json'}: mend the inputs, then run the command again"
         )
-
-
-def _print_done(plan: Any, summary: Any, unread: int, unit: str) -> None:
+    if as_json:
+        click.echo(json.dumps(result))
+        return
     done = f"{summary.extracted} {unit} extracted" if plan.keys else f"nothing to do: {unit}"
     speed = f" in {summary.seconds:.1f} s ({summary.rows_per_second:.1f}/s)" if plan.keys else ""
     click.echo(f"{done}{speed}, {plan.cached} were stored already; {plan.folder}")
