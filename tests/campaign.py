@@ -195,6 +195,8 @@ def flips(folders: list[Path], count: int, seed: int = 0) -> Figures:
     rng = np.random.default_rng(seed)
     for folder in folders:
         good, parts = live_values(folder), regions(folder)
+        # In any order: a count below the number of parts must not leave the lists out.
+        rng.shuffle(parts)
         for number in range(count // len(folders)):
             part = parts[number % len(parts)]
             before = part.path.read_bytes()
