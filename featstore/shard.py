@@ -524,10 +524,12 @@ def _dataset(file: h5py.h5f.FileID, path: Path, name: str, file_bytes: int) -> _
         raise CorruptShardError(f"{path}: /{name} is not contiguous inside the file")
     found = _Stored(dataset.dtype, dataset.shape, dataset.get_offset())
     count = math.prod(found.shape)
+    if found.dtype.hasobject:
+        raise CorruptShardError(f"{path}: /{name} holds references or strings, expected numbers")
     if count and found.offset is None:
         raise CorruptShardError(f"{path}: /{name} has no data")
     size, claimed = dataset.get_storage_size(), count * found.dtype.itemsize
-    if found.dtype.hasobject or (found.offset or 0) + size > file_bytes or size != claimed:
+    if (found.offset or 0) + size > file_bytes or size != claimed:
         raise CorruptShardError(
             f"{path}: /{name} claims {claimed} bytes that the file does not have"
         )

@@ -242,7 +242,10 @@ def _is_sound(key: str, entry: Any) -> bool:
         return False
     if not isinstance(entry["reason"], str) or any("\ud800" <= c <= "\udfff" for c in key):
         return False
-    return entry.get("checksum") in (None, quarantine_checksum(key, entry))
+    if "checksum" not in entry:
+        # The first version had no other fields: this may have been the checksum's name.
+        return entry.keys() == {"reason", "source_digest"}
+    return bool(entry["checksum"] == quarantine_checksum(key, entry))
 
 
 def salvage_quarantine(folder: Path) -> dict[str, dict[str, Any]]:

@@ -415,7 +415,7 @@ def lookup(own: Own, key: str) -> int:
     return int(open_folder(own.features()).lookup([key])[0])
 
 
-@pytest.mark.parametrize("field", ["photo005", "source_digest"])
+@pytest.mark.parametrize("field", ["photo005", "source_digest", "checksum"])
 def test_a_changed_quarantine_entry_never_brings_stale_features_back(own: Own, field: str) -> None:
     quarantined(own)
     assert lookup(own, "photo005") == -1
