@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
 from dataclasses import dataclass, field
@@ -19,14 +20,15 @@ import numpy as np
 from featstore.errors import RunError, StoreError
 from featstore.maintain import KINDS, Source, disk_bytes, feature_folders, open_folder
 from featstore.publish import TEMPORARY, read_json
-from featstore.shard import open_shard, rewrite_shard
+from featstore.shard import MAKE_READABLE, open_shard, rewrite_shard, shard_number
 from featstore.spec import read_spec
-from featstore.store import reconcile_manifest, shard_paths, write_manifest
+from featstore.store import listed, reconcile_manifest, shard_paths, write_manifest
 from featstore.worklist import CLAIM, PLAN, writing
 
 DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
 # The manifest goes first: a folder that is deleted in part is refused until this goes on.
 LISTS = ("quarantine.json", "spec.json", PLAN, ".lock")
+RECORDS = ("manifest.json", "search.json")
 ROOT_ENTRIES = (*KINDS, "splits", "reports", "demo", "README.md", ".gitignore")
 # Splits and reports are written without a lock: a younger file may be in the making.
 TEMPORARY_SECONDS = 3600.0
@@ -84,13 +86,13 @@ class Collection:
 
 
 def referenced_by_runs(runs: Path) -> set[str]:
-    """Return every fingerprint and split digest that a manifest below `runs` names.
+    """Return every fingerprint and split digest that a run or a search below `runs` names.
 
     Raises:
-        RunError: A manifest cannot be read: what it refers to is not known.
+        RunError: One cannot be read: what it refers to is not known.
     """
     found: set[str] = set()
-    for path in sorted(runs.rglob("manifest.json")):
+    for path in _records(runs):
         try:
             text = json.dumps(read_json(path))
         except (OSError, ValueError) as error:
@@ -102,11 +104,35 @@ def referenced_by_runs(runs: Path) -> set[str]:
     return found
 
 
+def _records(runs: Path) -> list[Path]:
+    """Return what runs and searches wrote of themselves; links to folders are followed.
+
+    A search names the features of its trials before it has any.
+
+    Raises:
+        RunError: A folder cannot be listed. Passed over, its runs would not count.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise RunError(
+            f"{error.filename}: cannot be listed ({error.strerror}), so the features that its"
+            f" runs need are not known; {MAKE_READABLE}"
+        ) from error
+
+    found, seen = [], set[str]()
+    if runs.exists():
+        for folder, inner, names in os.walk(runs, onerror=refuse, followlinks=True):
+            seen.add(os.path.realpath(folder))
+            inner[:] = [name for name in inner if os.path.realpath(f"{folder}/{name}") not in seen]
+            found += [Path(folder, name) for name in names if name in RECORDS]
+    return sorted(found)
+
+
 def _is_ours(path: Path) -> bool:
     """Tell whether a file of a feature folder was written by this program."""
     name = path.name
     return path.is_file() and (
-        path in shard_paths(path.parent)
+        shard_number(path) is not None
         or name in (*LISTS, "manifest.json")
         or name.startswith((TEMPORARY, CLAIM))
     )
@@ -125,7 +151,7 @@ def _superseded(folder: Path) -> dict[Path, list[int]]:
 
 def _inside(folder: Path, needed: set[str], found: Collection) -> None:
     """Judge one feature folder."""
-    files = sorted(folder.iterdir())
+    files = listed(folder)
     ours = [path for path in files if _is_ours(path)]
     found.unknown += [path for path in files if path not in ours]
     if folder.name not in needed:
@@ -158,7 +184,7 @@ def _beside(source: Source, needed: set[str], found: Collection) -> None:
         ("split", re.compile(r"([0-9a-f]{32})\.json"), asked_split),
         ("report", re.compile(r"rows-([0-9a-f]{16})\.csv"), asked_report),
     ):
-        for path in sorted((source.root / f"{kind}s").glob("*")):
+        for path in listed(source.root / f"{kind}s"):
             match = pattern.fullmatch(path.name)
             if path.name.startswith(TEMPORARY) and path.is_file():
                 if now - path.stat().st_mtime > TEMPORARY_SECONDS:
@@ -184,7 +210,7 @@ def find_garbage(source: Source, runs: Path) -> Collection:
 
     Raises:
         StoreError: There is no store.
-        RunError: A run's manifest cannot be read.
+        RunError: What a run or a search refers to cannot be read.
         PresetError: The configuration's fingerprints cannot be computed.
     """
     found = Collection()
@@ -194,8 +220,7 @@ def find_garbage(source: Source, runs: Path) -> Collection:
         path for path in sorted(source.root.iterdir()) if path.name not in ROOT_ENTRIES
     ]
     for kind in KINDS:
-        beside = sorted((source.root / kind).glob("*"))
-        found.unknown += [path for path in beside if path not in folders]
+        found.unknown += [path for path in listed(source.root / kind) if path not in folders]
     for folder in folders:
         _inside(folder, needed, found)
     _beside(source, needed, found)

@@ -17,7 +17,7 @@ from featstore.errors import CorruptShardError, FeatstoreError, StoreError
 from featstore.plan import text_spec, vision_spec
 from featstore.publish import TEMPORARY, read_json
 from featstore.spec import TextSpec, VisionSpec, read_spec
-from featstore.store import TextStore, VisionStore, read_quarantine, shard_paths
+from featstore.store import TextStore, VisionStore, listed, read_quarantine, shard_paths
 
 KINDS = ("vit", "text")
 FINGERPRINT = re.compile("[0-9a-f]{32}")
@@ -27,7 +27,7 @@ def feature_folders(root: Path, kinds: Sequence[str] = KINDS) -> list[Path]:
     """Return the feature folders of a store, images first.
 
     Raises:
-        StoreError: There is no such store.
+        StoreError: There is no such store, or it may not be listed.
     """
     if not root.is_dir():
         raise StoreError(
@@ -37,7 +37,7 @@ def feature_folders(root: Path, kinds: Sequence[str] = KINDS) -> list[Path]:
     return [
         path
         for kind in kinds
-        for path in sorted((root / kind).glob("*"))
+        for path in listed(root / kind)
         if FINGERPRINT.fullmatch(path.name) and path.is_dir()
     ]
 
@@ -161,8 +161,8 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         asked: Fingerprints that the configuration asks for.
 
     Returns:
-        `damaged` is None, or why the folder cannot be opened; the counts of
-        rows are None then.
+        `damaged` is None, or why the folder cannot be opened; the counts are
+        None then, that of the shards where the folder may not even be listed.
     """
     found: dict[str, Any] = {
         "kind": folder.parent.name,
@@ -170,7 +170,7 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         "folder": str(folder),
         "names": _names(folder),
         "asked_for": folder.name in asked,
-        "shards": len(shard_paths(folder)),
+        "shards": None,
         "bytes": disk_bytes([folder]),
         "leftover_files": len(list(folder.glob(f"{TEMPORARY}*"))),
         "boundary": None,
@@ -185,6 +185,7 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         "damaged": None,
     }
     try:
+        found["shards"] = len(shard_paths(folder))
         spec = read_spec(folder)
         found |= {
             "boundary": spec["boundary"],
@@ -214,12 +215,10 @@ def _coverage(source: Source) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
     for kind, what in (("vit", "images"), ("text", "sentences")):
         folder = source.asked[kind].folder(source.root)
-        opened = None
-        if shard_paths(folder):
-            try:
-                opened = open_folder(folder)
-            except StoreError:
-                continue
+        try:
+            opened = open_folder(folder) if shard_paths(folder) else None
+        except StoreError:
+            continue
         for split in SPLITS:
             keys = source.keys(kind, split)
             stored = 0 if opened is None else int((opened.lookup(keys) >= 0).sum())

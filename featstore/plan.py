@@ -170,8 +170,8 @@ def _open_if_there(kind: type[Any], folder: Path) -> Any:
     return kind(folder, read_spec(folder)) if shard_paths(folder) else None
 
 
-def _digest_file(path: Path) -> tuple[int, int] | None:
-    """Return a file's digest, or None where it cannot be read."""
+def photo_digest(path: Path) -> tuple[int, int] | None:
+    """Return the digest of a photo's bytes, or None where it cannot be read."""
     try:
         return digest_bytes(read_bytes(path))
     except ImageError:
@@ -206,7 +206,7 @@ def plan_images(
     to_compare = [i for i, key in enumerate(ids) if positions[i] >= 0 or key in known]
     with ThreadPoolExecutor(max(4, store.decode_threads)) as pool:
         found = dict(
-            zip(to_compare, pool.map(_digest_file, [paths[i] for i in to_compare]), strict=True)
+            zip(to_compare, pool.map(photo_digest, [paths[i] for i in to_compare]), strict=True)
         )
     todo, changed, quarantined = [], 0, 0
     for i, key in enumerate(ids):

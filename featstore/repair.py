@@ -44,7 +44,7 @@ from featstore.extract import (
     writing,
 )
 from featstore.maintain import KINDS, Source, feature_folders, matching_spec
-from featstore.plan import Plan, plan_images, plan_text
+from featstore.plan import Plan, photo_digest, plan_images, plan_text
 from featstore.shard import Shard, open_shard, rewrite_shard
 from featstore.spec import TextSpec, VisionSpec, differing_fields, read_spec, write_spec
 from featstore.store import (
@@ -56,7 +56,7 @@ from featstore.store import (
     write_manifest,
     write_quarantine,
 )
-from featstore.verify import FolderReport, Problem, photo_digest, verify_folder
+from featstore.verify import FolderReport, Problem, verify_folder
 
 ACTIONS = {
     "spec": "write it again from the configuration",
@@ -127,6 +127,10 @@ class _Repair:
         self.problems = report.problems
         self.source = source
         self.result = RepairReport(report.folder)
+        # Nothing is known of a file that may not be read: it must not be replaced.
+        self.result.left += [
+            f"{problem.path}: {problem.detail}; {problem.mend}" for problem in self.of("no access")
+        ]
         needed = self.of(*NEEDS_ENCODER)
         self.spec = None
         if needed:
@@ -402,7 +406,7 @@ def repair_folder(
 
     Returns:
         What was done. Its `left` is not empty where another configuration is
-        needed; nothing was changed then.
+        needed or a file may not be read; nothing was changed then.
 
     Raises:
         StoreError: The folder cannot be written, or the disk is full.
@@ -413,7 +417,8 @@ def repair_folder(
     report = verify_folder(folder)
     if not report.problems:
         return RepairReport(folder)
-    if dry_run:
+    # The lock of a folder that may not even be listed cannot be taken.
+    if dry_run or any(problem.what == "no access" for problem in report.problems):
         return _Repair(report, source).planned()
     with writing(folder):
         # Again: another process may have changed the folder before the lock was ours.

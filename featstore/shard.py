@@ -46,13 +46,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from featstore.errors import CorruptShardError
+from featstore.errors import CorruptShardError, StoreError
 from featstore.publish import publish
 from featstore.quantise import QUANTISED, SCALE_DTYPE
 from featstore.spec import format_of
 
 PAGE_BYTES = 4096
 VERIFY = "run `python cli.py store verify`"
+MAKE_READABLE = "make it readable for you, then run the command again"
 
 INDEX_DATASETS: dict[str, dict[str, tuple[str, int]]] = {
     "vit": {
@@ -523,10 +524,12 @@ def _dataset(file: h5py.h5f.FileID, path: Path, name: str, file_bytes: int) -> _
         raise CorruptShardError(f"{path}: /{name} is not contiguous inside the file")
     found = _Stored(dataset.dtype, dataset.shape, dataset.get_offset())
     count = math.prod(found.shape)
+    if found.dtype.hasobject:
+        raise CorruptShardError(f"{path}: /{name} holds references or strings, expected numbers")
     if count and found.offset is None:
         raise CorruptShardError(f"{path}: /{name} has no data")
     size, claimed = dataset.get_storage_size(), count * found.dtype.itemsize
-    if found.dtype.hasobject or (found.offset or 0) + size > file_bytes or size != claimed:
+    if (found.offset or 0) + size > file_bytes or size != claimed:
         raise CorruptShardError(
             f"{path}: /{name} claims {claimed} bytes that the file does not have"
         )
@@ -586,9 +589,12 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: boo
     Raises:
         CorruptShardError: The file is truncated, damaged, of another spec, or
             holds anything but plain contiguous datasets of its own.
+        StoreError: It may not be read, which says nothing of what is in it.
     """
     try:
         return _open_shard(path, kind, fingerprint, dtype, private)
+    except PermissionError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror}); {MAKE_READABLE}") from error
     except CorruptShardError as error:
         raise CorruptShardError(f"{error}; {VERIFY}") from error
 
@@ -601,6 +607,8 @@ def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bo
         if not stat.S_ISREG(status.st_mode):
             # Opening a pipe would wait for a writer that never comes.
             raise CorruptShardError(f"{path}: not a regular file")
+        # Before HDF5, whose own error would not say it in a word.
+        memory = _map(path, private)
         with _opened(path) as file:
             attributes = {name: _attribute(file, path, name) for name in ATTRIBUTES}
             if h5py.h5a.exists(file, b"number"):
@@ -625,10 +633,9 @@ def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bo
                 f"{path}: /scales is {scaled.dtype}{scaled.shape}, expected"
                 f" {SCALE_DTYPE}{stored.shape[:-1]}"
             )
-        memory = _map(path, private)
         # Copies: what was checked must not change under the reader.
         index = {name: datasets[name].read(memory).copy() for name in names}
-    except CorruptShardError:
+    except (CorruptShardError, PermissionError):
         raise
     except HDF5_ERRORS as error:
         reason = " ".join(str(error).split())

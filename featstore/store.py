@@ -35,6 +35,7 @@ from featstore.errors import (
 from featstore.publish import command_line, package_versions, read_json, write_json
 from featstore.quantise import QUANTISED, SCALE_DTYPE
 from featstore.shard import (
+    MAKE_READABLE,
     VERIFY,
     describe_file,
     digest_keys,
@@ -55,13 +56,33 @@ MEND_MANIFEST = "run `python cli.py store repair`"
 FIRST_FIELDS = {"format", "fingerprint", "command", "versions", "quarantine", "shards"}
 
 
+def listed(folder: Path) -> list[Path]:
+    """Return what is in a folder, by name; nothing where there is no folder.
+
+    Raises:
+        StoreError: It may not be listed. `Path.glob` would find it empty, and
+            what is there would count as never extracted, or as needed by nobody.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise StoreError(
+            f"{folder}: cannot be listed ({error.strerror}); {MAKE_READABLE}"
+        ) from error
+
+
 def shard_paths(folder: Path) -> list[Path]:
     """Return the published shards of a folder in their order.
 
     A file of any other name, such as a copy that someone made, is no shard:
     its rows would count as the newest.
+
+    Raises:
+        StoreError: The folder may not be listed.
     """
-    found = [path for path in folder.glob("shard-*.h5") if shard_number(path) is not None]
+    found = [path for path in listed(folder) if shard_number(path) is not None]
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
@@ -221,7 +242,10 @@ def _is_sound(key: str, entry: Any) -> bool:
         return False
     if not isinstance(entry["reason"], str) or any("\ud800" <= c <= "\udfff" for c in key):
         return False
-    return entry.get("checksum") in (None, quarantine_checksum(key, entry))
+    if "checksum" not in entry:
+        # The first version had no other fields: this may have been the checksum's name.
+        return entry.keys() == {"reason", "source_digest"}
+    return bool(entry["checksum"] == quarantine_checksum(key, entry))
 
 
 def salvage_quarantine(folder: Path) -> dict[str, dict[str, Any]]:

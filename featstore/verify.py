@@ -8,6 +8,7 @@ manifest was lost, these still cover every number that is ever returned.
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,16 +19,17 @@ import h5py
 import numpy as np
 import xxhash
 
-from featstore.errors import CorruptShardError, ImageError, StoreError
+from featstore.errors import CorruptShardError, StoreError
 from featstore.extract import ProgressBar, no_progress
-from featstore.images import ImageIndex, read_bytes
+from featstore.images import ImageIndex
 from featstore.maintain import KINDS, Source, feature_folders, open_folder
+from featstore.plan import photo_digest
 from featstore.publish import TEMPORARY, read_json
 from featstore.shard import (
     HDF5_ERRORS,
+    MAKE_READABLE,
     VERIFY,
     Shard,
-    digest_bytes,
     digest_keys,
     open_shard,
     salvage_keys,
@@ -42,6 +44,7 @@ from featstore.store import (
     shard_paths,
 )
 
+LISTS = ("spec.json", "manifest.json", "quarantine.json")
 BLOCK_BYTES = 4 << 20
 MEND = "python cli.py store repair"
 
@@ -51,7 +54,7 @@ class Problem:
     """One thing that is not as it was published.
 
     Attributes:
-        what: "spec", "manifest", "quarantine", "missing shard", "unreadable
+        what: "no access", "spec", "manifest", "quarantine", "missing shard", "unreadable
             shard", "unlisted shard", "damaged rows", "damaged bytes",
             "repeated keys", "other shape", "changed photos" or "vanished
             photos".
@@ -117,7 +120,10 @@ class FolderReport:
 
 def blocks_of(folder: Path) -> int:
     """Return the 4 MiB blocks that a full check of a folder reads."""
-    files = [path for path in shard_paths(folder) if path.is_file()]
+    try:
+        files = [path for path in shard_paths(folder) if path.is_file()]
+    except (StoreError, OSError):
+        return 0  # to be reported as not to be read
     return sum(-(-path.stat().st_size // BLOCK_BYTES) for path in files)
 
 
@@ -189,7 +195,7 @@ def _check_shard(
         keys = shard.keys()
         if not np.array_equal(digest_keys(keys), shard.index["key_digests"]):
             raise CorruptShardError("the keys do not have their digests")
-    except CorruptShardError as error:
+    except StoreError as error:
         shard, reason = None, _short(error, path)
     if not path.is_file():
         report.problems.append(Problem("unreadable shard", path, reason))
@@ -227,6 +233,29 @@ def _check_shard(
         detail = f"{len(repeated)} rows have a key that stands again in this shard"
         report.problems.append(Problem("repeated keys", path, detail, tuple(repeated), named))
     return shard, digest
+
+
+def _no_access(folder: Path) -> list[Problem]:
+    """Find the files of a folder that cannot be opened.
+
+    That is no damage: what is in them may be whole, and must not be replaced.
+    """
+    try:
+        paths = [folder / name for name in LISTS] + shard_paths(folder)
+    except StoreError as error:
+        detail = _short(error, folder).removesuffix(f"; {MAKE_READABLE}")
+        return [Problem("no access", folder, f"{detail}; not checked", mend=MAKE_READABLE)]
+    problems = []
+    for path in paths:
+        try:
+            # Opening a pipe would wait for a writer that never comes.
+            if stat.S_ISREG(path.stat().st_mode):
+                path.open("rb").close()
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                detail = f"cannot be opened ({error.strerror}); its folder was not checked"
+                problems.append(Problem("no access", path, detail, mend=MAKE_READABLE))
+    return problems
 
 
 def _check_lists(report: FolderReport) -> None:
@@ -275,8 +304,10 @@ def verify_folder(folder: Path, progress: Callable[[int], None] = lambda n: None
 
     Cost: reads every file once; memory for one shard's index and one block.
     """
+    report = FolderReport(folder, problems=_no_access(folder))
+    if report.problems:
+        return report
     lines = {line["name"]: line for line in read_manifest(folder)}
-    report = FolderReport(folder)
     _check_lists(report)
     paths = shard_paths(folder)
     report.shards = len(paths)
@@ -321,7 +352,9 @@ def sample_folder(folder: Path, rows: int, seed: int = 0) -> FolderReport:
         rows: How many to draw, without repeats, from all shards together.
         seed: Of the draw.
     """
-    report = FolderReport(folder)
+    report = FolderReport(folder, problems=_no_access(folder))
+    if report.problems:
+        return report
     _check_lists(report)
     lines = {line["name"]: line for line in read_manifest(folder)}
     shards: list[Shard] = []
@@ -352,14 +385,6 @@ def sample_folder(folder: Path, rows: int, seed: int = 0) -> FolderReport:
             detail = "a row of the sample does not have its checksum"
             report.problems.append(Problem("damaged rows", shard.path, detail, (row,), (key,)))
     return report
-
-
-def photo_digest(path: Path) -> tuple[int, int] | None:
-    """Return the digest of a photo's bytes, or None where it cannot be read."""
-    try:
-        return digest_bytes(read_bytes(path))
-    except ImageError:
-        return None
 
 
 def compare_sources(
@@ -422,6 +447,7 @@ def verify_store(
     sample: int | None = None,
     photos: bool = False,
     bar: ProgressBar = no_progress,
+    photo_bar: ProgressBar = no_progress,
 ) -> list[FolderReport]:
     """Check the feature folders of a store.
 
@@ -432,7 +458,8 @@ def verify_store(
         mine: Only the folders that the configuration asks for.
         sample: Check that many random rows of each folder instead of all.
         photos: Compare the photos with what the rows were made from, too.
-        bar: Makes a progress display for a number of MiB, or of photos.
+        bar: Makes a progress display for a number of MiB.
+        photo_bar: Makes one for a number of photos.
 
     Returns:
         One report a folder; all is well where none has a problem.
@@ -453,9 +480,12 @@ def verify_store(
                 verify_folder(folder, lambda blocks: progress(blocks * block_mib))
                 for folder in folders
             ]
-    for report in reports:
-        if photos and report.folder.parent.name == "vit" and not report.problems:
-            with bar(report.rows) as progress:
+    for report in reports if photos else []:
+        if report.folder.parent.name == "vit":
+            if report.problems:
+                report.notes.append("the photos were not compared; mend the folder first")
+                continue
+            with photo_bar(report.rows) as progress:
                 report.problems += compare_sources(
                     report.folder,
                     source.dataset.images,

@@ -63,7 +63,10 @@ def _lock(path: Path, timeout_seconds: float) -> filelock.BaseFileLock:
     except filelock.Timeout as error:
         raise StoreError(f"{path.parent}: another extraction holds the lock") from error
     except OSError as error:
-        raise StoreError(f"{path.parent}: cannot be written ({error.strerror})") from error
+        raise StoreError(
+            f"{path.parent}: cannot be written ({error.strerror}); make it writable for you, or set"
+            " [store] root to another folder"
+        ) from error
     return lock
 
 

@@ -1,10 +1,11 @@
 """Attack a small store and count: flipped bytes, kills, broken photos, a full disk.
 
-    python tests/campaign.py [--flips 2000 --kills 100 --trainings 12 --images 300 --starts 20]
+    python tests/campaign.py [--flips 2000 --kills 100 --trainings 12 --searches 6 --starts 20]
 
-Every extraction and training is the real command in a process of its own. The
-processes are forked from one that has imported TensorFlow and run nothing of
-it: its only threads are those of the allocator, which takes care of forks
+Every extraction, training and repair is the real command in a process of its
+own, and so is every third search; the others are a worker without its driver.
+The processes are forked from one that has imported TensorFlow and run nothing
+of it: its only threads are those of the allocator, which takes care of forks
 itself (`check_forkable`).
 """
 
@@ -14,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -49,7 +51,7 @@ from featstore.errors import FeatstoreError
 from featstore.maintain import Source, open_folder
 from featstore.publish import TEMPORARY
 from featstore.shard import INDEX_DATASETS
-from featstore.store import shard_paths, write_manifest
+from featstore.store import VisionStore, shard_paths, write_manifest
 from featstore.verify import verify_folder
 from trainer.commands import console
 from trainer.config import Config, render_config
@@ -97,8 +99,11 @@ def live_values(folder: Path) -> dict[str, bytes]:
     if not names:
         return {}
     positions = store.lookup(names)
-    if folder.parent.name == "vit":
+    if isinstance(store, VisionStore):
         rows = [row.tobytes() for row in store.gather(positions)]
+        if store.quantised:
+            scales = store.gather_scales(positions)
+            rows = [row + part.tobytes() for row, part in zip(rows, scales, strict=True)]
     else:
         hidden, mask = store.gather(positions, 24)
         rows = [row[valid].tobytes() for row, valid in zip(hidden, mask, strict=True)]
@@ -129,7 +134,8 @@ def regions(folder: Path) -> list[Region]:
         with h5py.File(path) as file:
             spans = [
                 (name, file[name].id.get_offset(), file[name].id.get_storage_size())
-                for name in (*INDEX_DATASETS[folder.parent.name], "features")
+                for name in (*INDEX_DATASETS[folder.parent.name], "features", "scales")
+                if name in file
             ]
             signature = file.userblock_size
         for name, start, size in spans:
@@ -189,6 +195,8 @@ def flips(folders: list[Path], count: int, seed: int = 0) -> Figures:
     rng = np.random.default_rng(seed)
     for folder in folders:
         good, parts = live_values(folder), regions(folder)
+        # In any order: a count below the number of parts must not leave the lists out.
+        rng.shuffle(parts)
         for number in range(count // len(folders)):
             part = parts[number % len(parts)]
             before = part.path.read_bytes()
@@ -200,6 +208,7 @@ def flips(folders: list[Path], count: int, seed: int = 0) -> Figures:
             outcome, wrong = judge(folder, part.path, before, bytes(after), good)
             where = f"{part.path.parent.parent.name}/{part.path.name} {part.label} byte {at}"
             figures.add(outcome, wrong and f"{where} ^ {change:#x}: {wrong}")
+            figures.outcomes[f"in {part.label}"] += 1
             part.path.write_bytes(before)
         if verify_folder(folder).problems or live_values(folder) != good:
             figures.wrong.append(f"{folder}: not as before the campaign")
@@ -308,12 +317,15 @@ def command(*args: str, attack: Callable[[], Any] = lambda: None) -> Running:
 def import_framework() -> None:
     """Import what every command needs, once, before anything is forked."""
     console.import_framework()
-    for name in ("featstore.repair", "trainer.evaluate", "trainer.fit"):
+    for name in ("featstore.repair", "trainer.evaluate", "trainer.fit", "trainer.trials"):
         importlib.import_module(name)
 
 
 # --- b. kills ---------------------------------------------------------------------------
 
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# How often a run of 12 epochs reaches a point, where that is less often than 30 times.
+MOST_REACHED = {"half-written": 12, "before manifest": 12}
 POINTS = ("half-written", "before flush", "before rename", "before folder flush", "before manifest")
 
 
@@ -328,6 +340,7 @@ def dies_at(point: str, number: int, sent: int) -> Callable[[], None]:
 
     def attack() -> None:
         sync, replace, create = publish._sync, os.replace, h5py.File.create_dataset
+        savez = np.savez
 
         def own_sync(path: Path) -> None:
             if point == ("before folder flush" if path.is_dir() else "before flush"):
@@ -346,10 +359,36 @@ def dies_at(point: str, number: int, sent: int) -> Callable[[], None]:
                 reached()
             return create(file, name, *args, **kwargs)
 
+        def own_savez(file: Any, **arrays: Any) -> None:
+            if point == "half-written":
+                file.write(bytes(1000))
+                file.flush()
+                reached()
+                file.seek(0)
+                file.truncate()
+            savez(file, **arrays)
+
         publish._sync, os.replace = own_sync, own_replace
-        h5py.File.create_dataset = own_create
+        h5py.File.create_dataset, np.savez = own_create, own_savez
 
     return attack
+
+
+def attacked(
+    point: str,
+    sent: int,
+    begin: Callable[..., Running],
+    number: int,
+    seconds: float,
+) -> Running:
+    """Start something that gets a signal at the `number`-th time of a point, or after `seconds`."""
+    if point != "random moment":
+        return begin(attack=dies_at(point, number, sent))
+    running = begin()
+    time.sleep(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(running.process, sent)
+    return running
 
 
 @dataclass
@@ -382,6 +421,11 @@ class Work:
     def reference(self) -> Path:
         return Path(self.config.store.root)
 
+    @property
+    def quantised(self) -> Path:
+        """Root of a store of int8, with a photo that changed and one that is quarantined."""
+        return self.folder / "quantised"
+
 
 def make_work(folder: Path) -> Work:
     """Make the data and the reference store and run, by uninterrupted commands."""
@@ -408,6 +452,15 @@ def make_work(folder: Path) -> Work:
         ended = command(*args).wait()
         assert ended.code == 0, ended.err
         work.seconds[name] = time.perf_counter() - started
+    images = Path(shutil.copytree(config.data.images, folder / "images"))
+    file = work.settings(work.quantised, images=str(images))
+    for image_id in ("", "photo001", "photo002"):
+        if image_id:
+            photo = images / f"{image_id}.png"
+            data = photo.read_bytes()
+            photo.write_bytes(data[:100] if image_id == "photo002" else data + b"edited")
+        ended = command("extract-vit", "--config", file, "--dtype", "int8").wait()
+        assert ended.code == 0, ended.err
     return work
 
 
@@ -442,7 +495,6 @@ def kill_extractions(work: Work, count: int, seed: int = 0) -> Figures:
     """Kill `count` extractions, then let the same command end; up to three kills in a row."""
     figures = Figures("extractions killed")
     rng = np.random.default_rng(seed)
-    signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
     shards = len(shard_paths(work.features(work.reference)))
     number = 0
     while number < count:
@@ -450,16 +502,15 @@ def kill_extractions(work: Work, count: int, seed: int = 0) -> Figures:
         args = ("extract-vit", "--config", work.settings(root))
         told, wrong = [], ""
         for _ in range(min(count - number, int(rng.integers(1, 4)))):
-            sent = signals[number % 3]
+            sent = SIGNALS[number % 3]
             point = ("random moment", *POINTS)[number % (len(POINTS) + 1)]
-            if point == "random moment":
-                running = command(*args)
-                time.sleep(rng.uniform(0, work.seconds["extract"]))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(running.process, sent)
-            else:
-                at = int(rng.integers(1, 2 + shards // 2))
-                running = command(*args, attack=dies_at(point, at, sent))
+            running = attacked(
+                point,
+                sent,
+                functools.partial(command, *args),
+                number=int(rng.integers(1, 2 + shards // 2)),
+                seconds=rng.uniform(0, work.seconds["extract"]),
+            )
             ended = running.wait()
             expected = {0, -9} if sent == signal.SIGKILL else {0, 130, -sent}
             if ended.code not in expected or "Traceback" in ended.err:
@@ -494,7 +545,7 @@ def run_result(folder: Path) -> tuple[Any, dict[str, bytes]]:
 
 
 def kill_trainings(work: Work, count: int, seed: int = 0) -> Figures:
-    """Kill `count` trainings at random moments, then let the same command end."""
+    """Kill `count` trainings at random moments and named points, then let the command end."""
     figures = Figures("trainings killed")
     rng = np.random.default_rng(seed)
     runs, file = work.folder / "runs", work.settings(work.reference)
@@ -505,12 +556,17 @@ def kill_trainings(work: Work, count: int, seed: int = 0) -> Figures:
         args = ("train", "--config", file, "--runs", str(runs), "--name", name)
         wrong = ""
         for _ in range(min(count - number, int(rng.integers(1, 4)))):
-            sent = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
-            running = command(*args)
-            time.sleep(rng.uniform(0.2, 0.8) * work.seconds["train"])
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(running.process, sent)
+            sent = SIGNALS[number % 3]
+            point = ("random moment", *POINTS)[number % (len(POINTS) + 1)]
+            running = attacked(
+                point,
+                sent,
+                functools.partial(command, *args),
+                number=int(rng.integers(1, MOST_REACHED.get(point, 30))),
+                seconds=rng.uniform(0.2, 0.8) * work.seconds["train"],
+            )
             ended = running.wait()
+            figures.outcomes[f"at {point}"] += 1
             if ended.code == 0:
                 figures.add(f"{sent.name} ended before")
                 number += 1
@@ -528,6 +584,132 @@ def kill_trainings(work: Work, count: int, seed: int = 0) -> Figures:
         if wrong:
             figures.wrong.append(f"{name}: {wrong}")
         shutil.rmtree(runs / name)
+    return figures
+
+
+SPACE = """
+[search]
+trials = 3
+sampler = "random"
+pruner = "none"
+metric = "val_loss"
+together = 1
+
+[train]
+lr = {log_uniform = [1e-3, 1e-2]}
+dropout = {uniform = [0.0, 0.5], step = 0.125}
+epochs = 4
+"""
+
+
+def search_worker(work: Work, name: str, attack: Callable[[], Any] = lambda: None) -> Running:
+    """Start a search's only worker, without a driver; it does not compile, which takes longest."""
+
+    def run() -> int:
+        import trainer.fit
+        from featstore.dataset import load_dataset
+        from trainer.search import start_search
+        from trainer.search_space import read_space
+        from trainer.trials import work as work_on
+
+        trainer.fit.Training = functools.partial(trainer.fit.Training, compiled=False)
+        attack()
+        try:
+            dataset = load_dataset(work.config.data, work.reference, save=False)
+            space = read_space(work.folder / "space.toml", {}, {})
+            base = space.base(work.config)
+            folder = work.folder / "runs" / name
+            with console.stop_request() as stopping:
+                work_on(start_search(folder, base, space, None, None, dataset), dataset, stopping)
+        except FeatstoreError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    return start(run)
+
+
+def search_command(work: Work, name: str, attack: Callable[[], Any] = lambda: None) -> Running:
+    """Start the real command: a driver, and a worker in a process of its own."""
+    return command(
+        "search", "--config", work.settings(work.reference), "--runs", str(work.folder / "runs"),
+        "--space", str(work.folder / "space.toml"), "--name", name, attack=attack,
+    )  # fmt: skip
+
+
+def trials_of(work: Work, name: str) -> list[Any]:
+    """Return what a search found, trial by trial, read in a process of its own."""
+    folder = work.folder / "runs" / name
+
+    def read() -> None:
+        from trainer.leaderboard import trial_rows
+        from trainer.search import open_search
+
+        rows = trial_rows(open_search(folder))
+        # One that was killed while it was drawn leaves a number that is not used.
+        keys = ("state", "params", "value", "epoch")
+        print(json.dumps([[row[key] for key in keys] for row in rows]))
+
+    ended = start(read).wait()
+    return list(json.loads(ended.out)) if not ended.code else [ended.err[-300:]]
+
+
+def kill_searches(work: Work, count: int, seed: int = 0) -> Figures:
+    """Kill `count` searches, then let the same search go on; every third is the real command."""
+    figures = Figures("searches killed")
+    rng = np.random.default_rng(seed)
+    (work.folder / "space.toml").write_text(SPACE)
+    ways = {"worker": search_worker, "command": search_command}
+    wanted, seconds = {}, {}
+    for way, begin in ways.items():
+        started = time.perf_counter()
+        ended = begin(work, f"whole-{way}").wait()
+        seconds[way] = time.perf_counter() - started
+        wanted[way] = trials_of(work, f"whole-{way}")
+        if ended.code or len(wanted[way]) != 3:
+            figures.wrong.append(f"whole {way}: exit {ended.code}: {ended.err[-300:]}")
+            return figures
+    number = attempt = 0
+    while number < count:
+        attempt += 1
+        name, way = f"killed-{number}", "command" if attempt % 3 == 0 else "worker"
+        told, wrong = [], ""
+        # A trial that ended its worker three times in an epoch is given up, which is no loss.
+        for _ in range(min(count - number, int(rng.integers(1, 3)))):
+            sent = SIGNALS[number % 3]
+            # The driver publishes next to nothing: it is killed at moments.
+            points = ("random moment", *POINTS) if way == "worker" else ("random moment",)
+            point = points[number % len(points)]
+            running = attacked(
+                point,
+                sent,
+                functools.partial(ways[way], work, name),
+                number=int(rng.integers(1, MOST_REACHED.get(point, 30))),
+                seconds=rng.uniform(0.1, 0.9) * seconds[way],
+            )
+            ended = running.wait()
+            if ended.code not in (0, -9, 130, -sent) or "Traceback" in ended.err:
+                wrong = wrong or f"{point}, {sent.name}: exit {ended.code}: {ended.err[-300:]}"
+            told.append(f"{sent.name} {way} {point}")
+            figures.add(f"{sent.name} {way} {'ended before' if ended.code == 0 else 'hit'}")
+            figures.outcomes[f"at {point}"] += 1
+            number += 1
+        # A worker whose driver was killed saves its trial first; until then it is its own.
+        for _ in range(20):
+            ended = ways[way](work, name).wait()
+            found = trials_of(work, name)
+            if ended.code or (len(found) == 3 and all(row[0] != "running" for row in found)):
+                break
+            time.sleep(1)
+        if ended.code:
+            wrong = wrong or f"the next command: exit {ended.code}: {ended.err[-300:]}"
+        elif found != wanted[way]:
+            wrong = wrong or f"other trials than without the kill: {found}"
+        if wrong:
+            figures.wrong.append(f"{', '.join(told)}: {wrong}")
+        shutil.rmtree(work.folder / "runs" / name, ignore_errors=True)
     return figures
 
 
@@ -863,9 +1045,18 @@ def repairs(work: Work, count: int, seed: int = 0) -> Figures:
                     at = int(rng.choice(part.offsets)) % max(1, len(content))
                     content[at : at + 1] = bytes(byte ^ 0x55 for byte in content[at : at + 1])
                 part.path.write_bytes(content)
-        file = work.settings(root)
-        ended = command("store", "repair", "--config", file, "--k-txt", "0").wait()
-        wrong = ended.err[-300:] if ended.code else ""
+        args = ("store", "repair", "--config", work.settings(root), "--k-txt", "0")
+        wrong = ""
+        if number % 2:
+            point = POINTS[number // 2 % len(POINTS)]
+            attack = dies_at(point, int(rng.integers(1, 6)), SIGNALS[number % 3])
+            ended = command(*args, attack=attack).wait()
+            if "Traceback" in ended.err:
+                wrong = f"killed {point}: {ended.err[-300:]}"
+            told.append(f"repair killed {point}")
+            figures.outcomes["killed in the repair" if ended.code else "ended before"] += 1
+        ended = command(*args).wait()
+        wrong = wrong or (ended.err[-300:] if ended.code else "")
         outcome = "repaired, the values that it had"
         for kind in ("vit", "text"):
             folder = work.features(root, kind)
@@ -875,7 +1066,7 @@ def repairs(work: Work, count: int, seed: int = 0) -> Figures:
                 # What went together with the manifest is missing, as never extracted.
                 outcome = "repaired, what was lost with its manifest extracted"
                 k_txt = ("--k-txt", "0") if kind == "text" else ()
-                command(f"extract-{kind}", "--config", file, *k_txt).wait()
+                command(f"extract-{kind}", "--config", args[3], *k_txt).wait()
             if not wrong and live_values(folder) != wanted[kind]:
                 wrong = f"{kind}: other values"
         figures.add(outcome, wrong and f"{', '.join(told)}: {wrong}")
@@ -909,6 +1100,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("cuts", 200),
         ("kills", 100),
         ("trainings", 12),
+        ("searches", 6),
         ("images", 300),
         ("starts", 20),
         ("repairs", 12),
@@ -918,10 +1110,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
     import_framework()
-    wrong = 0
+    tried = wrong = 0
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
         work = make_work(Path(name))
         folders = [work.features(work.reference, kind) for kind in ("vit", "text")]
+        folders.append(work.features(work.quantised))
         seed = chosen.seed
         for count, campaign in (
             (chosen.flips, lambda n: forked(flips, folders, n, seed)),
@@ -932,13 +1125,15 @@ def main(arguments: list[str] | None = None) -> int:
             (chosen.starts, lambda n: concurrent_starts(work, n, seed)),
             (chosen.kills, lambda n: kill_extractions(work, n, seed)),
             (chosen.trainings, lambda n: kill_trainings(work, n, seed)),
+            (chosen.searches, lambda n: kill_searches(work, n, seed)),
         ):
             if count:
                 started = time.perf_counter()
                 figures = campaign(count)
                 show(figures, time.perf_counter() - started)
+                tried += figures.tried
                 wrong += len(figures.wrong)
-    print(f"{wrong} wrong in all")
+    print(f"{tried} tried, {wrong} wrong in all")
     return min(wrong, 1)
 
 

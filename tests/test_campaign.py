@@ -17,6 +17,7 @@ from test_golden import golden_folder
 
 from featstore.config import StoreConfig
 from featstore.images import index_images
+from featstore.store import read_manifest, read_quarantine, write_manifest, write_quarantine
 from featstore.verify import verify_folder
 
 TESTS = Path(__file__).resolve().parent
@@ -24,11 +25,18 @@ TESTS = Path(__file__).resolve().parent
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """A copy of the golden store's two folders."""
-    return [
-        Path(shutil.copytree(golden_folder(kind), tmp_path / kind / golden_folder(kind).name))
-        for kind in ("vit", "text")
-    ]
+    """A copy of the golden store's two folders.
+
+    Their lists are written again: those of the first version have no checksums, so that a
+    changed key of a quarantine list would go unseen.
+    """
+    copies = []
+    for kind in ("vit", "text"):
+        golden = golden_folder(kind)
+        copies.append(Path(shutil.copytree(golden, tmp_path / kind / golden.name)))
+        write_quarantine(copies[-1], read_quarantine(copies[-1], with_lost=True))
+        write_manifest(copies[-1], golden.name, read_manifest(copies[-1]))
+    return copies
 
 
 def check(figures: Figures, tried: int) -> None:
@@ -104,15 +112,10 @@ def test_a_kill_at_any_point_of_a_publication_gives_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "campaign",
-    ["flips=200", "kills=8", "trainings=3", "images=40", "starts=4", "repairs=3", "disks=1"],
-)
-def test_a_small_campaign_of_real_commands_finds_nothing_wrong(campaign: str) -> None:
-    name, _, count = campaign.partition("=")
-    every = ["flips", "cuts", "kills", "trainings", "images", "starts", "repairs", "disks"]
-    counts = {**dict.fromkeys(every, "0"), name: count}
-    options = [part for key, value in counts.items() for part in (f"--{key}", value)]
+def test_a_small_campaign_of_real_commands_finds_nothing_wrong() -> None:
+    # Searches have tests of their own, which kill them too; a campaign's take half a minute each.
+    counts = "flips=200 cuts=30 kills=6 trainings=3 searches=0 images=40 starts=4 repairs=3 disks=1"
+    options = [f"--{option}" for option in counts.split()]
     ended = subprocess.run(
         [sys.executable, str(TESTS / "campaign.py"), *options],
         cwd=TESTS.parent,
@@ -121,4 +124,4 @@ def test_a_small_campaign_of_real_commands_finds_nothing_wrong(campaign: str) ->
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "0 wrong in all" in ended.stdout
+    assert " tried, 0 wrong in all" in ended.stdout

@@ -303,7 +303,7 @@ def test_missing_features_name_the_command(project: Project, tmp_path: Path) -> 
     succeed("extract-vit", "--config", project.file, "--root", str(tmp_path), "--split", "val")
     line = fail(1, "train", *args)
     assert "32 of 32 photos of split 'train'" in line
-    assert "`python cli.py extract-vit --split train`" in line
+    assert "`python cli.py extract-vit --split train --config" in line
     assert not (tmp_path / "text").exists()
 
 
@@ -314,14 +314,32 @@ def test_training_does_not_need_the_test_photos(project: Project, tmp_path: Path
     runs = ("--runs", str(tmp_path / "runs"))
     succeed("train", *args, *runs, "--name", "a", "--epochs", "1")
     line = fail(1, "evaluate", "a", *runs)
-    assert "`python cli.py extract-vit --split test`" in line
+    told = f"`python cli.py extract-vit --split test --config {tmp_path}/runs/a/config.toml`"
+    assert told in line
+
+
+def test_photos_of_which_none_can_be_read_are_an_error(project: Project, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in Path(project.config.data.images).iterdir():
+        (images / path.name).write_bytes(b"no photo")
+    store = {"root": str(tmp_path / "cache")}
+    file = project.write(tmp_path, data={"images": str(images)}, store=store)
+    for _ in range(2):
+        result = invoke("extract-vit", "--config", file)
+        (line,) = (one for one in result.stderr.splitlines() if one.startswith("error: "))
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "none of the 56 images has features" in line
+        assert "quarantine.json" in line
 
 
 def test_stale_features_list_what_differs(project: Project, extraction: object) -> None:
     args = ("--config", project.file, "--dtype", "float16", "--runs", project.runs)
     line = fail(1, "train", *args)
     assert "dtype: wanted 'float16', stored 'float32'" in line
-    assert "python cli.py extract-vit" in line
+    # Without the flags, it would find nothing to do.
+    flags = f"--split all --config {project.file} --dtype float16"
+    assert f"`python cli.py extract-vit {flags}`" in line
 
 
 def test_an_unknown_run_lists_those_there_are(project: Project, trained: object) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
+from unprivileged import forbidden
 
 import cli
+from featstore import encoders, extract, maintain
 from featstore.collect import compact, delete, find_garbage
 from featstore.config import DataConfig, EncodersConfig
 from featstore.errors import CorruptShardError, RunError, StoreError, UsageError
@@ -35,6 +39,17 @@ from trainer.config import Config, render_config
 
 PHOTOS = sum(IMAGES_OF_SPLIT.values())
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_encoders() -> Iterator[None]:
+    """Load and compile each encoder once: that takes most of such a small extraction's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("VisionEncoder", "TextEncoder"):
+            cached = functools.cache(getattr(encoders, name))
+            for module in (extract, maintain):
+                patch.setattr(module, name, cached)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +362,46 @@ def test_photos_that_changed_or_vanished_are_listed(own: Own) -> None:
     assert [p.keys for p in verify_store(own.source, photos=True)[0].problems] == [("photo050",)]
 
 
+def test_photos_beside_damage_are_not_said_to_be_compared(own: Own) -> None:
+    flip_row(own.shard(0), 7)
+    report = verify_store(own.source, photos=True)[0]
+    assert whats(report) == ["damaged rows"]
+    assert "the photos were not compared" in report.notes[0]
+
+
+# --- what may not be read ---------------------------------------------------------------
+
+FORBIDDEN = {
+    "all images": lambda own: own.features().parent,
+    "folder": Own.features,
+    "shard": lambda own: own.shard(1),
+    "spec": lambda own: own.features() / "spec.json",
+    "manifest": lambda own: own.features() / "manifest.json",
+    "quarantine": lambda own: own.features() / "quarantine.json",
+}
+
+
+@pytest.mark.parametrize("place", FORBIDDEN.values(), ids=FORBIDDEN.keys())
+def test_what_may_not_be_read_is_no_damage(own: Own, place: Callable[[Own], Path]) -> None:
+    """It may be whole: nothing of it is replaced, and nobody takes it for absent."""
+    (own.features() / "quarantine.json").write_text("{}")
+    before, path = tree(own.features()), place(own)
+    with forbidden(path):
+        for args in (["verify"], ["verify", "--sample", "3"], ["repair"], ["repair", "--dry-run"]):
+            result = invoke(own, *args)
+            assert result.exit_code == 1, (args, result.output)
+            assert str(path) in result.output
+            assert "Permission denied" in result.output
+            assert "make it readable" in result.output
+            assert "Traceback" not in result.output
+        with pytest.raises(StoreError, match="Permission denied"):
+            own.gathered()
+        with pytest.raises((StoreError, PermissionError), match="Permission denied"):
+            own.extract()
+    assert tree(own.features()) == before
+    sound(own)
+
+
 # --- the quarantine list ----------------------------------------------------------------
 
 
@@ -360,7 +415,7 @@ def lookup(own: Own, key: str) -> int:
     return int(open_folder(own.features()).lookup([key])[0])
 
 
-@pytest.mark.parametrize("field", ["photo005", "source_digest"])
+@pytest.mark.parametrize("field", ["photo005", "source_digest", "checksum"])
 def test_a_changed_quarantine_entry_never_brings_stale_features_back(own: Own, field: str) -> None:
     quarantined(own)
     assert lookup(own, "photo005") == -1
@@ -483,28 +538,56 @@ def test_another_dtype_of_the_same_encoder_is_mended(own: Own) -> None:
     assert (report.restored, report.identical) == (1, 1)
 
 
-def killed(own: Own, at: int) -> int:
-    """Repair in a process that ends without notice before its `at`-th publication."""
-    program = """
-import os, sys, tomllib
-from featstore import publish
-left = int(sys.argv[2])
-replace = os.replace
-def dying(source, target):
-    global left
-    left -= 1
-    if left < 0:
-        os._exit(9)
-    replace(source, target)
-os.replace = dying
+# Each repair is a fork of a process that has imported everything, which takes longer than it.
+REPAIRS = """
+import os, sys
+import campaign
 from featstore.maintain import Source
 from featstore.repair import repair_store
 from trainer.config import load_config
+
+campaign.import_framework()
 config = load_config(sys.argv[1])
-repair_store(Source(config.data, config.encoders, config.store, config.train.k_txt), ("vit",))
+
+def repair():
+    left, replace = int(at), os.replace
+    def dying(source, target):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os._exit(9)
+        replace(source, target)
+    os.replace = dying
+    source = Source(config.data, config.encoders, config.store, config.train.k_txt)
+    repair_store(source, ("vit",))
+
+for at in sys.stdin:
+    print(campaign.start(repair).wait().code, flush=True)
 """
-    command = [sys.executable, "-c", program, own.file(), str(at)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode
+
+
+@contextlib.contextmanager
+def repairs(own: Own) -> Iterator[Callable[[int], int]]:
+    """Yield what repairs in a process that ends without notice before its `at`-th publication."""
+    tests = Path(__file__).parent
+    with subprocess.Popen(
+        [sys.executable, "-c", REPAIRS, own.file()],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tests}:{ROOT}", "OPENBLAS_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        asked, said = process.stdin, process.stdout
+        assert asked is not None
+        assert said is not None
+
+        def killed(at: int) -> int:
+            print(at, file=asked, flush=True)
+            return int(said.readline())
+
+        yield killed
+        asked.close()
 
 
 @pytest.mark.slow
@@ -512,20 +595,21 @@ def test_a_repair_killed_at_any_publication_goes_on(own: Own) -> None:
     rows = own.gathered()
     at, code = 0, 9
     backup = shutil.copytree(own.features(), own.folder / "backup")
-    while code == 9:
-        shutil.rmtree(own.features())
-        shutil.copytree(backup, own.features())
-        flip_row(own.shard(0), 7)
-        truncate(own.shard(1))
-        (own.features() / "spec.json").unlink()
-        code = killed(own, at)
-        assert code in (0, 9)
-        mend(own)
-        # A kill after the lost shard was dropped leaves its rows missing, as never extracted.
-        own.extract()
-        sound(own)
-        assert np.array_equal(own.gathered(), rows), at
-        at += 1
+    with repairs(own) as killed:
+        while code == 9:
+            shutil.rmtree(own.features())
+            shutil.copytree(backup, own.features())
+            flip_row(own.shard(0), 7)
+            truncate(own.shard(1))
+            (own.features() / "spec.json").unlink()
+            code = killed(at)
+            assert code in (0, 9)
+            mend(own)
+            # A kill after the lost shard was dropped leaves its rows missing, as never extracted.
+            own.extract()
+            sound(own)
+            assert np.array_equal(own.gathered(), rows), at
+            at += 1
     assert at > 6
 
 
@@ -570,6 +654,29 @@ def test_gc_keeps_what_a_run_refers_to(own: Own) -> None:
     assert collected(own) == []
     (run / "manifest.json").write_text("{")
     with pytest.raises(RunError, match=r"manifest.json: cannot be read"):
+        collected(own)
+
+
+def test_gc_keeps_what_a_search_refers_to(own: Own) -> None:
+    """Also before it has a trial, and where its folder is a link."""
+    other = other_features(own)
+    search = own.folder / "elsewhere"
+    search.mkdir()
+    (own.folder / "runs").mkdir()
+    (own.folder / "runs" / "phase3").symlink_to(search)
+    # A circle must not be walked for ever.
+    (search / "back").symlink_to(own.folder / "runs")
+    assert collected(own) == ["features"]
+    (search / "search.json").write_text(json.dumps({"features": [other.name]}))
+    assert collected(own) == []
+
+
+def test_gc_refuses_runs_that_may_not_be_listed(own: Own) -> None:
+    run = own.folder / "runs" / "one"
+    run.mkdir(parents=True)
+    other = other_features(own)
+    (run / "manifest.json").write_text(json.dumps({"features": other.name}))
+    with forbidden(run), pytest.raises(RunError, match=r"one: cannot be listed \(Permission"):
         collected(own)
 
 
@@ -798,10 +905,13 @@ def test_the_commands_find_and_mend(own: Own) -> None:
     assert result.exit_code == 1
     assert "damaged rows: 1 of 20 rows" in result.stdout
     assert "'photo007'" in result.stdout
-    assert "mend: python cli.py store repair" in result.stdout
+    # With the settings that it was found with: others are of another store.
+    assert f"mend: python cli.py store repair --config {own.file()}\n" in result.stdout
     found = json.loads(invoke(own, "verify", "--json").stdout)
     assert not found["sound"]
-    assert found["folders"][0]["problems"][0]["keys"] == ["photo007"]
+    (problem,) = found["folders"][0]["problems"]
+    assert problem["keys"] == ["photo007"]
+    assert problem["mend"] == f"python cli.py store repair --config {own.file()}"
     assert "a sample" in invoke(own, "verify", "--sample", "3").stdout
     result = invoke(own, "repair", "--dry-run")
     assert "compute the damaged rows again" in result.stdout

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -18,6 +20,10 @@ from featstore.errors import FeatstoreError, StoppedError, UsageError
 from trainer.config import DEFAULT_FILE, SECTIONS, Config, load_config
 
 Command = Callable[..., Any]
+
+# A command that a message has people type, and the key of the settings to type with it.
+TOLD = re.compile(r"python cli\.py (extract-vit|extract-text|store [a-z]+)([^`]*)")
+SETTINGS = "featstore.settings"
 
 BAR_SECONDS, LOGGED_BAR_SECONDS = 0.1, 30.0
 
@@ -45,9 +51,35 @@ def import_framework() -> None:
             os.close(kept)
 
 
+def remember_settings(*settings: tuple[str, Any]) -> None:
+    """Keep the flags that this command's settings come from, for what people type next."""
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.meta[SETTINGS] = settings
+
+
+def with_settings(text: str) -> str:
+    """Give the commands that a text has people type the settings of this one.
+
+    Without them `extract-vit` would make features of other settings than are missing.
+    """
+    context = click.get_current_context(silent=True)
+    settings = context.meta.get(SETTINGS, ()) if context is not None else ()
+
+    def told(match: re.Match[str]) -> str:
+        flags = [
+            f" {flag} {shlex.quote(str(value))}"
+            for flag, value in settings
+            if flag not in match[2].split() and (flag, match[1]) != ("--k-txt", "extract-vit")
+        ]
+        return match[0] + "".join(flags)
+
+    return TOLD.sub(told, text)
+
+
 def print_error(message: str) -> None:
     """Print an expected error as one line."""
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {' '.join(with_settings(message).split())}", err=True)
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -128,10 +160,13 @@ def settings(*sections: str) -> Callable[[Command], Command]:
 def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
     """Read the settings with the flags that were given."""
     overrides: dict[str, dict[str, Any]] = {}
+    given = [("--config", config_file)] if config_file is not None else []
     for key, value in flags.items():
         if value is None:
             continue
         section, _, name = key.partition("__")
+        if section != "train" or name == "k_txt":
+            given.append((f"--{name.replace('_', '-')}", value))
         if name == "fractions":
             try:
                 value = [float(part) for part in value.split(",")]
@@ -140,6 +175,7 @@ def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
                     f"--fractions {value!r}: expected three numbers, such as 0.8,0.1,0.1"
                 ) from error
         overrides.setdefault(section, {})[name] = value
+    remember_settings(*given)
     config = load_config(config_file, overrides)
     if config.is_demo:
         click.echo(

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from featstore.config import SPLITS
-from featstore.errors import UsageError
+from featstore.errors import DataError, UsageError
 from trainer.commands.console import (
     import_framework,
     json_option,
@@ -53,6 +53,13 @@ def _print_summary(plan: Any, summary: Any, as_json: bool, unit: str) -> None:
         "rows_per_second": round(summary.rows_per_second, 2),
         "batch_size": summary.batch_size,
     }
+    unread = len(summary.failed) + plan.quarantined
+    if unread and unread == plan.requested:
+        reason = next(iter(summary.failed.values()), "they failed before")
+        raise DataError(
+            f"{plan.folder}: none of the {unread} {unit} has features ({reason}); reasons in"
+            f" {plan.folder / 'quarantine.json'}: mend the inputs, then run the command again"
+        )
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -61,7 +68,6 @@ def _print_summary(plan: Any, summary: Any, as_json: bool, unit: str) -> None:
     click.echo(f"{done}{speed}, {plan.cached} were stored already; {plan.folder}")
     for key, reason in list(summary.failed.items())[:5]:
         click.echo(f"quarantined {key}: {reason}", err=True)
-    unread = len(summary.failed) + plan.quarantined
     if unread:
         click.echo(f"{unread} quarantined; reasons in {plan.folder / 'quarantine.json'}", err=True)
 

@@ -20,6 +20,7 @@ from trainer.commands.console import (
     runs_option,
     settings,
     split_option,
+    with_settings,
 )
 
 
@@ -63,7 +64,8 @@ def _print_info(found: dict[str, Any]) -> None:
         mark = "  asked for by the configuration" if entry["asked_for"] else ""
         names = ", ".join(entry["names"]) or "unknown preset"
         click.echo(f"{entry['kind']:4} {entry['fingerprint']}  {names}{mark}")
-        click.echo(f"     {_megabytes(entry['bytes'])} in {entry['shards']} shards")
+        if entry["shards"] is not None:
+            click.echo(f"     {_megabytes(entry['bytes'])} in {entry['shards']} shards")
         if entry["damaged"]:
             click.echo(f"     damaged: {entry['damaged']}")
             continue
@@ -122,15 +124,24 @@ def store_verify(
     from featstore.verify import verify_store
 
     reports = verify_store(
-        source, _kinds(kind), mine, sample, photos, lambda total: row_bar(total, " MiB")
+        source,
+        _kinds(kind),
+        mine,
+        sample,
+        photos,
+        lambda total: row_bar(total, " MiB"),
+        lambda total: row_bar(total, " photos"),
     )
     if as_json:
         sound = not any(report.problems for report in reports)
         found = [report.to_dict() for report in reports]
+        for problem in (problem for folder in found for problem in folder["problems"]):
+            problem["mend"] = with_settings(problem["mend"])
         click.echo(json.dumps({"sound": sound, "sample": sample, "folders": found}))
     else:
         for report in reports:
-            verdict = f"{len(report.problems)} problems" if report.problems else "sound"
+            count = len(report.problems)
+            verdict = f"{count} problem{'s' * (count > 1)}" if count else "sound"
             share = f"{report.checked_rows} of {report.rows} rows checked"
             if sample is not None:
                 share += " (a sample; without --sample every byte is)"
@@ -138,9 +149,9 @@ def store_verify(
             for problem in report.problems:
                 click.echo(f"  {problem.path}: {problem.what}: {problem.detail}")
                 _print_keys(list(problem.keys))
-                click.echo(f"    mend: {problem.mend}")
+                click.echo(f"    mend: {with_settings(problem.mend)}")
             for note in report.notes:
-                click.echo(f"  note: {note}")
+                click.echo(f"  note: {with_settings(note)}")
         if not reports:
             click.echo("no features are stored")
     if any(report.problems for report in reports):

@@ -17,6 +17,7 @@ from trainer.commands.console import (
     print_epoch,
     print_rows,
     read_config,
+    remember_settings,
     row_bar,
     runs_option,
     settings,
@@ -113,6 +114,7 @@ def evaluate(run: str, split: str, control: str | None, runs: str, as_json: bool
     from trainer.run import find_run
 
     found = find_run(Path(runs), run)
+    remember_settings(("--config", found.config_path))
     control = control or found.config().train.control
     import_framework()
     from trainer.evaluate import evaluate as measure
@@ -191,6 +193,7 @@ def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool
     from trainer.run import find_run
 
     found = find_run(Path(runs), run)
+    remember_settings(("--config", found.config_path))
     import_framework()
     from trainer.parity import check_parity
 
