@@ -603,16 +603,14 @@ epochs = 4
 
 
 def search_worker(work: Work, name: str, attack: Callable[[], Any] = lambda: None) -> Running:
-    """Start a search's only worker, without a driver; it does not compile, which takes longest."""
+    """Start a search's only worker, without a driver."""
 
     def run() -> int:
-        import trainer.fit
         from featstore.dataset import load_dataset
         from trainer.search import start_search
         from trainer.search_space import read_space
         from trainer.trials import work as work_on
 
-        trainer.fit.Training = functools.partial(trainer.fit.Training, compiled=False)
         attack()
         try:
             dataset = load_dataset(work.config.data, work.reference, save=False)
