@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import filelock
 import numpy as np
@@ -36,7 +35,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from featstore.errors import RunError, UsageError
 from featstore.plan import plan_images, plan_text, text_spec, vision_spec
-from featstore.publish import command_line, package_versions, write_json
+from featstore.publish import PASSWORD, command_line, package_versions, write_json
 from featstore.spec import differing_fields
 from trainer.config import Config, load_config, render_config
 from trainer.run import SEARCH_FILE, Run, find_run
@@ -52,11 +51,7 @@ MOST_ATTEMPTS = 3
 
 def masked(url: str) -> str:
     """Return a storage URL without its password."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    place = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{place}"))
+    return PASSWORD.sub(r"\1***@", url)
 
 
 def driver_url(url: str) -> str:
@@ -76,8 +71,14 @@ def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
             journal.
 
     Raises:
-        UsageError: The database cannot be reached, or its driver is missing.
+        UsageError: The database cannot be reached, its driver is missing, or the
+            password is where it would be written down with the command.
     """
+    if url is not None and "password=" in url:
+        raise UsageError(
+            "--storage: its password is not looked for after the ?; expected a URL such as"
+            " postgresql://user:password@host/database"
+        )
     if url is None:
         path = folder / "study.journal"
         # Optuna names no public type for it; it asks for these two methods.
@@ -190,7 +191,8 @@ class Search:
             first = list(self.space.enqueue)
             if self.space.search.sampler == "grid":
                 first += self.space.grid()
-            for values in first:
+            # Some are there where an earlier start was killed among them.
+            for values in first[len(self.study.get_trials(deepcopy=False)) :]:
                 self.study.enqueue_trial(values)
             self.study.set_user_attr("folder", str(self.folder.absolute()))
             self.study.set_user_attr("parameters", content)
@@ -286,11 +288,7 @@ class Search:
             except RunError:
                 continue
             if len(frozen.params) < len(self.space.parameters):
-                # Killed while it was drawn: it is drawn again under another number.
-                trial = optuna.Trial(self.study, frozen._trial_id)
-                trial.set_user_attr("void", True)
-                trial.set_user_attr("reason", "its process ended while it was drawn")
-                self.study.tell(trial, state=TrialState.FAIL)
+                self._void(frozen)
                 held.close()
                 continue
             trial = optuna.Trial(self.study, frozen._trial_id)
@@ -306,6 +304,31 @@ class Search:
                 continue
             taken += 1
             yield Claim(trial, self.run_of(frozen.number), held)
+
+    def _void(self, frozen: FrozenTrial) -> None:
+        """Give up a trial that was killed while it was drawn.
+
+        It is drawn again under another number, with the values that it was
+        given, if it is a fixed one or one of a grid.
+        """
+        given = frozen.system_attrs.get("fixed_params")
+        others = self.study.get_trials(deepcopy=False)
+        if given and not any(t.user_attrs.get("instead_of") == frozen.number for t in others):
+            self.study.enqueue_trial(given, user_attrs={"instead_of": frozen.number})
+        trial = optuna.Trial(self.study, frozen._trial_id)
+        trial.set_user_attr("void", True)
+        trial.set_user_attr("reason", "its process ended while it was drawn")
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def idle(self) -> set[int]:
+        """Return the numbers of the running trials that no process is at work on."""
+        found = set()
+        # With the right to draw, so that no worker takes one of them for held meanwhile.
+        with self._deciding():
+            for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                with contextlib.suppress(RunError), self.run_of(frozen.number).writing():
+                    found.add(frozen.number)
+        return found
 
     def fail(self, claim: Claim, reason: str) -> None:
         """Record a trial as failed, with the reason, and let go of it."""

@@ -58,7 +58,9 @@ class SearchConfig:
         "none", "what ends a poor trial early", choices=("none", "median", "hyperband", "halving")
     )
     trials: int = setting(
-        0, f"trials in all, fixed ones included; 0: the whole grid, or {DEFAULT_TRIALS}", minimum=0
+        0,
+        f"trials in all, fixed ones included, at most the grid's; 0: the grid, or {DEFAULT_TRIALS}",
+        minimum=0,
     )
     together: int = setting(
         0,
@@ -128,17 +130,6 @@ class Parameter:
             return IntDistribution(low, high, log=self.kind == "log_int", step=int(self.step or 1))
         return FloatDistribution(low, high, log=self.kind == "log_uniform", step=self.step)
 
-    def draw(self, trial: optuna.Trial) -> Any:
-        """Return the trial's value, drawn by the sampler unless the trial has one already."""
-        if self.kind == "choice":
-            return trial.suggest_categorical(self.name, self.labels)
-        low, high = self.values
-        if self.kind in ("int", "log_int"):
-            log = self.kind == "log_int"
-            return trial.suggest_int(self.name, low, high, log=log, step=int(self.step or 1))
-        log = self.kind == "log_uniform"
-        return trial.suggest_float(self.name, low, high, log=log, step=self.step)
-
     def setting(self, stored: Any) -> Any:
         """Return the setting's value for a value of the study."""
         return self.values[self.labels.index(stored)] if self.kind == "choice" else stored
@@ -190,12 +181,12 @@ class Space:
 
     @property
     def trials(self) -> int:
-        """Trials in all."""
-        if self.search.trials:
-            return self.search.trials
+        """Trials in all: of a grid, no more than it has."""
+        wanted = self.search.trials
         if self.search.sampler == "grid":
-            return len(self.enqueue) + sum(1 for _ in self.grid())
-        return DEFAULT_TRIALS
+            whole = len(self.enqueue) + math.prod(len(p.grid()) for p in self.parameters)
+            return min(wanted or whole, whole)
+        return wanted or DEFAULT_TRIALS
 
     def grid(self) -> Iterator[dict[str, Any]]:
         """Yield every combination of values, the last parameter fastest.
