@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ def trial_rows(search: Search) -> list[dict[str, Any]]:
         For each trial: `trial`, `run`, `state` (running, complete, pruned or
         fail), `value` (best so far, None before the first epoch), `epoch`
         (finished ones), `params` (as the settings have them), `seconds`,
-        `memory_bytes`, `worker`, `reason` of a failure, and `FIGURES`.
+        `together` (trials that share its passes over the store), `memory_bytes`,
+        `worker`, `reason` of a failure, and `FIGURES`.
     """
     return [_row(search, trial) for trial in search.drawn()]
 
@@ -42,8 +44,8 @@ def _row(search: Search, trial: FrozenTrial) -> dict[str, Any]:
         pick = min if search.space.search.minimises else max
         value = pick(reported.values())
     seconds = attrs.get("seconds")
-    if seconds is None and trial.datetime_start and not trial.state.is_finished():
-        seconds = (_now(trial) - trial.datetime_start).total_seconds()
+    if trial.state == TrialState.RUNNING and "began" in attrs:
+        seconds = max(0.0, time.time() - attrs["began"])
     return {
         "trial": trial.number,
         "run": search.run_of(trial.number).folder.name,
@@ -52,18 +54,12 @@ def _row(search: Search, trial: FrozenTrial) -> dict[str, Any]:
         "epoch": len(reported),
         "params": {p.name: p.setting(trial.params[p.name]) for p in _parameters(search, trial)},
         "seconds": seconds,
+        "together": attrs.get("together", 1),
         "memory_bytes": attrs.get("memory_bytes"),
         "worker": attrs.get("worker"),
         "reason": attrs.get("reason"),
         **{name: attrs.get(name) for name in FIGURES},
     }
-
-
-def _now(trial: FrozenTrial) -> Any:
-    from datetime import datetime
-
-    assert trial.datetime_start is not None
-    return datetime.now(trial.datetime_start.tzinfo)
 
 
 def _parameters(search: Search, trial: FrozenTrial) -> list[Any]:
@@ -73,7 +69,7 @@ def _parameters(search: Search, trial: FrozenTrial) -> list[Any]:
 def ranked(search: Search, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return trials, the best first: complete ones, then pruned, running, failed ones."""
     sign = 1 if search.space.search.minimises else -1
-    states = ("complete", "pruned", "running", "fail")
+    states = ("complete", "pruned", "running", "stopped", "fail")
 
     def place(row: dict[str, Any]) -> tuple[int, float, int]:
         value = row["value"]
@@ -89,16 +85,36 @@ def best_row(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, Any] |
 
 
 def seconds_left(search: Search, rows: Sequence[dict[str, Any]], workers: int) -> float | None:
-    """Estimate the time to the end from the trials that ended; None before the first one."""
-    ended = [row for row in rows if row["state"] != "running" and row["seconds"]]
-    if not ended:
+    """Estimate the time to the end from the epochs that were run; None before the first one."""
+    running = [row for row in rows if row["state"] == "running"]
+    costs = {row["trial"]: cost for row in rows if (cost := _expected(search, row)) is not None}
+    if not costs:
         return None
-    # Trials trained together share their seconds, which the mean over all of them keeps.
-    mean = float(np.mean([row["seconds"] for row in ended]))
-    going = [row for row in rows if row["state"] == "running"]
-    left = max(0, search.space.trials - len(rows)) * mean
-    left += sum(max(0.0, mean - (row["seconds"] or 0.0)) for row in going)
-    return left / max(1, min(workers, search.space.trials))
+    mean = float(np.mean(list(costs.values())))
+    left = (search.space.trials - len(rows)) * mean
+    for row in running:
+        left += max(0.0, costs.get(row["trial"], mean) - _share(row))
+    at_once = sum(1 / row["together"] for row in running) + search.space.trials - len(rows)
+    return left / max(1.0, min(workers, at_once))
+
+
+def _expected(search: Search, row: dict[str, Any]) -> float | None:
+    """Return what a trial will have taken of a worker's time; None where nothing tells."""
+    if row["state"] != "running":
+        return _share(row)
+    if not row["epoch"]:
+        return None
+    return _share(row) / row["epoch"] * float(epochs_of(search, row))
+
+
+def _share(row: dict[str, Any]) -> float:
+    """Return a trial's part of the time that it and those trained with it took."""
+    return float(row["seconds"] or 0.0) / row["together"]
+
+
+def epochs_of(search: Search, row: dict[str, Any]) -> int:
+    """Return the most epochs of a trial."""
+    return int(row["params"].get("epochs", search.base.train.epochs))
 
 
 def shown(value: Any) -> str:
