@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import os
 import signal
@@ -92,13 +93,9 @@ def connect(address: str) -> Iterator[Any]:
         UsageError: Ray is not installed, or nothing answers at the address.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
-    try:
-        import ray
-    except ImportError as error:
-        raise UsageError(
-            "--ray needs the package ray; run `python -m pip install 'featstore[ray]'`"
-        ) from error
-    _check_address(address)
+    check_address(address)
+    import ray
+
     logging.getLogger("ray").setLevel(logging.ERROR)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     here = {"include_dashboard": False} if address == "local" else {}
@@ -125,8 +122,14 @@ def connect(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _check_address(address: str) -> None:
-    """Refuse at once what Ray would try to reach for minutes."""
+def check_address(address: str) -> None:
+    """Refuse at once what Ray would try to reach for minutes.
+
+    Raises:
+        UsageError: Ray is not installed, it is no address, or nothing answers there.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("--ray needs the package ray; run `python -m pip install -e '.[ray]'`")
     if address in ("local", "auto"):
         return
     host, colon, port = address.rpartition(":")

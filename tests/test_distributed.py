@@ -297,7 +297,7 @@ def test_an_address_where_nothing_is_says_so_at_once(address: str, words: str) -
 
 def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"pip install 'featstore\[ray\]'"), connect("local"):
+    with pytest.raises(UsageError, match=r"pip install -e '.\[ray\]'"), connect("local"):
         pass
 
 
