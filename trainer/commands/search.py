@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,8 @@ def _extract_for_search(dataset: Any, configs: list[Any], dry_run: bool) -> None
     import_framework()
     from featstore import extract
 
+    # Each boundary has a graph of its own, which TensorFlow would warn of as one traced again.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     work: list[tuple[Any, Any, Any]] = []
     total = 0.0
     for missing in found:
