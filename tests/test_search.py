@@ -28,7 +28,7 @@ from trainer.fit import Training
 from trainer.leaderboard import best_row, ranked, seconds_left, trial_rows, write_leaderboard
 from trainer.run import Run
 from trainer.search import Search, known_search, open_search, start_search
-from trainer.search_space import read_space
+from trainer.space_file import read_space
 from trainer.trials import work
 
 SPACE = """

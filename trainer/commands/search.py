@@ -29,7 +29,8 @@ from trainer.commands.console import (
     split_option,
     stop_request,
 )
-from trainer.search_space import SearchConfig, read_space
+from trainer.search_space import SearchConfig
+from trainer.space_file import read_space
 
 
 def _search_options(command: Command) -> Command:
@@ -134,7 +135,7 @@ def search_group(
         base = space.base(config)
         source = find_run(Path(runs), init_from) if init_from else None
     if ray_address is not None:
-        from featstore.distributed import check_address
+        from featstore.ray_cluster import check_address
 
         check_address(ray_address)
     from featstore.dataset import load_dataset
@@ -161,7 +162,7 @@ def search_group(
 
                 watched = run_workers(search, workers or 1, deadline, stopping, watch)
             else:
-                from featstore.distributed import Actors
+                from featstore.ray_cluster import Actors
                 from trainer.cluster import run_on_ray
 
                 wanted = Actors(workers, num_gpus, num_cpus)
