@@ -481,6 +481,8 @@ def test_another_search_of_the_name_is_refused(place: Place, whole: list[Any]) -
         place.start("whole", epochs=3)
     with pytest.raises(UsageError, match=r"a search of something else .*seed"):
         place.start("whole", seed=9)
+    with pytest.raises(UsageError, match=r"a search of something else .*parameters.*no other set"):
+        place.start("whole", space=SPACE.replace("1e-2]", "2e-2]"))
     run = open_search(place.folder / "runs" / "whole").run_of(0)
     with pytest.raises(UsageError, match="a run, not a search"):
         place.start("whole/trial-0000")

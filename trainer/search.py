@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 # A trial that ends its worker as often as this without finishing an epoch is given up.
 MOST_ATTEMPTS = 3
+LONGEST_CHANGE = 80
 
 
 def masked(url: str) -> str:
@@ -341,21 +342,23 @@ class Search:
         return self.space.config(self.base, stored)
 
 
-def _identity(search: Search, dataset: Dataset) -> dict[str, Any]:
+def _identity(
+    base: Config, space: Space, init_from: Run | None, url: str | None, dataset: Dataset
+) -> dict[str, Any]:
     """Return what must stay the same while a search goes on."""
-    space = search.space.to_json()
-    space["search"] = {
-        key: value for key, value in space["search"].items() if key not in ("trials", "together")
+    varied = space.to_json()
+    varied["search"] = {
+        key: value for key, value in varied["search"].items() if key not in ("trials", "together")
     }
     features = set()
-    for config in search.space.feature_configs(search.base):
+    for config in space.feature_configs(base):
         features.add(vision_spec(config.encoders, config.store).fingerprint)
         features.add(text_spec(config.encoders, config.store, config.train.k_txt).fingerprint)
     content = {
-        "space": space,
-        "settings": dataclasses.asdict(search.base),
-        "init_from": None if search.init_from is None else str(search.init_from.folder),
-        "storage": None if search.url is None else masked(search.url),
+        "space": varied,
+        "settings": dataclasses.asdict(base),
+        "init_from": None if init_from is None else str(init_from.folder),
+        "storage": None if url is None else masked(url),
         "rows": dataset.examples.digest(),
         "split": dataset.splits.digest(),
         "features": sorted(features),
@@ -467,11 +470,9 @@ def start_search(
     if Run(folder).exists:
         raise UsageError(f"{folder}: a run, not a search; choose another --name")
     earlier = _read(folder) if exists(folder) else None
-    folder.mkdir(parents=True, exist_ok=True)
     if earlier is not None and earlier["storage"] != (None if url is None else masked(url)):
         open_search(folder, url)  # says what is wrong
-    search = Search(folder, base, space, init_from, url)
-    identity = _identity(search, dataset)
+    identity = _identity(base, space, init_from, url, dataset)
     if earlier is not None:
         before = {key: earlier[key] for key in identity}
         before["space"]["search"] = {
@@ -479,11 +480,21 @@ def start_search(
         }
         changed = differing_fields(identity, before)
         if changed:
+            # Of lists, such as the whole space, the name says enough.
+            told = [c if len(c) <= LONGEST_CHANGE else c.partition(":")[0] for c in changed]
             raise UsageError(
-                f"{folder}: a search of something else ({'; '.join(changed)}); choose another"
+                f"{folder}: a search of something else ({'; '.join(told)}); choose another"
                 " --name, or go on with `python cli.py search --name"
                 f" {folder.name}` and no other settings"
             )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        search = Search(folder, base, space, init_from, url)
+    except UsageError:
+        # A folder of nothing, where the storage cannot be opened.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
     (folder / "config.toml").write_text(render_config(base), encoding="utf-8")
     about = {"format": FORMAT, "command": command_line(), "versions": package_versions()}
     write_json(folder / SEARCH_FILE, {**about, **identity, "space": space.to_json()})
