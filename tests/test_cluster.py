@@ -217,7 +217,7 @@ def test_the_command_on_ray_stops_and_goes_on(work: Any, alone: list[Any]) -> No
     space_of(folder)
     ray = ["--ray", "local", "--num-cpus", "1", "--workers", "1", "--runs", str(folder / "runs")]
     begin = ["--config", str(folder / "featstore.toml"), "--space", str(folder / "space.toml")]
-    command = [sys.executable, "tests/plain_cli.py", "search", "--name", "typed", "--json", *ray]
+    command = [sys.executable, "cli.py", "search", "--name", "typed", "--json", *ray]
     process = subprocess.Popen(
         [*command, *begin],
         cwd=ROOT,
@@ -237,7 +237,9 @@ def test_the_command_on_ray_stops_and_goes_on(work: Any, alone: list[Any]) -> No
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [(t["trial"], t["state"], t["params"], t["value"]) for t in found["trials"]] == alone
+    rows = [(t["trial"], t["state"], t["params"], t["value"]) for t in found["trials"]]
+    # The command's own actors train with XLA, which rounds otherwise.
+    assert rows == [(*trial[:3], pytest.approx(trial[3], abs=1e-5)) for trial in alone]
     assert found["workers"] == 1
 
 

@@ -225,7 +225,7 @@ def _end(
         _set_status(claim.run, "failed")
         if training is not None:
             trial.set_user_attr("seconds", training.manifest["wall_seconds"].get("total"))
-        search.fail(claim, _reason(failure))
+        search.fail(claim, _reason(failure).removeprefix(f"{claim.run.name}: "))
     else:
         record = _add_figures(trial, training)
         search.study.tell(trial, record[search.space.search.metric])
