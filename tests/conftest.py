@@ -49,13 +49,13 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     """A Ray cluster of two nodes on this machine, one CPU each."""
-    from featstore import distributed
+    from featstore import ray_cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in distributed.QUIET.items():
+        for name, value in ray_cluster.QUIET.items():
             patch.setenv(name, value)
-        # The nodes can import what a test defines.
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        # The nodes can import what a test defines, and this checkout.
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(Path(__file__).parent), str(ROOT))))
         from ray.cluster_utils import Cluster
 
         found = Cluster()

@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
+from ray_processes import none_left, ray_processes
 from tiny_runs import write_data
 
 from featstore import distributed
 from featstore.config import EncodersConfig, StoreConfig
-from featstore.distributed import Actors, ShardActor, bring_images_on_ray, connect
+from featstore.distributed import ShardActor, bring_images_on_ray
 from featstore.errors import StoreError, UsageError
 from featstore.extract import bring_images
 from featstore.images import index_images
 from featstore.plan import vision_spec
 from featstore.publish import TEMPORARY
+from featstore.ray_cluster import Actors, connect, resources_of
 from featstore.store import read_quarantine, shard_paths
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,15 +132,6 @@ def on_cluster(
     return summary, lines, sum(rows)
 
 
-def actor_processes() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::ShardActor"):
-                found.append(process)
-    return found
-
-
 @pytest.mark.slow
 def test_two_nodes_give_the_bytes_of_one_process(
     cluster: Any,
@@ -167,7 +159,7 @@ def test_two_nodes_give_the_bytes_of_one_process(
         encoders,
     )
     assert (again.extracted, lines) == (0, [])
-    assert actor_processes() == []
+    assert none_left("ShardActor")
 
 
 @pytest.mark.slow
@@ -184,7 +176,7 @@ def test_killed_actors_and_workers_lose_nothing(
         driver.ray.kill(actor, no_restart=False)
 
     def kill_workers(driver: Watched) -> None:
-        for process in actor_processes():
+        for process in ray_processes("ShardActor"):
             process.kill()
 
     hooks[1], hooks[5] = kill_actor, kill_workers
@@ -241,7 +233,7 @@ def test_a_shard_that_always_ends_its_actor_is_named(
     monkeypatch.setattr(distributed, "ShardActor", Fatal)
     with pytest.raises(StoreError, match=r"shard 2 \('p08' to 'p11'\) ended its actor 4 times"):
         on_cluster(cluster, tmp_path, photos, encoders)
-    assert actor_processes() == []
+    assert none_left("Fatal")
 
 
 def task_of(encoders: EncodersConfig, root: Path, photos: tuple[Path, ...] = ()) -> Any:
@@ -297,7 +289,7 @@ def test_an_address_where_nothing_is_says_so_at_once(address: str, words: str) -
 
 def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"pip install 'featstore\[ray\]'"), connect("local"):
+    with pytest.raises(UsageError, match=r"pip install -e '.\[ray\]'"), connect("local"):
         pass
 
 
@@ -320,7 +312,7 @@ def test_the_actors_that_fit(
             dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
             return [dead, *({"Alive": True, "Resources": node} for node in nodes)]
 
-    assert distributed.resources_of(Ray(), wanted, 9) == expected
+    assert resources_of(Ray(), wanted, 9) == expected
 
 
 @pytest.mark.slow
@@ -354,7 +346,7 @@ def test_the_command_on_ray_stops_and_goes_on(
     assert "Traceback" not in err.decode()
     kept = len(list((tmp_path / "cache").rglob("shard-*.h5")))
     assert kept < 28
-    assert actor_processes() == []
+    assert none_left("ShardActor")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["extracted"] == 56 - 2 * kept

@@ -29,7 +29,7 @@ from featstore.errors import ConfigError, FeatstoreError, RowError, SplitError
 from featstore.rows import read_examples
 from featstore.splits import read_split_file
 from trainer.config import SECTIONS, load_config, render_config
-from trainer.search_space import read_space
+from trainer.space_file import read_space
 
 anything = st.recursive(
     st.none()

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -22,13 +21,14 @@ from tiny_runs import extracted, tiny_config
 
 import trainer.fit
 import trainer.loop
+import trainer.trials
 from featstore.errors import StoppedError, UsageError
 from trainer import search as searching
 from trainer.fit import Training
-from trainer.leaderboard import best_row, ranked, trial_rows, write_leaderboard
+from trainer.leaderboard import best_row, ranked, seconds_left, trial_rows, write_leaderboard
 from trainer.run import Run
 from trainer.search import Search, known_search, open_search, start_search
-from trainer.search_space import read_space
+from trainer.space_file import read_space
 from trainer.trials import work
 
 SPACE = """
@@ -68,7 +68,7 @@ class Place:
             "seed": 0,
             "epochs": 2,
         }
-        path = self.folder / f"{name}.toml"
+        path = self.folder / f"{Path(name).name}.toml"
         path.write_text(space.format(**{**settings, **given}))
         found = read_space(path, {}, {})
         runs = self.folder / "runs"
@@ -144,17 +144,42 @@ def test_a_search_is_runs_and_a_leaderboard(place: Place, whole: list[Any]) -> N
     assert table[1].split(",")[:4] == ["1", str(best["trial"]), best["run"], "complete"]
 
 
-@pytest.mark.slow
+def goal(values: dict[str, Any]) -> float:
+    """A stand-in for a trial's training: the lower, the nearer to one place of the space."""
+    return float((math.log10(values["lr"]) + 2.4) ** 2 + 4 * (values["dropout"] - 0.1) ** 2)
+
+
+def draw(search: Search, count: int) -> list[dict[str, Any]]:
+    """Draw trials and tell their values, without training."""
+    drawn = []
+    for _ in range(count):
+        (claim,) = search.claim(1)
+        drawn.append(claim.trial.params)
+        search.study.tell(claim.trial, goal(claim.trial.params))
+        claim.held.close()
+    return drawn
+
+
 @pytest.mark.parametrize("sampler", ["random", "tpe", "cma"])
 def test_a_seed_gives_the_same_trials(place: Place, sampler: str) -> None:
-    # TPE and CMA draw at random before they have seen some trials; few are enough here, as each
-    # draw has a seed of its own that follows from its place.
-    one = results(place.run(f"{sampler}-1", sampler=sampler, seed=5))
-    two = results(place.run(f"{sampler}-2", sampler=sampler, seed=5))
-    other = results(place.run(f"{sampler}-3", sampler=sampler, seed=6))
+    space = SPACE.replace("step = 0.125", "step = 0.0625")
+    given = {"sampler": sampler, "trials": 24, "space": space}
+    one = draw(place.start(f"{sampler}-1", seed=5, **given), 24)
+    # Stopped and gone on with, it draws what it would have drawn.
+    stopped = place.start(f"{sampler}-2", seed=5, **given)
+    two = draw(stopped, 11)
+    two += draw(place.again(stopped), 13)
+    other = draw(place.start(f"{sampler}-3", seed=6, **given), 2)
     assert one == two
-    assert one[0][2] == other[0][2]  # the fixed trial
-    assert one[1][2] != other[1][2]
+    assert one[0] == other[0] == {"lr": 2e-3, "dropout": 0.125}
+    assert one[1] != other[1]
+    assert len({values["lr"] for values in one}) == 24
+    # What was learned shows in what is drawn last; a sampler that learns nothing stays far away.
+    late = sum(map(goal, one[-10:])) / 10
+    if sampler == "random":
+        assert late > 0.2
+    else:
+        assert late < 0.2
 
 
 GRID = """
@@ -170,105 +195,139 @@ epochs = {epochs}
 """
 
 
-@pytest.mark.slow
 def test_a_grid_is_run_once_also_when_it_is_stopped(place: Place) -> None:
     search = place.start("grid", GRID)
-    with pytest.raises(StoppedError):
-        work(search, place.dataset, Stop(20))
+    drawn = draw(search, 1)
+    # Two that a process held when it ended.
+    for claim in search.claim(2):
+        claim.held.close()
+    assert search.idle() == {1, 2}
+    # More than the grid has cannot be asked for.
+    search = place.again(search, trials=9)
     assert search.unfinished
-    search = place.again(search)
-    work(search, place.dataset)
-    found = sorted(tuple(values.values()) for _, _, values, *_ in results(search))
+    drawn += draw(search, 3)
+    found = sorted(tuple(values.values()) for values in drawn)
     assert found == [(1e-3, 0.0), (1e-3, 0.25), (5e-3, 0.0), (5e-3, 0.25)]
     assert not search.unfinished
-    work(place.again(search), place.dataset)
-    assert len(results(search)) == 4
+    assert search.claim(1) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [3, 11, 17, 30])
-def test_a_stopped_search_ends_as_the_undisturbed(
-    place: Place, whole: list[Any], steps: int
-) -> None:
-    search = place.start(f"stopped-{steps}")
-    with pytest.raises(StoppedError):
-        work(search, place.dataset, Stop(steps))
-    assert search.unfinished
-    search = place.again(search)
+def test_a_stopped_search_ends_as_the_undisturbed(place: Place, whole: list[Any]) -> None:
+    search = place.start("stopped", trials=2)
+    # In an epoch, at its end, in the second trial, and before its first step.
+    for steps in (3, 6, 9, 0):
+        with pytest.raises(StoppedError):
+            work(search, place.dataset, Stop(steps))
+        assert search.unfinished
+        search = place.again(search)
     work(search, place.dataset)
-    assert results(search) == whole
-
-
-@pytest.mark.slow
-def test_more_trials_can_be_asked_for(place: Place, whole: list[Any]) -> None:
-    search = place.run("more", trials=2)
     assert results(search) == whole[:2]
+    # More trials can be asked for.
     search = place.again(search, trials=4)
     work(search, place.dataset)
     assert results(search) == whole
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["median", "halving", "hyperband"])
 def test_poor_trials_are_ended_early(place: Place, pruner: str) -> None:
+    search = place.start(f"pruned-{pruner}", pruner=pruner, trials=16, epochs=4)
+    ended = []
+    for _ in range(16):
+        (claim,) = search.claim(1)
+        value = goal(claim.trial.params)
+        for epoch in range(4):
+            claim.trial.report(value + 1 / (epoch + 1), epoch)
+            if claim.trial.should_prune():
+                break
+        ended.append((value, epoch + 1))
+        search.study.tell(claim.trial, value)
+        claim.held.close()
+    poor = [value for value, epochs in ended if epochs < 4]
+    kept = [value for value, epochs in ended if epochs == 4]
+    assert poor
+    assert min(kept) < min(poor)
+    assert sum(kept) / len(kept) < sum(poor) / len(poor)
+
+
+@pytest.mark.slow
+def test_a_pruned_trial_stays_so_when_those_trained_with_it_are_stopped(place: Place) -> None:
     space = SPACE.replace("[1e-3, 1e-2]", "[1e-7, 1e-2]")
-    search = place.run(f"pruned-{pruner}", space=space, pruner=pruner, trials=12, epochs=4)
+    given = {"space": space, "pruner": "halving", "together": 3, "trials": 3, "epochs": 3}
+    expected = results(place.run("pruned", **given))
+    assert {state for _, state, *_ in expected} == {"complete", "pruned"}
+    search = place.start("pruned-stopped", **given)
+    with pytest.raises(StoppedError):
+        # In the second epoch: the steps of the first one ask too.
+        work(search, place.dataset, Stop(3 * 10))
     rows = trial_rows(search)
-    pruned = [row for row in rows if row["state"] == "pruned"]
-    assert pruned
-    assert {row["state"] for row in rows} == {"complete", "pruned"}
-    for row in pruned:
-        assert row["epoch"] < 4
-        assert Run(search.folder / row["run"]).manifest()["status"] == "pruned"
-    best = best_row(search, rows)
-    assert best is not None
-    assert best["value"] <= min(row["value"] for row in pruned)
+    assert {row["state"] for row in rows} == {"running", "pruned"}
+    search = place.again(search)
+    work(search, place.dataset)
+    assert results(search) == expected
+    for row in trial_rows(search):
+        assert row["seconds"] > 0
+        if row["state"] == "pruned":
+            assert row["epoch"] < 3
+            assert row["val_accuracy"] is not None
+            assert Run(search.folder / row["run"]).manifest()["status"] == "pruned"
 
 
 @pytest.mark.slow
 def test_trials_together_are_the_trials_alone(place: Place, whole: list[Any]) -> None:
-    assert results(place.run("together", together=4)) == whole
+    search = place.run("together", together=4)
+    assert results(search) == whole
+    assert [row["together"] for row in trial_rows(search)] == [4] * 4
+
+
+@pytest.mark.slow
+def test_trials_that_do_not_fit_together_run_alone(
+    place: Place, whole: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = MemoryError("no room for both")
+    monkeypatch.setattr(trainer.loop, "train_together", failing({0: error}))
+    search = place.run("apart", together=2, trials=2)
+    assert results(search) == whole[:2]
+    assert [row["together"] for row in trial_rows(search)] == [1, 1]
 
 
 class ResourceExhaustedError(Exception):
     """TensorFlow's, by name."""
 
 
-def failing(kind: Callable[[], Exception], which: int) -> Callable[..., Any]:
-    """A `train_together` that fails in one of its calls."""
+def failing(errors: dict[int, Exception]) -> Callable[..., Any]:
+    """A `train_together` that fails in some of its calls."""
     whole, calls = trainer.loop.train_together, iter(range(100))
 
     def fail(members: Any, *args: Any, **kwargs: Any) -> Any:
-        if next(calls) == which:
-            raise kind()
+        error = errors.get(next(calls))
+        if error is not None:
+            raise error
         return whole(members, *args, **kwargs)
 
     return fail
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (lambda: ResourceExhaustedError("OOM of 3 GB\nmore"), "out of memory: OOM of 3 GB"),
-        (lambda: MemoryError("no"), "out of memory: no"),
-        (lambda: ValueError("odd\nmore"), "ValueError: odd"),
-    ],
-)
 def test_a_failed_trial_has_its_reason_and_the_rest_goes_on(
-    place: Place,
-    whole: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
-    error: Any,
-    reason: str,
+    place: Place, whole: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.loop, "train_together", failing(error, 1))
-    search = place.run(f"failed-{type(error()).__name__}")
+    errors = [
+        ResourceExhaustedError("OOM of 3 GB\nmore"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 GB"),
+        ValueError("odd\nmore"),
+    ]
+    monkeypatch.setattr(trainer.loop, "train_together", failing(dict(enumerate(errors))))
+    search = place.run("failed")
     rows = trial_rows(search)
-    assert [row["state"] for row in rows] == ["complete", "fail", "complete", "complete"]
-    assert rows[1]["reason"] == reason
-    assert [r for r in results(search) if r[0] != 1] == [r for r in whole if r[0] != 1]
-    assert ranked(search, rows)[-1]["trial"] == 1
+    assert [row["state"] for row in rows] == ["fail", "fail", "fail", "complete"]
+    assert [row["reason"] for row in rows[:3]] == [
+        "out of memory: OOM of 3 GB",
+        "out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 3 GB",
+        "ValueError: odd",
+    ]
+    assert results(search)[3] == whole[3]
+    assert ranked(search, rows)[0]["trial"] == 3
 
 
 @pytest.mark.slow
@@ -277,7 +336,7 @@ def test_a_diverged_trial_is_recorded(place: Place) -> None:
     search = place.run("diverged", space=space, trials=1)
     (row,) = trial_rows(search)
     assert row["state"] == "fail"
-    assert "finite" in row["reason"] or "nan" in row["reason"].lower()
+    assert row["reason"].startswith(("the loss is nan in epoch 1", "a val logit is"))
     assert Run(search.folder / row["run"]).manifest()["status"] == "failed"
 
 
@@ -309,18 +368,21 @@ def test_a_killed_workers_trial_is_taken_over(place: Place, whole: list[Any]) ->
     assert results(search) == whole
 
 
-@pytest.mark.slow
 def test_a_trial_that_always_ends_its_worker_is_given_up(place: Place) -> None:
     search = place.start("deadly", trials=2)
     for _ in range(searching.MOST_ATTEMPTS):
-        command = [sys.executable, "-c", WORKER, str(search.folder), "0"]
-        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    search = place.again(search)
-    work(search, place.dataset)
-    first, second = trial_rows(search)
+        # As a process leaves it that dies in the trial's first epoch.
+        (claim,) = search.claim(1)
+        assert claim.trial.number == 0
+        trainer.trials._count_attempt(claim.trial, 1)
+        claim.held.close()
+        search = place.again(search)
+    (claim,) = search.claim(1)
+    assert claim.trial.number == 1
+    claim.held.close()
+    first, _ = trial_rows(search)
     assert first["state"] == "fail"
     assert first["reason"] == "its process ended 3 times in epoch 1; out of memory?"
-    assert second["state"] == "complete"
 
 
 def test_a_trial_killed_while_it_is_drawn_is_drawn_again(place: Place) -> None:
@@ -331,8 +393,28 @@ def test_a_trial_killed_while_it_is_drawn_is_drawn_again(place: Place) -> None:
     (claim,) = place.again(search).claim(1)
     claim.held.close()
     assert claim.trial.number == 1
-    assert set(claim.trial.params) == {"lr", "dropout"}
+    # The fixed one is not lost.
+    assert claim.trial.params == {"lr": 2e-3, "dropout": 0.125}
     assert [t.number for t in search.drawn()] == [1]
+
+
+def test_a_search_killed_while_it_queues_its_grid_queues_the_rest(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, calls = optuna.Study.enqueue_trial, iter(range(100))
+
+    def killed(study: Any, *args: Any, **kwargs: Any) -> None:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        queue(study, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "enqueue_trial", killed)
+        with pytest.raises(KeyboardInterrupt):
+            place.start("queued", GRID)
+    drawn = draw(place.start("queued", GRID), 4)
+    assert len({tuple(values.values()) for values in drawn}) == 4
+    assert not open_search(place.folder / "runs" / "queued").claim(1)
 
 
 def test_a_line_cut_short_in_the_journal_is_taken_away(place: Place) -> None:
@@ -368,14 +450,42 @@ def test_a_deadline_draws_no_more(place: Place) -> None:
     assert best_row(search, trial_rows(search)) is None
 
 
+def row(trial: int, state: str, seconds: float, epoch: int, together: int = 1) -> dict[str, Any]:
+    found = {"trial": trial, "state": state, "seconds": seconds, "epoch": epoch}
+    return {**found, "together": together, "params": {}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "workers", "left"),
+    [
+        ([], 1, None),
+        ([row(0, "running", 5.0, 0)], 1, None),
+        # Half of its two epochs took 5 s: 5 s are left of it, and 10 s for each other one.
+        ([row(0, "running", 5.0, 1)], 1, 35.0),
+        ([row(0, "complete", 10.0, 2), row(1, "running", 4.0, 0)], 1, 26.0),
+        ([row(0, "complete", 10.0, 2), row(1, "running", 4.0, 0)], 2, 13.0),
+        # Four trials that took 40 s in the same passes over the store took 10 s each.
+        ([row(i, "complete", 40.0, 2, 4) for i in range(3)], 1, 10.0),
+        ([row(i, "running", 20.0, 1, 4) for i in range(4)], 1, 20.0),
+    ],
+)
+def test_the_time_that_is_left(
+    place: Place, rows: list[dict[str, Any]], workers: int, left: float | None
+) -> None:
+    search = place.start("eta")
+    assert seconds_left(search, rows, workers) == (None if left is None else pytest.approx(left))
+
+
 def test_another_search_of_the_name_is_refused(place: Place, whole: list[Any]) -> None:
     with pytest.raises(UsageError, match=r"a search of something else .*epochs"):
         place.start("whole", epochs=3)
     with pytest.raises(UsageError, match=r"a search of something else .*seed"):
         place.start("whole", seed=9)
+    with pytest.raises(UsageError, match=r"a search of something else .*parameters.*no other set"):
+        place.start("whole", space=SPACE.replace("1e-2]", "2e-2]"))
     run = open_search(place.folder / "runs" / "whole").run_of(0)
     with pytest.raises(UsageError, match="a run, not a search"):
-        place.start("whole/trial-0000".replace("/", os.sep))
+        place.start("whole/trial-0000")
     with pytest.raises(UsageError, match="a search, not a run"):
         Run(run.folder.parent).check_free_or_same(place.config)
     assert math.isfinite(whole[0][3])

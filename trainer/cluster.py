@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featstore.distributed import (
+from featstore.errors import FeatstoreError, RunError, StoppedError
+from featstore.publish import TEMPORARY, write_text
+from featstore.ray_cluster import (
     ENVIRONMENT,
     Actors,
     connect,
@@ -29,8 +31,6 @@ from featstore.distributed import (
     one_line,
     resources_of,
 )
-from featstore.errors import FeatstoreError, RunError, StoppedError
-from featstore.publish import TEMPORARY, write_text
 from trainer.search import Search
 from trainer.trials import anonymous_bytes, work_in
 from trainer.workers import MEMORY_GROWTH, MOST_DEATHS, STOP_SECONDS, Watched, position
@@ -243,7 +243,7 @@ def run_on_ray(
     """Run a search's trials on a Ray cluster until none is left.
 
     Args:
-        address: As in `featstore.distributed.connect`.
+        address: As in `featstore.ray_cluster.connect`.
         search: The search, its features extracted.
         wanted: The actors; one runs one trial at a time, or one group at
             `k_txt` 0.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from featstore.publish import publish, write_text
 from trainer.search import Search
+from trainer.search_space import Parameter
 
 FIGURES = ("best_epoch", "val_loss", "val_accuracy", "val_macro_f1", "val_auc", "threshold")
 PLOT_DPI = 120
@@ -28,7 +30,8 @@ def trial_rows(search: Search) -> list[dict[str, Any]]:
         For each trial: `trial`, `run`, `state` (running, complete, pruned or
         fail), `value` (best so far, None before the first epoch), `epoch`
         (finished ones), `params` (as the settings have them), `seconds`,
-        `memory_bytes`, `worker`, `reason` of a failure, and `FIGURES`.
+        `together` (trials that share its passes over the store), `memory_bytes`,
+        `worker`, `reason` of a failure, and `FIGURES`.
     """
     return [_row(search, trial) for trial in search.drawn()]
 
@@ -42,8 +45,8 @@ def _row(search: Search, trial: FrozenTrial) -> dict[str, Any]:
         pick = min if search.space.search.minimises else max
         value = pick(reported.values())
     seconds = attrs.get("seconds")
-    if seconds is None and trial.datetime_start and not trial.state.is_finished():
-        seconds = (_now(trial) - trial.datetime_start).total_seconds()
+    if trial.state == TrialState.RUNNING and "began" in attrs:
+        seconds = max(0.0, time.time() - attrs["began"])
     return {
         "trial": trial.number,
         "run": search.run_of(trial.number).folder.name,
@@ -52,18 +55,12 @@ def _row(search: Search, trial: FrozenTrial) -> dict[str, Any]:
         "epoch": len(reported),
         "params": {p.name: p.setting(trial.params[p.name]) for p in _parameters(search, trial)},
         "seconds": seconds,
+        "together": attrs.get("together", 1),
         "memory_bytes": attrs.get("memory_bytes"),
         "worker": attrs.get("worker"),
         "reason": attrs.get("reason"),
         **{name: attrs.get(name) for name in FIGURES},
     }
-
-
-def _now(trial: FrozenTrial) -> Any:
-    from datetime import datetime
-
-    assert trial.datetime_start is not None
-    return datetime.now(trial.datetime_start.tzinfo)
 
 
 def _parameters(search: Search, trial: FrozenTrial) -> list[Any]:
@@ -73,7 +70,7 @@ def _parameters(search: Search, trial: FrozenTrial) -> list[Any]:
 def ranked(search: Search, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return trials, the best first: complete ones, then pruned, running, failed ones."""
     sign = 1 if search.space.search.minimises else -1
-    states = ("complete", "pruned", "running", "fail")
+    states = ("complete", "pruned", "running", "stopped", "fail")
 
     def place(row: dict[str, Any]) -> tuple[int, float, int]:
         value = row["value"]
@@ -89,16 +86,36 @@ def best_row(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, Any] |
 
 
 def seconds_left(search: Search, rows: Sequence[dict[str, Any]], workers: int) -> float | None:
-    """Estimate the time to the end from the trials that ended; None before the first one."""
-    ended = [row for row in rows if row["state"] != "running" and row["seconds"]]
-    if not ended:
+    """Estimate the time to the end from the epochs that were run; None before the first one."""
+    running = [row for row in rows if row["state"] == "running"]
+    costs = {row["trial"]: cost for row in rows if (cost := _expected(search, row)) is not None}
+    if not costs:
         return None
-    # Trials trained together share their seconds, which the mean over all of them keeps.
-    mean = float(np.mean([row["seconds"] for row in ended]))
-    going = [row for row in rows if row["state"] == "running"]
-    left = max(0, search.space.trials - len(rows)) * mean
-    left += sum(max(0.0, mean - (row["seconds"] or 0.0)) for row in going)
-    return left / max(1, min(workers, search.space.trials))
+    mean = float(np.mean(list(costs.values())))
+    left = (search.space.trials - len(rows)) * mean
+    for row in running:
+        left += max(0.0, costs.get(row["trial"], mean) - _share(row))
+    at_once = sum(1 / row["together"] for row in running) + search.space.trials - len(rows)
+    return left / max(1.0, min(workers, at_once))
+
+
+def _expected(search: Search, row: dict[str, Any]) -> float | None:
+    """Return what a trial will have taken of a worker's time; None where nothing tells."""
+    if row["state"] != "running":
+        return _share(row)
+    if not row["epoch"]:
+        return None
+    return _share(row) / row["epoch"] * float(epochs_of(search, row))
+
+
+def _share(row: dict[str, Any]) -> float:
+    """Return a trial's part of the time that it and those trained with it took."""
+    return float(row["seconds"] or 0.0) / row["together"]
+
+
+def epochs_of(search: Search, row: dict[str, Any]) -> int:
+    """Return the most epochs of a trial."""
+    return int(row["params"].get("epochs", search.base.train.epochs))
 
 
 def shown(value: Any) -> str:
@@ -122,65 +139,156 @@ def write_leaderboard(search: Search) -> list[Path]:
     for rank, row in enumerate(rows, 1):
         writer.writerow({"rank": rank, **{key: row[key] for key in kept}, **row["params"]})
     write_text(paths[0], text.getvalue())
-    return paths + _plots(search)
+    return paths + _plots(search, rows)
 
 
-def _plots(search: Search) -> list[Path]:
+def _plots(search: Search, rows: Sequence[dict[str, Any]]) -> list[Path]:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from optuna.visualization import matplotlib as figures
-
-    complete = [trial for trial in search.drawn() if trial.state == TrialState.COMPLETE]
+    complete = [row for row in rows if row["state"] == "complete"]
     varied = [
-        p.name
-        for p in search.space.parameters
-        if len({str(trial.params.get(p.name)) for trial in complete}) > 1
+        parameter
+        for parameter in search.space.parameters
+        if len({str(row["params"][parameter.name]) for row in complete}) > 1
     ]
+    figures = {}
+    if complete:
+        figures["history"] = _history(search, rows)
     # Where every value is the same, nothing has more importance than anything else.
-    values = {trial.value for trial in complete}
-    metric = search.space.search.metric
+    if varied and len(complete) >= 4 and len({row["value"] for row in complete}) > 1:
+        figures["importance"] = _importance(search, [parameter.name for parameter in varied])
+    if varied:
+        figures["parallel_coordinates"] = _parallel_coordinates(search, rows, varied)
     paths = []
-    for name, plot, least in (
-        ("history", lambda: figures.plot_optimization_history(search.study, target_name=metric), 1),
-        ("importance", lambda: _importance(search, varied), 4),
-        (
-            "parallel_coordinates",
-            lambda: figures.plot_parallel_coordinate(search.study, varied, target_name=metric),
-            2,
-        ),
-    ):
-        if len(complete) < least or (name != "history" and not varied):
-            continue
-        if name == "importance" and len(values) < 2:
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            figure: Any = plot().figure
-        _restyle(figure)
-        path = search.folder / f"{name}.png"
-        figure.set_size_inches(max(8, 2 * len(varied)), 5)
-        with publish(path) as temporary:
+    for name, figure in figures.items():
+        paths.append(search.folder / f"{name}.png")
+        with publish(paths[-1]) as temporary:
             figure.savefig(temporary, dpi=PLOT_DPI, format="png", bbox_inches="tight")
-        mpl.pyplot.close(figure)
-        paths.append(path)
     return paths
 
 
-def _restyle(figure: Any) -> None:
-    """Take Optuna's grey ground and white lines away: the worst trials were drawn in white."""
-    for axes in figure.axes:
-        axes.set_facecolor("white")
-        axes.grid(False)
-        for collection in axes.collections:
-            if collection.get_cmap().name == "Blues":
-                collection.set_cmap("viridis_r")
+def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _history(search: Search, rows: Sequence[dict[str, Any]]) -> Any:
+    """Draw each trial's value, and the best one that was known after it."""
+    from matplotlib.ticker import MaxNLocator
+
+    metric = search.space.search.metric
+    figure, axes = _figure(8, 4.5, f"{search.name}: value of each trial")
+    drawn = sorted(rows, key=lambda row: int(row["trial"]))
+    for state, style in (
+        ("complete", {"color": "C0"}),
+        ("pruned", {"facecolors": "none", "edgecolors": "C0"}),
+    ):
+        points = [row for row in drawn if row["state"] == state and row["value"] is not None]
+        if points:
+            numbers = [row["trial"] for row in points]
+            axes.scatter(numbers, [row["value"] for row in points], label=state, zorder=3, **style)
+    failed = [row["trial"] for row in drawn if row["state"] == "fail"]
+    if failed:
+        # They have no value: on the lower edge.
+        place = axes.get_xaxis_transform()
+        axes.scatter(
+            failed, [0.02] * len(failed), transform=place, marker="x", c="C3", label="fail"
+        )
+    complete = [row for row in drawn if row["state"] == "complete"]
+    values = np.array([row["value"] for row in complete])
+    best = (np.minimum if search.space.search.minimises else np.maximum).accumulate(values)
+    steps = [row["trial"] for row in complete] + [drawn[-1]["trial"]]
+    axes.step(steps, [*best, best[-1]], where="post", color="C1", label="best so far")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("trial")
+    axes.set_ylabel(metric)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return figure
 
 
 def _importance(search: Search, varied: list[str]) -> Any:
-    from optuna.visualization import matplotlib as figures
+    """Draw how much of the value's variance each setting explains."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = optuna.importance.get_param_importances(
+            search.study,
+            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+            params=varied,
+        )
+    names, shares = list(found)[::-1], list(found.values())[::-1]
+    title = f"{search.name}: importance for {search.space.search.metric} (fANOVA)"
+    figure, axes = _figure(8, 1.2 + 0.45 * len(names), title)
+    bars = axes.barh(names, shares)
+    axes.bar_label(bars, [f"{share:.2f}" for share in shares], padding=4)
+    axes.set_xlim(0, max(1e-9, *shares) * 1.1)
+    axes.set_xlabel("share of the explained variance")
+    return figure
 
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return figures.plot_param_importances(
-        search.study, evaluator=evaluator, params=varied, target_name=search.space.search.metric
-    )
+
+def _parallel_coordinates(
+    search: Search, rows: Sequence[dict[str, Any]], varied: Sequence[Parameter]
+) -> Any:
+    """Draw each trial as a line through its settings, coloured by its value."""
+    import matplotlib as mpl
+    from matplotlib.patheffects import withStroke
+
+    complete = [row for row in rows if row["state"] == "complete"]
+    values = [row["value"] for row in complete]
+    low, high = min(values), max(values)
+    title = f"{search.name}: settings and values; the best trial is the thick line"
+    figure, axes = _figure(max(7, 1.8 * (len(varied) + 1)), 4.5, title)
+    columns = [_axis(p) for p in varied]
+    span = high - low or 1.0
+    metric = search.space.search.metric
+    ticks = [(i / 4, shown(low + i / 4 * span)) for i in range(5)]
+    columns.append((lambda value: (value - low) / span, ticks))
+    colours = mpl.colormaps["viridis" if search.space.search.minimises else "viridis_r"]
+    # `rows` has the best one first, which is drawn last.
+    for rank, row in reversed(list(enumerate(complete))):
+        points = [*(row["params"][p.name] for p in varied), row["value"]]
+        heights = [place(value) for (place, _), value in zip(columns, points, strict=True)]
+        colour = colours((row["value"] - low) / span)
+        axes.plot(heights, color=colour, lw=1.2 if rank else 4, alpha=0.8 if rank else 1)
+    for x, (_, ticks) in enumerate(columns):
+        axes.axvline(x, color="0.5", lw=0.8, zorder=0)
+        for height, text in ticks:
+            axes.text(
+                x + 0.02,
+                height,
+                text,
+                va="center",
+                zorder=4,
+                fontsize=9,
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+            )
+    axes.set_xticks(range(len(columns)), [*(p.name for p in varied), metric])
+    axes.set_yticks([])
+    axes.set_xlim(-0.1, len(columns) - 0.7)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _axis(parameter: Parameter) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
+    """Return where a setting's values are on an axis from 0 to 1, and its ticks."""
+    if parameter.kind == "choice":
+        last = len(parameter.values) - 1
+        places = [i / last for i in range(last + 1)]
+        texts = [shown(value) for value in parameter.values]
+        return lambda value: places[parameter.values.index(value)], list(
+            zip(places, texts, strict=True)
+        )
+    scale = math.log if parameter.kind.startswith("log") else float
+    low, high = (scale(bound) for bound in parameter.values)
+
+    def place(value: float) -> float:
+        return (scale(value) - low) / (high - low)
+
+    middle = [low + i / 4 * (high - low) for i in range(5)]
+    numbers = [math.exp(x) if scale is math.log else x for x in middle]
+    return place, [(i / 4, shown(number)) for i, number in enumerate(numbers)]

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from trainer.leaderboard import best_row, seconds_left, shown, trial_rows
+from trainer.leaderboard import best_row, epochs_of, seconds_left, shown, trial_rows
 from trainer.search import Search
 from trainer.workers import Watched
 
 REDRAW_SECONDS = 2.0
 SHOWN_ROWS = 20
+# Lines of a terminal that the frame, the titles and the summary take.
+FRAME_LINES = 10
 
 
 def _minutes(seconds: float | None) -> str:
@@ -41,7 +43,20 @@ def _summary(search: Search, rows: list[dict[str, Any]], watched: Watched, start
     return ", ".join(parts)
 
 
-def _table(search: Search, rows: list[dict[str, Any]], caption: str) -> Any:
+def _chosen(
+    rows: list[dict[str, Any]], best: dict[str, Any] | None, most: int
+) -> list[dict[str, Any]]:
+    """Return the rows that fit: the running trials, the best one, then the latest."""
+    first = [row for row in rows if row["state"] == "running"][-most:]
+    if best is not None and len(first) < most:
+        first.append(best)
+    taken = {row["trial"] for row in first}
+    rest = [row for row in rows if row["trial"] not in taken]
+    first += rest[max(0, len(rest) - (most - len(first))) :]
+    return sorted(first, key=lambda row: int(row["trial"]))
+
+
+def _table(search: Search, rows: list[dict[str, Any]], caption: str, most: int) -> Any:
     from rich.table import Table
 
     best = best_row(search, rows)
@@ -49,16 +64,15 @@ def _table(search: Search, rows: list[dict[str, Any]], caption: str) -> Any:
     table = Table(caption=caption, caption_justify="left")
     for title in ("trial", "state", *names, "epoch", search.space.search.metric, "time"):
         table.add_column(title)
-    left_out = len(rows) - SHOWN_ROWS
-    if left_out > 0:
-        table.add_row(f"… {left_out} earlier")
-    for row in rows[-SHOWN_ROWS:]:
-        epochs = row["params"].get("epochs", search.base.train.epochs)
+    chosen = _chosen(rows, best, most)
+    if len(chosen) < len(rows):
+        table.add_row("…", f"{len(rows) - len(chosen)} more")
+    for row in chosen:
         table.add_row(
             str(row["trial"]),
             row["state"],
             *(shown(row["params"].get(name, "")) for name in names),
-            f"{row['epoch']}/{epochs}",
+            f"{row['epoch']}/{epochs_of(search, row)}",
             "" if row["value"] is None else f"{row['value']:.4f}",
             _minutes(row["seconds"]),
             style="bold" if best is not None and row["trial"] == best["trial"] else None,
@@ -117,7 +131,9 @@ def live_view(search: Search) -> Iterator[Callable[[Watched], None]]:
             lines(rows, watched)
         else:
             caption = _summary(search, rows, watched, started)
-            live.update(_table(search, rows, caption), refresh=True)
+            # A table that is too high would lose its end, where the summary is.
+            most = max(1, min(SHOWN_ROWS, console.height - FRAME_LINES))
+            live.update(_table(search, rows, caption, most), refresh=True)
 
     latest = Watched()
 

@@ -43,11 +43,14 @@ def retrain(
         `best.json`.
 
     Raises:
+        MissingFeaturesError: The split was not extracted.
         StoppedError: `reporter.stopping` said so.
     """
     base = search.run_of(best["trial"]).config()
     count = epochs or base.train.epochs
     features_of = FeaturesOf(load_dataset(base.data, Path(base.store.root)))
+    # A split without features would be found out after the training.
+    features_of(base).usable(split)
     figures = []
     for seed in range(base.train.seed, base.train.seed + seeds):
         train = dataclasses.replace(base.train, epochs=count, seed=seed)

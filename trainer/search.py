@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import filelock
 import numpy as np
@@ -36,7 +35,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from featstore.errors import RunError, UsageError
 from featstore.plan import plan_images, plan_text, text_spec, vision_spec
-from featstore.publish import command_line, package_versions, write_json
+from featstore.publish import PASSWORD, command_line, package_versions, write_json
 from featstore.spec import differing_fields
 from trainer.config import Config, load_config, render_config
 from trainer.run import SEARCH_FILE, Run, find_run
@@ -48,15 +47,12 @@ if TYPE_CHECKING:
 FORMAT = 1
 # A trial that ends its worker as often as this without finishing an epoch is given up.
 MOST_ATTEMPTS = 3
+LONGEST_CHANGE = 80
 
 
 def masked(url: str) -> str:
     """Return a storage URL without its password."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    place = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{place}"))
+    return PASSWORD.sub(r"\1***@", url)
 
 
 def driver_url(url: str) -> str:
@@ -76,8 +72,14 @@ def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
             journal.
 
     Raises:
-        UsageError: The database cannot be reached, or its driver is missing.
+        UsageError: The database cannot be reached, its driver is missing, or the
+            password is where it would be written down with the command.
     """
+    if url is not None and "password=" in url:
+        raise UsageError(
+            "--storage: its password is not looked for after the ?; expected a URL such as"
+            " postgresql://user:password@host/database"
+        )
     if url is None:
         path = folder / "study.journal"
         # Optuna names no public type for it; it asks for these two methods.
@@ -190,7 +192,8 @@ class Search:
             first = list(self.space.enqueue)
             if self.space.search.sampler == "grid":
                 first += self.space.grid()
-            for values in first:
+            # Some are there where an earlier start was killed among them.
+            for values in first[len(self.study.get_trials(deepcopy=False)) :]:
                 self.study.enqueue_trial(values)
             self.study.set_user_attr("folder", str(self.folder.absolute()))
             self.study.set_user_attr("parameters", content)
@@ -286,11 +289,7 @@ class Search:
             except RunError:
                 continue
             if len(frozen.params) < len(self.space.parameters):
-                # Killed while it was drawn: it is drawn again under another number.
-                trial = optuna.Trial(self.study, frozen._trial_id)
-                trial.set_user_attr("void", True)
-                trial.set_user_attr("reason", "its process ended while it was drawn")
-                self.study.tell(trial, state=TrialState.FAIL)
+                self._void(frozen)
                 held.close()
                 continue
             trial = optuna.Trial(self.study, frozen._trial_id)
@@ -307,6 +306,31 @@ class Search:
             taken += 1
             yield Claim(trial, self.run_of(frozen.number), held)
 
+    def _void(self, frozen: FrozenTrial) -> None:
+        """Give up a trial that was killed while it was drawn.
+
+        It is drawn again under another number, with the values that it was
+        given, if it is a fixed one or one of a grid.
+        """
+        given = frozen.system_attrs.get("fixed_params")
+        others = self.study.get_trials(deepcopy=False)
+        if given and not any(t.user_attrs.get("instead_of") == frozen.number for t in others):
+            self.study.enqueue_trial(given, user_attrs={"instead_of": frozen.number})
+        trial = optuna.Trial(self.study, frozen._trial_id)
+        trial.set_user_attr("void", True)
+        trial.set_user_attr("reason", "its process ended while it was drawn")
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def idle(self) -> set[int]:
+        """Return the numbers of the running trials that no process is at work on."""
+        found = set()
+        # With the right to draw, so that no worker takes one of them for held meanwhile.
+        with self._deciding():
+            for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                with contextlib.suppress(RunError), self.run_of(frozen.number).writing():
+                    found.add(frozen.number)
+        return found
+
     def fail(self, claim: Claim, reason: str) -> None:
         """Record a trial as failed, with the reason, and let go of it."""
         claim.trial.set_user_attr("reason", reason)
@@ -318,21 +342,23 @@ class Search:
         return self.space.config(self.base, stored)
 
 
-def _identity(search: Search, dataset: Dataset) -> dict[str, Any]:
+def _identity(
+    base: Config, space: Space, init_from: Run | None, url: str | None, dataset: Dataset
+) -> dict[str, Any]:
     """Return what must stay the same while a search goes on."""
-    space = search.space.to_json()
-    space["search"] = {
-        key: value for key, value in space["search"].items() if key not in ("trials", "together")
+    varied = space.to_json()
+    varied["search"] = {
+        key: value for key, value in varied["search"].items() if key not in ("trials", "together")
     }
     features = set()
-    for config in search.space.feature_configs(search.base):
+    for config in space.feature_configs(base):
         features.add(vision_spec(config.encoders, config.store).fingerprint)
         features.add(text_spec(config.encoders, config.store, config.train.k_txt).fingerprint)
     content = {
-        "space": space,
-        "settings": dataclasses.asdict(search.base),
-        "init_from": None if search.init_from is None else str(search.init_from.folder),
-        "storage": None if search.url is None else masked(search.url),
+        "space": varied,
+        "settings": dataclasses.asdict(base),
+        "init_from": None if init_from is None else str(init_from.folder),
+        "storage": None if url is None else masked(url),
         "rows": dataset.examples.digest(),
         "split": dataset.splits.digest(),
         "features": sorted(features),
@@ -444,11 +470,9 @@ def start_search(
     if Run(folder).exists:
         raise UsageError(f"{folder}: a run, not a search; choose another --name")
     earlier = _read(folder) if exists(folder) else None
-    folder.mkdir(parents=True, exist_ok=True)
     if earlier is not None and earlier["storage"] != (None if url is None else masked(url)):
         open_search(folder, url)  # says what is wrong
-    search = Search(folder, base, space, init_from, url)
-    identity = _identity(search, dataset)
+    identity = _identity(base, space, init_from, url, dataset)
     if earlier is not None:
         before = {key: earlier[key] for key in identity}
         before["space"]["search"] = {
@@ -456,11 +480,21 @@ def start_search(
         }
         changed = differing_fields(identity, before)
         if changed:
+            # Of lists, such as the whole space, the name says enough.
+            told = [c if len(c) <= LONGEST_CHANGE else c.partition(":")[0] for c in changed]
             raise UsageError(
-                f"{folder}: a search of something else ({'; '.join(changed)}); choose another"
+                f"{folder}: a search of something else ({'; '.join(told)}); choose another"
                 " --name, or go on with `python cli.py search --name"
                 f" {folder.name}` and no other settings"
             )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        search = Search(folder, base, space, init_from, url)
+    except UsageError:
+        # A folder of nothing, where the storage cannot be opened.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
     (folder / "config.toml").write_text(render_config(base), encoding="utf-8")
     about = {"format": FORMAT, "command": command_line(), "versions": package_versions()}
     write_json(folder / SEARCH_FILE, {**about, **identity, "space": space.to_json()})

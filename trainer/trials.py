@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from trainer.fit import Training
 
 
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+
 def _count_attempt(trial: optuna.Trial, by: int) -> None:
     epochs, attempts = trial.user_attrs["attempts"]
     trial.set_user_attr("attempts", [epochs, attempts + by])
@@ -119,9 +122,10 @@ def _run_group(
     """Run trials in one pass over the store and record how each ended."""
     from trainer.loop import train_together
 
-    started = time.perf_counter()
     pairs: list[tuple[Claim, Training]] = []
+    alone: list[Claim] = []
     for claim in claims:
+        claim.trial.set_user_attr("together", len(claims))
         try:
             training = _training(search, claim, features_of, stopping)
         except Exception as error:
@@ -133,20 +137,28 @@ def _run_group(
             failures = train_together([training for _, training in pairs])
         except StoppedError:
             for claim, _ in pairs:
-                _count_attempt(claim.trial, -1)
+                if _is_pruned(search, claim):
+                    _set_status(claim.run, "pruned")
+                else:
+                    _count_attempt(claim.trial, -1)
             raise
         except Exception as error:
-            # Of the shared step, such as memory: each trial has to bear it.
             failures = [error for _ in pairs]
+            if len(pairs) > 1:
+                # Of their shared step, such as the memory of all of them: each may do alone.
+                alone = [claim for claim, _ in pairs if not _is_pruned(search, claim)]
         for (claim, training), failure in zip(pairs, failures, strict=True):
-            claim.trial.set_user_attr("seconds", round(time.perf_counter() - started, 3))
-            _end(search, claim, failure, training)
+            if claim not in alone:
+                _end(search, claim, failure, training)
     # A model refers to itself; its arrays would otherwise wait for a later collection.
     pairs.clear()
     import keras
 
     keras.backend.clear_session()
     gc.collect()
+    for claim in alone:
+        _count_attempt(claim.trial, -1)
+        _run_group(search, [claim], features_of, stopping)
 
 
 def _training(
@@ -166,23 +178,40 @@ def _training(
         if record[metric] is None:
             raise RunError(f"{metric} cannot be computed: the val split has one class")
         trial.set_user_attr("memory_bytes", anonymous_bytes())
-        trial.report(record[metric], record["epoch"] - 1)
+        trial.report(record[metric], record["epoch"])
+
+    def prune(record: dict[str, Any]) -> None:
+        if record["epoch"] < epochs and trial.should_prune():
+            # Told here: the trials that share its passes may be stopped before they end.
+            _add_figures(trial, training)
+            search.study.tell(trial, state=TrialState.PRUNED)
+            raise optuna.TrialPruned
 
     def judge(record: dict[str, Any]) -> None:
         report(record)
-        if record["epoch"] < epochs and trial.should_prune():
-            raise optuna.TrialPruned
+        prune(record)
 
     training = Training(
         claim.run, features_of(config), search.init_from, Reporter(epoch=judge, stopping=stopping)
     )
+    trial.set_user_attr("began", time.time() - training.progress.total_seconds)
     _write_hparams(claim.run, trial.params)
     known = search.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-    for record in training.progress.history:
-        # The process may have died between saving an epoch and reporting it.
-        if record["epoch"] - 1 not in known:
+    history = training.progress.history
+    for record in history:
+        # The process may have died between saving an epoch and reporting it,
+        if record["epoch"] not in known:
             report(record)
+    if history and not training.finished:
+        # or between that and its judgement.
+        prune(history[-1])
     return training
+
+
+def _is_pruned(search: Search, claim: Claim) -> bool:
+    """Tell whether a trial was recorded as pruned already."""
+    found = search.study.get_trials(deepcopy=False)[claim.trial.number]
+    return found.state == TrialState.PRUNED
 
 
 def _end(
@@ -190,14 +219,13 @@ def _end(
 ) -> None:
     """Record how a trial ended and let go of it."""
     trial = claim.trial
-    if isinstance(failure, optuna.TrialPruned):
+    if _is_pruned(search, claim):
         _set_status(claim.run, "pruned")
-        _add_figures(trial, training)
-        search.study.tell(trial, state=TrialState.PRUNED)
     elif failure is not None or training is None:
         _set_status(claim.run, "failed")
-        search.fail(claim, _reason(failure))
-        return
+        if training is not None:
+            trial.set_user_attr("seconds", training.manifest["wall_seconds"].get("total"))
+        search.fail(claim, _reason(failure).removeprefix(f"{claim.run.name}: "))
     else:
         record = _add_figures(trial, training)
         search.study.tell(trial, record[search.space.search.metric])
@@ -209,7 +237,9 @@ def _reason(error: Exception | None) -> str:
     if isinstance(error, FeatstoreError):
         return lines[0]
     kind = type(error).__name__
-    if isinstance(error, MemoryError) or kind == "ResourceExhaustedError":
+    # TensorFlow has a class for it, JAX and XLA's runtime a word.
+    words = f"{kind} {lines[0]}"
+    if isinstance(error, MemoryError) or "ResourceExhausted" in words or OUT_OF_MEMORY in words:
         return f"out of memory: {lines[0]}"
     return f"{kind}: {lines[0]}"
 
@@ -219,12 +249,12 @@ def _set_status(run: Run, status: str) -> None:
         run.write_manifest({**run.manifest(), "status": status})
 
 
-def _add_figures(trial: optuna.Trial, training: Training | None) -> dict[str, Any]:
+def _add_figures(trial: optuna.Trial, training: Training) -> dict[str, Any]:
     """Keep the figures of the best epoch with the trial; return its record."""
-    assert training is not None
     progress = training.progress
     record = dict(progress.history[progress.best_epoch])
     trial.set_user_attr("best_epoch", record["epoch"])
+    trial.set_user_attr("seconds", training.manifest["wall_seconds"]["total"])
     for name in ("val_loss", "val_accuracy", "val_macro_f1", "val_auc", "threshold"):
         trial.set_user_attr(name, record[name])
     return record

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.errors import FeatstoreError, RunError, StoppedError
+from featstore.ray_cluster import limit_threads
 from trainer.search import Search
 from trainer.trials import anonymous_bytes, work_in
 
@@ -106,7 +107,7 @@ def run_workers(
             if stopping():
                 break
     finally:
-        _stop(alive, stopping)
+        _stop(alive)
     if stopping():
         raise StoppedError(
             f"{search.folder}: stopped; running trials are saved, and the same command with"
@@ -151,7 +152,7 @@ def memory_bytes() -> tuple[int, int]:
     return found.get("MemTotal", 0), found.get("MemAvailable", 0)
 
 
-def _stop(alive: dict[int, SpawnProcess], stopping: Callable[[], bool]) -> None:
+def _stop(alive: dict[int, SpawnProcess]) -> None:
     """End what still runs, by request first."""
     for process in alive.values():
         process.terminate()
@@ -201,9 +202,6 @@ def work_in_process(folder: str, url: str | None, deadline: float, slot: int, th
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent, asked), daemon=True).start()
-    # Imported here: it takes the encoders' code along, which the driver has no need of.
-    from featstore.distributed import limit_threads
-
     try:
         limit_threads(threads)
         if work_in(Path(folder), url, asked.is_set, deadline, MEMORY_GROWTH):

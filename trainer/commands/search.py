@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from trainer.commands.console import (
     split_option,
     stop_request,
 )
-from trainer.search_space import SearchConfig, read_space
+from trainer.search_space import SearchConfig
+from trainer.space_file import read_space
 
 
 def _search_options(command: Command) -> Command:
@@ -65,7 +67,11 @@ RAY_HELP = "Run the trials on a Ray cluster: host:port, auto, or local."
     type=click.IntRange(min=1),
     help="Trials at once; default: 1, with --ray as many as fit.",
 )
-@click.option("--timeout", type=click.FloatRange(min=0), help="Seconds after which none starts.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    help="Seconds after which no trial starts; extraction counts.",
+)
 @click.option("--init-from", help="Run that every trial starts from.")
 @click.option("--storage", help="Database URL for many machines, such as postgresql://….")
 @click.option("--ray", "ray_address", metavar="ADDRESS", help=RAY_HELP)
@@ -128,18 +134,24 @@ def search_group(
         space = read_space(file, search_flags, given, config.is_demo)
         base = space.base(config)
         source = find_run(Path(runs), init_from) if init_from else None
-    from featstore.dataset import load_dataset
+    if ray_address is not None:
+        from featstore.ray_cluster import check_address
 
-    dataset = load_dataset(base.data, Path(base.store.root), save=not dry_run)
-    print_rows(dataset)
-    _extract_for_search(dataset, space.feature_configs(base), dry_run)
-    if dry_run:
-        click.echo(f"{space.trials} trials of {', '.join(p.name for p in space.parameters)}")
-        return
+        check_address(ray_address)
+    from featstore.dataset import load_dataset
     from trainer.leaderboard import best_row, trial_rows, write_leaderboard
     from trainer.search import driver_url, masked, start_search
 
+    dataset = load_dataset(base.data, Path(base.store.root), save=not dry_run)
+    print_rows(dataset)
+    configs = space.feature_configs(base)
+    if dry_run:
+        _extract_for_search(dataset, configs, dry_run)
+        click.echo(f"{space.trials} trials of {', '.join(p.name for p in space.parameters)}")
+        return
+    # Before the extraction, so that a wrong name or storage does not wait for its end.
     search = start_search(folder, base, space, source, storage, dataset)
+    _extract_for_search(dataset, configs, dry_run)
     deadline = float("inf") if timeout is None else started + timeout
     with stop_request() as stopping:
         from trainer.live import live_view
@@ -150,7 +162,7 @@ def search_group(
 
                 watched = run_workers(search, workers or 1, deadline, stopping, watch)
             else:
-                from featstore.distributed import Actors
+                from featstore.ray_cluster import Actors
                 from trainer.cluster import run_on_ray
 
                 wanted = Actors(workers, num_gpus, num_cpus)
@@ -177,19 +189,33 @@ def search_group(
         place = masked(driver_url(storage)) if storage else search.folder / "study.journal"
         click.echo(f"see it: optuna-dashboard {place}", err=True)
         click.echo(f"        tensorboard --logdir {search.folder}", err=True)
+        if search.unfinished:
+            ended = sum(row["state"] != "running" for row in rows)
+            click.echo(
+                f"{ended} of {space.trials} trials ended; `python cli.py search --name {name}`"
+                " goes on with the rest",
+                err=True,
+            )
     if best_row(search, rows) is None and rows:
         reasons = {row["reason"] for row in rows if row["reason"]}
         raise RunError(f"{folder}: no trial ended well ({'; '.join(sorted(reasons)[:3])})")
 
 
 def _extract_for_search(dataset: Any, configs: list[Any], dry_run: bool) -> None:
-    """Extract what the trials will read, with an estimate first."""
+    """Extract what the trials will read, with an estimate of all of it first."""
     from trainer.search import missing_features
 
-    for missing in missing_features(dataset, configs):
-        import_framework()
-        from featstore import extract
+    found = missing_features(dataset, configs)
+    if not found:
+        return
+    import_framework()
+    from featstore import extract
 
+    # Each boundary has a graph of its own, which TensorFlow would warn of as one traced again.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    work: list[tuple[Any, Any, Any]] = []
+    total = 0.0
+    for missing in found:
         config, k_txt = missing.config, missing.config.train.k_txt
         estimate: Any
         bring: Any
@@ -203,13 +229,18 @@ def _extract_for_search(dataset: Any, configs: list[Any], dry_run: bool) -> None
             inputs = (config.encoders, config.store, missing.inputs, k_txt)
             estimate, bring = extract.estimate_text, extract.bring_text
         plan, rate = estimate(*inputs)
+        seconds = len(plan.keys) / rate
+        total += seconds
         click.echo(
-            f"to extract: {len(plan.keys)} {what}, about {len(plan.keys) / rate / 60:.1f} min,"
+            f"to extract: {len(plan.keys)} {what}, about {seconds / 60:.1f} min,"
             f" {plan.to_dict()['todo_bytes'] / 1e6:.1f} MB in {plan.folder}",
             err=True,
         )
-        if not dry_run:
-            bring(*inputs, bar, print_halved)
+        work.append((bring, inputs, bar))
+    if len(work) > 1:
+        click.echo(f"to extract in all: about {total / 60:.1f} min", err=True)
+    for bring, inputs, bar in [] if dry_run else work:
+        bring(*inputs, bar, print_halved)
 
 
 def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
@@ -252,6 +283,10 @@ def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> Non
 
     search = _known_search(runs, name, storage)
     rows = trial_rows(search)
+    idle = search.idle()
+    for row in rows:
+        if row["trial"] in idle:
+            row["state"] = "stopped"
     files = write_leaderboard(search)
     if as_json:
         click.echo(json.dumps({"search": name, "trials": ranked(search, rows)}))
