@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check install install-dev clean
+.PHONY: demo test check fast install install-dev clean
 
 demo: install
 	$(BIN)/python cli.py extract-vit
@@ -16,7 +16,11 @@ check:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
+
+# What needs neither the real presets nor more than a few seconds a test.
+fast: install-dev
+	$(BIN)/pytest -n auto --dist loadfile -m 'not slow'
 
 install: $(VENV)/.installed
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import trainer.loop
 import trainer.trials
 from featstore.errors import StoppedError, UsageError
 from trainer import search as searching
-from trainer.fit import Training
 from trainer.leaderboard import best_row, ranked, seconds_left, trial_rows, write_leaderboard
 from trainer.run import Run
 from trainer.search import Search, known_search, open_search, start_search
@@ -83,14 +81,6 @@ class Place:
         """Open a search anew, as the same command does."""
         base, space, source = known_search(search.folder, flags)
         return start_search(search.folder, base, space, source, None, self.dataset)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_xla() -> Iterator[None]:
-    """Compiling takes most of such a small trial's time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.fit, "Training", functools.partial(Training, compiled=False))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -341,11 +331,9 @@ def test_a_diverged_trial_is_recorded(place: Place) -> None:
 
 
 WORKER = """
-import functools, os, signal, sys
+import os, signal, sys
 from pathlib import Path
-import trainer.fit
 from trainer import trials
-trainer.fit.Training = functools.partial(trainer.fit.Training, compiled=False)
 calls = iter(range(100))
 count = trials._count_attempt
 def die(trial, by):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
@@ -25,7 +24,6 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 from tiny_runs import extracted, tiny_config
 
-import trainer.retrain
 from cli import cli
 from trainer.config import render_config
 
@@ -149,9 +147,7 @@ def test_what_a_search_leaves(project: Project, whole: list[Any]) -> None:
 
 
 @pytest.mark.slow
-def test_show_and_best(project: Project, whole: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = functools.partial(trainer.retrain.Training, compiled=False)
-    monkeypatch.setattr(trainer.retrain, "Training", plain)
+def test_show_and_best(project: Project, whole: list[Any]) -> None:
     shown = project.call("search", "show", "whole")
     best = min(whole, key=lambda trial: trial[3])
     line = shown.stdout.splitlines()[1]
