@@ -308,13 +308,16 @@ def accelerator(
 
 
 @benchmarks.command(name="study-search")
+@click.option(
+    "--workers", multiple=True, type=int, default=(1, 2), show_default=True, help="Of a search."
+)
 @config_option
 @kept_option
-def study_search(config_file: Path, kept: bool) -> None:
-    """The study's search on your rows, with one worker and two, against end to end."""
+def study_search(workers: tuple[int, ...], config_file: Path, kept: bool) -> None:
+    """The study's search on your rows, by as many workers, against end to end."""
     from benchmarks.study_search import measure
 
-    finish("study_search", measure(config_file), kept)
+    finish("study_search", measure(config_file, workers), kept)
 
 
 @benchmarks.command(name="search-quality")

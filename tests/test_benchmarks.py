@@ -26,12 +26,15 @@ from benchmarks.loader import OURS, OURS_FIRST, WARM_HEADER, best_peer, measure,
 from benchmarks.loader_cold import COLD_HEADER
 from benchmarks.loader_peers import PEERS, Peer, RandomReader, StreamReader, numpy_memmap
 from benchmarks.measuring import in_child, memory_bytes, ratios, spread, written
+from benchmarks.results_file import RESULTS
 from benchmarks.search_quality import best_after
 from benchmarks.sizes import TINY
 from benchmarks.steps import cached_stepper, random_batch
 from benchmarks.tables import table
 from trainer.config import render_config
 from trainer.run import Run
+
+ROOT = Path(__file__).resolve().parent.parent
 
 LOADER: dict[str, Any] = {
     "rows": 64,
@@ -213,12 +216,12 @@ def real_config(tiny_vit: Path, tiny_text: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.mark.slow
 def test_the_study_search_runs_on_a_users_rows(tmp_path: Path, real_config: Path) -> None:
-    shown = run(tmp_path, "study-search", "--config", str(real_config))
+    shown = run(tmp_path, "study-search", "--config", str(real_config), "--workers", "2")
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())["study_search"]
     assert found["trials"] == 6
-    one, two = (found["workers"][count] for count in ("1", "2"))
-    assert one["best"] == pytest.approx(two["best"], abs=1e-6)
+    assert found["workers"].keys() == {"2"}
+    assert 0 < found["workers"]["2"]["best"] <= 1
     # Two epochs of 128 rows in steps of 32 and of 48 validation rows, for each trial.
     steps = {k: found["end_to_end"][k]["plain"] for k in ("2", "3")}
     low, high = (
@@ -238,11 +241,11 @@ def test_search_quality_compares_for_one_budget(tmp_path: Path, real_config: Pat
     shown = run(
         tmp_path,
         *("search-quality", "--config", str(real_config)),
-        *("--seeds", "1", "--trials", "4", "--epochs", "2"),
+        *("--seeds", "1", "--trials", "2", "--epochs", "2"),
     )
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())["search_quality"]["searches"]
-    assert {name: len(curve) for name, (curve,) in found.items()} == {"random": 4, "tpe": 6}
+    assert {name: len(curve) for name, (curve,) in found.items()} == {"random": 2, "tpe": 3}
     for (curve,) in found.values():
         assert curve == sorted(curve)
     assert "| TPE, median pruning" in shown
@@ -261,9 +264,9 @@ def test_number_formats_are_compared_under_the_same_weights(
     config = tiny_config(tmp_path / "data", tiny_vit, tiny_text, epochs=2)
     file = tmp_path / "featstore.toml"
     file.write_text(render_config(config))
-    figures = number_formats.measure(file, layers=(1,), rounds=2, batches=2)
+    figures = number_formats.measure(file, layers=(0,), rounds=2, batches=2)
     found = figures["dtypes"]
-    changes = [found[d]["k_txt"]["1"]["largest_logit_difference"] for d in number_formats.DTYPES]
+    changes = [found[d]["k_txt"]["0"]["largest_logit_difference"] for d in number_formats.DTYPES]
     assert changes[0] == 0
     assert 0 < changes[1] < changes[2]
     assert changes[1] < changes[3] < 1
@@ -505,3 +508,13 @@ runpy.run_module("benchmarks", run_name="__main__")
 def test_the_accelerator_benchmark_says_how_to_start_it(tmp_path: Path) -> None:
     done = CliRunner().invoke(benchmarks, ["--results", str(tmp_path), "accelerator"])
     assert "KERAS_BACKEND=jax python -m benchmarks accelerator" in str(done.exception)
+
+
+def test_the_documented_tables_are_those_of_the_results() -> None:
+    shown = run(RESULTS, "tables")
+    page = (ROOT / "docs" / "BENCHMARKS.md").read_text()
+    assert page.partition("\n---\n\n")[2] == shown, "write what `benchmarks tables` prints there"
+    steps = shown.partition("### steps")[2].partition("\n###")[0]
+    table_lines = [line for line in steps.splitlines() if line.startswith("|")]
+    assert len(table_lines) == 6
+    assert "\n".join(table_lines) in (ROOT / "README.md").read_text()

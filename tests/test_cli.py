@@ -524,7 +524,7 @@ def command(*args: str) -> Iterator[subprocess.Popen[str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_an_extraction(project: Project, tmp_path: Path, number: signal.Signals) -> None:
-    images, count = tmp_path / "images", 300
+    images, count = tmp_path / "images", 100
     images.mkdir()
     rng = np.random.default_rng(0)
     for i in range(count):
