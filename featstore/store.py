@@ -511,9 +511,9 @@ class VisionStore(Store):
                 f"out is {out.dtype} {out.shape}, expected {self.dtype}"
                 f" {(len(positions), *self.row_shape)}"
             )
-        unread = positions[~self._checked[positions]]
-        if unread.size:
-            self.will_need(unread)
+        checked = self._checked[positions]
+        if not checked.all():
+            self.will_need(positions[~checked])
             self._check_rows(positions, shards, rows)
         for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
             out[i] = self._plain_views[shard][row]

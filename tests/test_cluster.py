@@ -21,13 +21,12 @@ from tiny_runs import extracted, tiny_config
 from featstore.errors import RunError, StoppedError
 from featstore.ray_cluster import Actors
 from trainer import cluster as on_ray
-from trainer import workers
 from trainer.cluster import TrialActor, run_on_ray
 from trainer.leaderboard import trial_rows
 from trainer.search import Search, start_search
 from trainer.search_space import Space
 from trainer.space_file import read_space
-from trainer.workers import Watched, run_workers, work_in_process
+from trainer.workers import Watched, run_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = Actors(count=2, num_gpus=0, num_cpus=1)
@@ -65,18 +64,8 @@ def work(tiny_vit: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFacto
 def alone(work: Any) -> list[Any]:
     """The results of one machine's processes, each with one thread as an actor has."""
     search = searches(work, "alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "work_in_process", plain_worker)
-        run_workers(search, 2, FOREVER, lambda: False)
+    run_workers(search, 2, FOREVER, lambda: False)
     return results(search)
-
-
-def plain_worker(*arguments: Any) -> None:
-    """Be a worker process that trains without XLA."""
-    import plain_cli
-
-    assert plain_cli
-    work_in_process(*arguments)
 
 
 def results(search: Search) -> list[Any]:
@@ -86,22 +75,7 @@ def results(search: Search) -> list[Any]:
 
 
 def actors() -> list[psutil.Process]:
-    return ray_processes("PlainActor")
-
-
-class PlainActor(TrialActor):
-    """Trains without XLA: compiling takes most of a tiny trial's time."""
-
-    def work(self, job: Any) -> Any:
-        import plain_cli
-
-        assert plain_cli
-        return super().work(job)
-
-
-@pytest.fixture(autouse=True)
-def without_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_ray, "TrialActor", PlainActor)
+    return ray_processes("TrialActor")
 
 
 class At:
@@ -129,7 +103,7 @@ def test_two_nodes_end_as_one_machine(cluster: Any, work: Any, alone: list[Any])
     assert (watched.workers, watched.deaths) == (2, 0)
     assert watched.peak_bytes > 0
     assert not list(search.folder.glob(".tmp-*"))
-    assert none_left("PlainActor")
+    assert none_left("TrialActor")
 
 
 @pytest.mark.slow
@@ -173,7 +147,7 @@ def test_a_stopped_search_goes_on(cluster: Any, work: Any, alone: list[Any]) -> 
     watch = At(search, EPOCHS // 2, lambda: asked.append(True))
     with pytest.raises(StoppedError, match="--name stopped goes on"):
         run_on_ray(cluster.address, search, TWO, FOREVER, lambda: bool(asked), watch)
-    assert none_left("PlainActor")
+    assert none_left("TrialActor")
     states = [row["state"] for row in trial_rows(search)]
     assert "running" in states
     # Saved between two epochs, so that nothing is computed twice.

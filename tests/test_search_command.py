@@ -52,7 +52,7 @@ class Project:
         self.space = [*self.settings, "--space", str(folder / "space.toml")]
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "tests/plain_cli.py", *arguments, "--runs", str(self.runs)]
+        return [sys.executable, "cli.py", *arguments, "--runs", str(self.runs)]
 
     def run(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
