@@ -108,7 +108,7 @@ def lmdb(features: Array, folder: Path) -> Iterator[RandomReader]:
         def read(positions: NDArray[np.int64], out: Array) -> Array:
             with environment.begin(buffers=True) as reading:
                 for i, position in enumerate(positions.tolist()):
-                    value = reading.get(position.to_bytes(4, "big"))
+                    value: Any = reading.get(position.to_bytes(4, "big"))
                     out[i] = np.frombuffer(value, out.dtype).reshape(out.shape[1:])
             return out
 
