@@ -1,9 +1,9 @@
 """The store's number formats on the user's own rows: size, speed, and what they change.
 
 Every format is extracted and trained on as a user would, in a store of its own.
-Reading is timed in rounds in which each format, and a copy of as many bytes as
-float16 has, read the same rows. Logits are compared for the run that was
-trained on float32 features, over the same test rows in each format.
+Reading is timed in rounds in which each format reads the same rows. Logits are
+compared for the run that was trained on float32 features, over the same test
+rows in each format.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from trainer.config import Config, load_config
 from trainer.features import Features, open_features
 from trainer.loop import predict_logits
 from trainer.metrics import evaluate_logits
-from trainer.run import Run
 from trainer.step import make_optimizer, make_stepper
 
 EXACT = "float32"
@@ -72,7 +71,7 @@ def _reader(store: VisionStore) -> Callable[[NDArray[np.int64]], None]:
 
 def gather_seconds(
     stores: dict[str, VisionStore], rounds: int, batches: int
-) -> tuple[dict[str, list[float]], list[float]]:
+) -> dict[str, list[float]]:
     """Time random batches of the same rows from each store.
 
     Args:
@@ -81,8 +80,7 @@ def gather_seconds(
         batches: Of `GATHERED_ROWS` rows.
 
     Returns:
-        Seconds a batch of each round by format, and of a copy of a float16
-        batch between blocks that no cache holds.
+        Seconds a batch of each round by format.
     """
     readers = {dtype: _reader(store) for dtype, store in stores.items()}
     live = {dtype: store.live() for dtype, store in stores.items()}
@@ -91,20 +89,9 @@ def gather_seconds(
             read(live[dtype][start : start + GATHERED_ROWS])
     rng = np.random.default_rng(0)
     number = min(len(rows) for rows in live.values())
-    item = stores[USUAL].row_shape
-    source = np.ones((number, *item), np.float16)
-    target = np.zeros((GATHERED_ROWS, *item), np.float16)
     seconds: dict[str, list[float]] = {dtype: [] for dtype in stores}
-    copies: list[float] = []
     for _ in range(rounds):
         picked = [rng.integers(0, number, GATHERED_ROWS) for _ in range(batches)]
-
-        def copy(picked: Sequence[NDArray[np.int64]] = picked) -> None:
-            for rows in picked:
-                for i, row in enumerate(rows):
-                    target[i] = source[row]
-
-        copies.append(seconds_of(copy) / batches)
         for dtype, read in readers.items():
 
             def gather(
@@ -116,7 +103,7 @@ def gather_seconds(
                     read(rows_of[rows])
 
             seconds[dtype].append(seconds_of(gather) / batches)
-    return seconds, copies
+    return seconds
 
 
 def measure(
@@ -139,7 +126,7 @@ def measure(
 
     Returns:
         By format: bytes of an image, seconds a batch of 32 rows and its ratio
-        to float16 and to the copy, and for each k_txt the test accuracy of a
+        to float16, and for each k_txt the test accuracy of a
         run trained on it, the largest difference of a logit to float32 under
         the same weights, and the predictions that this changes.
     """
@@ -156,12 +143,13 @@ def measure(
             _extract(with_settings(given, dtype, 0), dataset)
         for k_txt in layers:
             exact: NDArray[np.float32] | None = None
-            weights = root / "runs" / f"{EXACT}-{k_txt}" / Run(root).weights_path.name
+            weights: Path | None = None
             for dtype in dtypes:
                 features = open_features(with_settings(given, dtype, k_txt), dataset)
                 stores[dtype] = features.vision
                 training = new_training(root, f"{dtype}-{k_txt}", features)
                 threshold = float(training.fit()["threshold"])
+                weights = weights or training.run.weights_path  # of the first format, float32
                 own = logits_of(training.run.weights_path, features, "test")
                 labels = features.rows("test").labels
                 logits = logits_of(weights, features, "test")
@@ -174,14 +162,13 @@ def measure(
                     "predictions_changed": int(((logits > cut) != (exact > cut)).sum()),
                 }
                 release()
-        seconds, copies = gather_seconds(stores, rounds, batches)
+        seconds = gather_seconds(stores, rounds, batches)
         for dtype, store in stores.items():
             tokens, width = store.row_shape
             found[dtype] |= {
                 "row_bytes": tokens * token_bytes(dtype, width),
                 "gather_seconds": spread(seconds[dtype], 7),
                 "speed_to_float16": ratios(seconds[USUAL], seconds[dtype]),
-                "float16_copy_to_gather": ratios(copies, seconds[dtype]),
             }
         rows = {split: len(features.rows(split).labels) for split in ("train", "val", "test")}
     return {"rows": rows, "row_shape": [tokens, width], "rounds": rounds, "dtypes": found}
