@@ -30,11 +30,11 @@ from benchmarks.loader_cold import (
     COLD_HEADER,
     Array,
     Batches,
-    aligned,
     cold_figures,
     median_ratio,
 )
 from benchmarks.loader_peers import PEERS, Peer, StreamReader
+from benchmarks.measuring import aligned
 from benchmarks.synthetic import write_store
 from benchmarks.tables import table
 from featstore.store import VisionStore, open_store

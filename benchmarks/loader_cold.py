@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.measuring import aligned
 from benchmarks.synthetic import write_store
 from featstore.store import VisionStore, open_store
 
@@ -26,14 +27,6 @@ AHEAD = 4
 
 def median_ratio(above: list[float], below: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 4)
-
-
-def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return an array at the start of a page, so that no way copies to a slower address."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 4096, np.uint8)
-    start = -raw.ctypes.data % 4096
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _is_in_memory(path: Path) -> bool:

@@ -31,7 +31,8 @@ from trainer.config import Config, load_config
 from trainer.features import Features, open_features
 from trainer.loop import predict_logits
 from trainer.metrics import evaluate_logits
-from trainer.step import make_optimizer, make_stepper
+from trainer.optimizer import make_optimizer
+from trainer.step import make_stepper
 
 EXACT = "float32"
 USUAL = "float16"
@@ -54,7 +55,7 @@ def logits_of(weights: Path, features: Features, split: str) -> NDArray[np.float
     config = features.config
     model = build_model(config, features.vision.row_shape)
     model.load_weights(weights)
-    stepper = make_stepper([(model, make_optimizer(config.train))], config.train.xla)
+    stepper = make_stepper([(model, make_optimizer(config.train))])
     return predict_logits(stepper, features.rows(split), config.train.batch_size)[0]
 
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import extraction
 from benchmarks.loop import new_training, patient
 from benchmarks.measuring import seconds_of
@@ -29,7 +27,6 @@ from featstore.config import StoreConfig
 from featstore.encoders import TextEncoder
 from featstore.extract import extract_text, writing
 from featstore.plan import plan_text, text_spec
-from trainer.batches import trim_lengths
 from trainer.features import Features
 
 WAYS = {"end_to_end": "end to end", "end_to_end_xla": "end to end, XLA"}
@@ -80,13 +77,12 @@ def _text(root: Path, size: Size, k_txt: int, sentences: Sequence[str]) -> dict[
     return {"load_seconds": loaded, "sentences_per_second": summary.rows_per_second}
 
 
-def _cached(features: Features, root: Path, name: str, study_lengths: int) -> dict[str, float]:
+def _cached(features: Features, root: Path, name: str) -> dict[str, float]:
     """Train over the sample; return the seconds of its parts.
 
     Returns:
         `step` and `val_step` of the last epoch, loop included; `setup`:
-        building, and what the first epoch took longer, which is compiling,
-        scaled to as many lengths of sentence as the study's rows have;
+        building, and what the first epoch took longer, which is tracing;
         `rest`: saving and reports, of two epochs.
     """
     started = time.perf_counter()
@@ -96,13 +92,12 @@ def _cached(features: Features, root: Path, name: str, study_lengths: int) -> di
     whole = time.perf_counter() - started
     first, last = training.progress.history
     extra = sum(max(0.0, first[key] - last[key]) for key in ("seconds", "val_seconds"))
-    lengths = len(np.unique(training.rows.lengths))
     inside = sum(record["seconds"] + record["val_seconds"] for record in (first, last))
     val_batches = len(training.val_rows.in_order(features.config.train.batch_size))
     return {
         "step": last["seconds"] / last["steps"],
         "val_step": last["val_seconds"] / val_batches,
-        "setup": built + extra * (study_lengths / lengths if features.config.train.k_txt else 1),
+        "setup": built + extra,
         "rest": max(0.0, whole - built - inside),
     }
 
@@ -156,7 +151,6 @@ def measure(
         once, as it is the same for all.
     """
     trials = dict(study.trials)
-    study_lengths = len(trim_lengths(size.sequence_length, study.train_rows))
     extracted = extraction.measure(None, None, photos, size.rows, passes=1, size=size)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -168,7 +162,7 @@ def measure(
             features = synthetic.open(patient(size, k_txt, 2))
             sides: dict[str, Any] = {
                 **_text(root, size, k_txt, texts),
-                "cached": _cached(features, root, f"k{k_txt}", study_lengths),
+                "cached": _cached(features, root, f"k{k_txt}"),
             }
             release()
             for way in WAYS:

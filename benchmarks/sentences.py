@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.batches import epoch_batches, trim_lengths
+from trainer.batches import epoch_batches
 
 # Tokens with [CLS] and [SEP] to how many of 6,649 hypotheses of SNLI-VE on Flickr8k photos, by
 # BERT's uncased vocabulary and cut at 24; 9.8 on average.
@@ -49,8 +49,7 @@ def padded_lengths(
     Returns:
         Lengths, ascending.
     """
-    trims = np.array(trim_lengths(sequence_length, rows))
-    lengths = trims[np.searchsorted(trims, token_counts(rows, sequence_length))]
+    lengths = token_counts(rows, sequence_length)
     steps = epoch_batches(lengths, batch_size, seed=0, epoch=0, group=True)
     longest = np.sort([lengths[step].max() for step in steps])
     return [int(longest[len(steps) * (2 * i + 1) // (2 * batches)]) for i in range(batches)]

@@ -24,7 +24,6 @@ class Size:
         sequence_length: Tokens of a sentence, end to end.
         mlp_dim: Width of the head's hidden layer.
         rows: Rows of a step.
-        xla: Whether cached steps are compiled.
     """
 
     name: str
@@ -38,7 +37,6 @@ class Size:
     sequence_length: int
     mlp_dim: int
     rows: int
-    xla: bool = True
 
     @property
     def tokens(self) -> int:
@@ -64,7 +62,7 @@ class Size:
     def train(self, k_txt: int, **settings: Any) -> TrainConfig:
         """Return a run's settings, the head in proportion."""
         head = {"head_dim": self.width // self.heads, "mlp_dim": self.mlp_dim}
-        own = {"k_txt": k_txt, "batch_size": self.rows, "xla": self.xla}
+        own = {"k_txt": k_txt, "batch_size": self.rows}
         return TrainConfig(**{**own, **head, **settings})
 
     def vision_backbone(self, **settings: Any) -> Any:
@@ -115,5 +113,5 @@ def word(number: int) -> str:
 
 
 STUDY = Size("study", 224, 16, 768, 12, 12, 6, 30522, 24, 512, 32)
-TINY = Size("tiny", 32, 8, 16, 2, 2, 6, 64, 24, 8, 8, xla=False)
+TINY = Size("tiny", 32, 8, 16, 2, 2, 6, 64, 24, 8, 8)
 SIZES = {size.name: size for size in (STUDY, TINY)}

@@ -22,14 +22,15 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.measuring import seconds_of
+from benchmarks.measuring import aligned, seconds_of
 from benchmarks.sentences import padded_lengths
 from benchmarks.sizes import STUDY, Size
 from benchmarks.tables import table
 from trainer.batches import Batch
 from trainer.config import TrainConfig
 from trainer.end_to_end import build_end_to_end
-from trainer.step import Stepper, binary_cross_entropy, make_optimizer, make_stepper
+from trainer.optimizer import make_optimizer
+from trainer.step import Stepper, binary_cross_entropy, make_stepper
 from trainer.tower import build_cached_model
 
 
@@ -37,8 +38,10 @@ def random_batch(rows: int, length: int, seed: int = 0, size: Size = STUDY) -> B
     """Return a batch of random features, its sentences up to four tokens shorter than `length`."""
     rng = np.random.default_rng(seed)
     valid = rng.integers(max(1, length - 4), length + 1, (rows, 1))
+    features = aligned((rows, size.tokens, size.width), np.float16)
+    features[...] = rng.standard_normal(features.shape, np.float32)
     return Batch(
-        rng.standard_normal((rows, size.tokens, size.width), np.float32).astype(np.float16),
+        features,
         rng.standard_normal((rows, length, size.width), np.float32).astype(np.float16),
         np.arange(length) < valid,
         rng.integers(0, 2, rows).astype(np.float32),
@@ -50,7 +53,7 @@ def random_batch(rows: int, length: int, seed: int = 0, size: Size = STUDY) -> B
 def cached_stepper(train: TrainConfig, size: Size = STUDY) -> tuple[keras.Model, Stepper]:
     """Return a cached model and what trains it."""
     model = build_cached_model(size.text_config, size.width, size.tokens, train)
-    return model, make_stepper([(model, make_optimizer(train))], train.xla)
+    return model, make_stepper([(model, make_optimizer(train))])
 
 
 def cached_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import threading
 
 import numpy as np
@@ -22,7 +21,6 @@ from trainer.batches import (
     Prefetcher,
     epoch_batches,
     other_images,
-    trim_lengths,
 )
 
 IMAGES, TOKENS, WIDTH, TEXT_WIDTH = 7, 3, 4, 5
@@ -138,16 +136,6 @@ def test_other_images_replaces_each_image_by_one_other(images: list[int], seed: 
     assert shuffled.tolist() == other_images(positions, seed).tolist()
 
 
-def test_trim_lengths_end_at_the_longest() -> None:
-    assert trim_lengths(24, rows=1000) == (8, 12, 24)
-    assert trim_lengths(24, rows=31_340) == (8, 10, 12, 16, 24)
-    for length, rows in itertools.product(range(3, 70), (1000, 31_340)):
-        trims = trim_lengths(length, rows)
-        assert trims[-1] == length
-        assert list(trims) == sorted(set(trims))
-        assert trims[0] >= 3
-
-
 def test_a_batch_is_filled_with_its_first_row_at_weight_0(
     vision: VisionStore, text: TextStore
 ) -> None:
@@ -171,13 +159,15 @@ def test_a_batch_is_filled_with_its_first_row_at_weight_0(
     assert batch.features.dtype == np.float16
 
 
-def test_batches_have_few_lengths_and_cut_no_token(vision: VisionStore, text: TextStore) -> None:
+def test_batches_are_as_long_as_their_longest_sentence(
+    vision: VisionStore, text: TextStore
+) -> None:
     rows = make_rows(vision, text)
-    for row in range(len(rows)):
-        batch = rows.batch(np.array([row]), 1)
-        length = SENTENCE_LENGTHS[rows.text_positions[row]]
-        assert batch.hidden.shape[1] == min(t for t in (8, 12, 24) if t >= length)
-        assert batch.padding_mask.sum() == length
+    for some in (np.array([0]), np.array([7]), np.arange(5), np.arange(len(rows))):
+        batch = rows.batch(some, len(some))
+        lengths = SENTENCE_LENGTHS[rows.text_positions[some]]
+        assert batch.hidden.shape[1] == lengths.max()
+        np.testing.assert_array_equal(batch.padding_mask.sum(axis=1), lengths)
 
 
 def test_k_txt_0_reads_the_first_state_alone(vision: VisionStore, text: TextStore) -> None:
@@ -216,7 +206,8 @@ def test_in_order_reads_each_row_once_at_one_length(
     batches = rows.in_order(16)
     assert sorted(np.concatenate(batches).tolist()) == list(range(count))
     assert all(0 < len(batch) <= 16 for batch in batches)
-    assert all(len(set(rows.lengths[batch])) == 1 for batch in batches)
+    assert (np.diff(rows.lengths[np.concatenate(batches)]) >= 0).all()
+    assert all(len(batch) == 16 for batch in batches[:-1])
 
 
 def prefetch_threads() -> list[threading.Thread]:

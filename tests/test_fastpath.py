@@ -17,8 +17,9 @@ from tiny_presets import randomise
 
 from featstore.presets import resolve_preset
 from trainer.config import TrainConfig
-from trainer.fastpath import ThreefryDropout, encoder_layer, first_token_layer, use_threefry
-from trainer.step import binary_cross_entropy, make_optimizer, make_stepper
+from trainer.fastpath import encoder_layer, first_token_layer
+from trainer.optimizer import make_optimizer
+from trainer.step import binary_cross_entropy, make_stepper
 from trainer.tower import build_cached_model
 
 WIDTH = 8
@@ -34,7 +35,6 @@ def text_layer(dropout: float, pre_norm: bool, activation: str = "gelu") -> Any:
     )
     layer.build((None, None, WIDTH))
     randomise(layer, 5)
-    use_threefry(layer)
     return layer
 
 
@@ -124,50 +124,6 @@ def test_text_layer_computes_in_its_own_precision(first: bool) -> None:
     np.testing.assert_allclose(tf.cast(fast, "float32"), tf.cast(plain, "float32"), atol=0.1)
 
 
-@pytest.mark.parametrize("compiled", [True, False, None])
-def test_threefry_dropout_is_a_dropout(compiled: bool | None) -> None:
-    layer = ThreefryDropout(0.25, seed=3)
-    x = tf.ones((200, 500))
-
-    def call(x: Any) -> Any:
-        return layer(x, training=True)
-
-    function = call if compiled is None else tf.function(call, jit_compile=compiled)
-    first, second = np.asarray(function(x)), np.asarray(function(x))
-    for draw in (first, second):
-        assert set(np.unique(draw)) == {np.float32(0), np.float32(1 / 0.75)}
-        assert abs((draw == 0).mean() - 0.25) < 0.01
-        assert abs((draw == 0).mean(axis=0).std() - np.sqrt(0.25 * 0.75 / 200)) < 0.005
-    # Draws of two calls are independent of each other.
-    assert abs(((first == 0) & (second == 0)).mean() - 0.25**2) < 0.01
-    np.testing.assert_array_equal(np.asarray(layer(x, training=False)), x)
-
-
-def test_threefry_dropout_draws_the_same_compiled_or_not() -> None:
-    draws = []
-    for wrap in (tf.function, lambda f: tf.function(f, jit_compile=True), lambda f: f):
-        layer = ThreefryDropout(0.5, seed=9)
-        draws.append(
-            np.asarray(wrap(lambda x, layer=layer: layer(x, training=True))(tf.ones((7, 9))))
-        )
-    np.testing.assert_array_equal(draws[0], draws[1])
-    np.testing.assert_array_equal(draws[0], draws[2])
-
-
-@pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_threefry_dropout_at_its_ends(rate: float) -> None:
-    kept = np.asarray(ThreefryDropout(rate)(tf.ones((3, 4)), training=True))
-    np.testing.assert_array_equal(kept, np.full((3, 4), 1 - rate))
-
-
-def test_models_draw_threefry(tiny_text: Path) -> None:
-    train = TrainConfig(k_txt=2, num_heads=2, head_dim=4, mlp_dim=6)
-    model = build_cached_model(resolve_preset(tiny_text).config, 9, 7, train)
-    dropouts = [x for x in model._flatten_layers() if isinstance(x, keras.layers.Dropout)]
-    assert len(dropouts) == 2 * 3 + 2
-    assert all(type(dropout) is ThreefryDropout for dropout in dropouts)
-
-
 @pytest.mark.parametrize("k_txt", [0, 1, 3])
 def test_plain_and_fast_models_train_alike(tiny_text: Path, tmp_path: Path, k_txt: int) -> None:
     """Six steps of AdamW with dropout on: the same losses, and files that fit either model."""
@@ -193,7 +149,7 @@ def test_plain_and_fast_models_train_alike(tiny_text: Path, tmp_path: Path, k_tx
     losses, models = [], []
     for own in (train, plain):
         model = build_cached_model(config, 9, 7, own)
-        stepper = make_stepper([(model, make_optimizer(train))], xla=False)
+        stepper = make_stepper([(model, make_optimizer(own))])
         losses.append([float(stepper.train(batch)[0]) for batch in batches])
         models.append(model)
     np.testing.assert_allclose(losses[0], losses[1], atol=2e-5)

@@ -29,7 +29,6 @@ from trainer.features import open_features
 from trainer.fit import Reporter, Training, judge, monitored
 from trainer.fusion import HEAD_LAYERS
 from trainer.run import Run
-from trainer.step import make_stepper
 
 TIMES = {"seconds", "val_seconds", "wait_share"}
 STEPS = 8  # 32 photos × 4 sentences, 16 rows a step
@@ -167,15 +166,6 @@ def test_a_seed_decides_everything(work: Workspace, k_txt: int) -> None:
     first, second = work.fit(k_txt=k_txt), work.fit(k_txt=k_txt)
     assert_same_run(first.run, second.run)
     assert history(work.fit(k_txt=k_txt, seed=1)) != history(first)
-
-
-@pytest.mark.slow
-def test_xla_runs_are_repeatable_and_near_the_plain_graph(work: Workspace, plain: Training) -> None:
-    first, second = work.fit(xla=True), work.fit(xla=True)
-    assert_same_run(first.run, second.run)
-    # Dropout draws other numbers under XLA.
-    gap = float(history(first)[0]["val_loss"]) - float(history(plain)[0]["val_loss"])
-    assert abs(gap) < 0.1
 
 
 @pytest.mark.parametrize("steps", [1, 5, STEPS, STEPS + 1, 2 * STEPS - 1])
@@ -445,7 +435,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dtype_policy": {"dtype_policy": "mixed_bfloat16"},
 }
 # What decides how the same numbers are computed.
-SAME_FIGURES = {"xla", "fast_path"}
+SAME_FIGURES = {"fast_path"}
 # The accuracy soon stands at 1 and gains no more: rate cuts and the early stop come.
 RESTLESS = {
     "lr": 0.05,
@@ -464,21 +454,6 @@ def restless(work: Workspace) -> Training:
 def test_every_setting_is_in_the_table() -> None:
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert CHANGES.keys() == names - SAME_FIGURES
-
-
-@pytest.mark.parametrize("xla", [True, False])
-def test_the_step_is_compiled_where_the_settings_say_so(
-    work: Workspace, monkeypatch: pytest.MonkeyPatch, xla: bool
-) -> None:
-    found = []
-
-    def spied(members: Any, xla: bool) -> Any:
-        found.append(xla)
-        return make_stepper(members, xla=False)
-
-    monkeypatch.setattr(trainer.loop, "make_stepper", spied)
-    work.fit(xla=xla, epochs=1)
-    assert found == [xla]
 
 
 def test_the_plain_path_has_keras_own_layers(work: Workspace) -> None:

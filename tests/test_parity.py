@@ -20,7 +20,6 @@ from trainer.end_to_end import (
     trained_weights,
     transfer_weights,
 )
-from trainer.fastpath import use_threefry
 from trainer.fusion import HEAD_LAYERS
 from trainer.tower import build_cached_model, load_text_layers
 
@@ -177,7 +176,8 @@ def test_one_step_gives_the_same_weights(tiny_vit: Path, tiny_text: Path) -> Non
         optimizer.apply(list(gradients.values()), list(trained_weights(model).values()))
     cached, end_to_end = (trained_weights(model) for model in models)
     for name, value in cached.items():
-        assert np.abs(np.asarray(value) - start[name]).max() > 0, name
+        if name != "xattn/key/bias":  # softmax ignores it, so its gradient is zero
+            assert np.abs(np.asarray(value) - start[name]).max() > 0, name
         np.testing.assert_allclose(np.asarray(value), np.asarray(end_to_end[name]), atol=1e-5)
 
 
@@ -244,7 +244,6 @@ def test_head_dropout_is_the_same_draw(vision: VisionEncoder, text: TextEncoder)
     train = settings(0, dropout=0.5)
     cached = build_cached_model(text.preset.config, 16, 16, train, feature_dtype="float32")
     oracle = build_end_to_end(vision.backbone, text.backbone, train)
-    use_threefry(oracle.get_layer("drop_1"))
     still = np.asarray(cached(rows.cached, training=False))
     for _ in range(2):
         logits = np.asarray(cached(rows.cached, training=True))

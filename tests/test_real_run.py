@@ -60,7 +60,7 @@ def test_plain_and_fast_runs_have_one_loss_curve(
     for fast in (True, False):
         records: list[dict[str, float]] = []
         run = Run(tmp_path / f"fast-{fast}")
-        features = open_features(with_train(config, fast_path=fast, xla=fast), dataset)
+        features = open_features(with_train(config, fast_path=fast), dataset)
         Training(run, features, reporter=Reporter(epoch=records.append)).fit()
         curves[fast] = np.array([[r["loss"], r["val_loss"]] for r in records])
     # Training happened, so that two curves that agree are not two constants.

@@ -69,8 +69,6 @@ def tiny_config(folder: Path, vit: Path, text: Path, **train: Any) -> Config:
         "num_heads": 2,
         "head_dim": 4,
         "mlp_dim": 8,
-        # Compiling takes longer than tiny models run.
-        "xla": False,
     }
     return Config(
         data=DataConfig(**write_data(folder)),

@@ -18,7 +18,6 @@ from featstore.store import TextStore, VisionStore
 
 IntArray = NDArray[np.int64]
 
-MANY_ROWS = 4096
 WINDOW_BATCHES = 64
 PREFETCHED = 4
 READ_AHEAD = 4
@@ -60,22 +59,6 @@ class Batch:
         if self.hidden_scales is not None:
             inputs["hidden_scales"] = self.hidden_scales
         return inputs
-
-
-def trim_lengths(sequence_length: int, rows: int) -> tuple[int, ...]:
-    """Return the few lengths that batches are padded to.
-
-    Each costs a compilation of some seconds. From `MANY_ROWS` on, two more pay:
-    at 24 tokens, the hypotheses of SNLI-VE are then padded to 10.9 tokens on
-    average instead of 12.6.
-
-    Args:
-        sequence_length: The longest.
-        rows: Rows of an epoch.
-    """
-    twelfths = (4, 6, 12) if rows < MANY_ROWS else (4, 5, 6, 8, 12)
-    steps = {sequence_length * part // 12 for part in twelfths}
-    return tuple(sorted(step for step in steps if step >= 3))
 
 
 def epoch_batches(
@@ -165,10 +148,7 @@ class CachedRows:
         self.text_positions = text_positions
         self.blind = control == "hypothesis-only"
         self.k_txt = k_txt
-        trims = np.array(trim_lengths(sequence_length, len(labels)) if k_txt else (1,))
-        self.lengths = trims[
-            np.searchsorted(trims, np.minimum(text.lengths(text_positions), trims[-1]))
-        ]
+        self.lengths = text.lengths(text_positions) if k_txt else np.ones(len(labels), np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -214,14 +194,9 @@ class CachedRows:
         return epoch_batches(self.lengths, batch_size, seed, epoch, group=self.k_txt > 0)
 
     def in_order(self, batch_size: int) -> list[IntArray]:
-        """Return every row once, for prediction: by length, so that few shapes occur."""
+        """Return every row once, for prediction: by length, so that little is padded."""
         order = np.argsort(self.lengths, kind="stable")
-        cuts = np.flatnonzero(np.diff(self.lengths[order])) + 1
-        return [
-            part[i : i + batch_size]
-            for part in np.split(order, cuts)
-            for i in range(0, len(part), batch_size)
-        ]
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 class Prefetcher:

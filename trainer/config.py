@@ -61,11 +61,6 @@ class TrainConfig:
         "Keras dtype policy of a step",
         choices=("float32", "mixed_bfloat16", "mixed_float16"),
     )
-    xla: bool = setting(
-        True,
-        "compile the step with XLA, which takes seconds for each length of sentence and pays within"
-        " an epoch of a large data set; JAX always compiles",
-    )
     fast_path: bool = setting(
         True, "the step's exact shortcuts; false: the plain Keras layers, many times slower"
     )

@@ -15,8 +15,9 @@ from trainer.config import Config
 from trainer.features import Features, open_features
 from trainer.loop import predict_logits
 from trainer.metrics import evaluate_logits
+from trainer.optimizer import make_optimizer
 from trainer.run import Run
-from trainer.step import make_optimizer, make_stepper
+from trainer.step import make_stepper
 
 
 def check_same_data(run: Run, dataset: Dataset) -> None:
@@ -98,7 +99,7 @@ def evaluate(run: Run, features: Features, split: str, control: str = "none") ->
     threshold = float(run.metrics()["threshold"])
     model = load_best(run)
     train = features.config.train
-    stepper = make_stepper([(model, make_optimizer(train))], train.xla)
+    stepper = make_stepper([(model, make_optimizer(train))])
     rows = features.rows(split, control)
     logits = predict_logits(stepper, rows, train.batch_size)[0]
     _, unread = features.usable(split)

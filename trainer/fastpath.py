@@ -1,8 +1,7 @@
 """The fast path: exact algebra over the weights of plain Keras and keras-hub layers.
 
 Each function computes what a plain layer computes, from that layer's own
-variables and dropout generators, in a form that a compiler turns into few large
-matrix products:
+variables and dropout generators, in a form of few large matrix products:
 
 - With one query, attention is `softmax(q·(W_k x_j)) · (W_v x_j)`. Both products
   can be regrouped so that no token is projected: `(W_kᵀ q)·x_j` for the scores,
@@ -13,73 +12,16 @@ matrix products:
 - Dense products are taken over (rows · tokens, width) matrices. Over
   (rows, tokens, width) the gradient of a kernel becomes one product a row,
   added up afterwards, which costs several times as much.
-- Dropout draws Threefry bits (Salmon et al. 2011, "Parallel random numbers: as
-  easy as 1, 2, 3"), which vectorise; TensorFlow's default, Philox, does not.
 
 tests/test_fastpath.py holds each against its plain layer.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import keras
 from keras import ops
-
-
-@keras.saving.register_keras_serializable(package="featstore")
-class ThreefryDropout(keras.layers.Dropout):
-    """`keras.layers.Dropout` that draws Threefry bits on TensorFlow.
-
-    Rate, seed and generator state are the parent's. On other backends the
-    draws are the parent's too: JAX uses Threefry already.
-    """
-
-    def call(self, inputs: Any, training: bool | None = False) -> Any:
-        """Drop values while training.
-
-        Args:
-            inputs: Float of any shape.
-            training: Whether to drop.
-
-        Returns:
-            Shape and dtype of `inputs`.
-        """
-        plain = keras.backend.backend() != "tensorflow" or self.noise_shape is not None
-        if plain or not training or not 0 < self.rate < 1:
-            return super().call(inputs, training=training)
-        return inputs * _kept_share()(inputs, self.seed_generator.next(), self.rate)
-
-
-@functools.cache
-def _kept_share() -> Any:
-    """Return the compiled draw of a dropout's factors; TensorFlow has Threefry under XLA only."""
-    import tensorflow as tf
-
-    @tf.function(jit_compile=True, autograph=False)
-    def draw(like: Any, seed: Any, rate: float) -> Any:
-        # Whole bits are compared: the same share is kept in every dtype.
-        bits = tf.random.stateless_uniform(
-            tf.shape(like),
-            tf.cast(seed, tf.int32),
-            minval=None,
-            maxval=None,
-            dtype=tf.uint32,
-            alg="threefry",
-        )
-        kept = bits >= tf.constant(round(rate * 2**32), tf.uint32)
-        return tf.cast(kept, like.dtype) * tf.cast(1 / (1 - rate), like.dtype)
-
-    return draw
-
-
-def use_threefry(layer: keras.layers.Layer) -> None:
-    """Make every dropout inside a layer or model draw Threefry bits; nothing else changes."""
-    for part in layer._flatten_layers():
-        if type(part) is keras.layers.Dropout:
-            # In place: keras-hub makes its dropouts in `build`, and a built layer takes no others.
-            part.__class__ = ThreefryDropout
 
 
 def single_query_attention(
@@ -113,70 +55,86 @@ def single_query_attention(
     q = ops.reshape(project(attention.query_dense, query), (-1, heads, head_dim))
     q = q * ops.cast(attention._inverse_sqrt_key_dim, dtype)
     key_kernel = ops.transpose(ops.cast(attention.key_dense.kernel, dtype), (1, 2, 0))
-    absorbed = ops.transpose(ops.matmul(ops.transpose(q, (1, 0, 2)), key_kernel), (1, 0, 2))
-    scores = _token_scores(absorbed, tokens)
+    absorbed = _swap_heads(ops.matmul(_swap_heads(q), key_kernel))
+    scores = _swap(_token_products(absorbed, tokens))
     if attention.use_bias:
-        # One constant a head, which softmax ignores. Kept so that the key bias still has a
-        # gradient (of zero), and the optimizer treats it as it does end to end.
-        key_bias = ops.cast(attention.key_dense.bias, dtype)
-        scores = scores + ops.expand_dims(ops.sum(q * key_bias, axis=-1), 1)
+        scores = _tie(scores, ops.cast(attention.key_dense.bias, dtype))
     if mask is not None:
         lowest = -3e4 if dtype == "float16" else -1e9
-        scores = ops.where(ops.expand_dims(mask, -1), scores, ops.cast(lowest, dtype))
-    weights = ops.softmax(scores, axis=1)
+        scores = ops.where(ops.expand_dims(mask, 1), scores, ops.cast(lowest, dtype))
+    weights = ops.softmax(scores, axis=-1)
     kept = weights
     if training and attention._dropout > 0:
         shape = (ops.shape(tokens)[0], heads, queries, ops.shape(tokens)[1])
-        noise = attention._dropout_layer(ops.ones(shape, dtype), training=True)[:, :, 0]
-        kept = weights * _swap(noise)
-    pooled = _token_means(kept, tokens)
+        noise = attention._dropout_layer(ops.ones(shape, dtype), training=True)
+        kept = weights * noise[:, :, 0]
+    pooled = _token_sums(kept, tokens)
     value_kernel = ops.transpose(ops.cast(attention.value_dense.kernel, dtype), (1, 0, 2))
-    value = ops.transpose(ops.matmul(ops.transpose(pooled, (1, 0, 2)), value_kernel), (1, 0, 2))
+    value = _swap_heads(ops.matmul(_swap_heads(pooled), value_kernel))
     if attention.use_bias:
         value_bias = ops.cast(attention.value_dense.bias, dtype)
-        value = value + ops.expand_dims(ops.sum(kept, axis=1), -1) * value_bias
+        value = value + ops.sum(kept, axis=-1, keepdims=True) * value_bias
     output = project(attention.output_dense, ops.reshape(value, (-1, heads * value.shape[-1])))
-    return output, ops.expand_dims(_swap(weights), 2)
+    return output, ops.expand_dims(weights, 2)
 
 
 def _swap(x: Any) -> Any:
     return ops.transpose(x, (0, 2, 1))
 
 
-@ops.custom_gradient
-def _token_scores(absorbed: Any, tokens: Any) -> Any:
-    """Return `tokens · absorbedᵀ`, of shape (batch, tokens, heads).
+def _swap_heads(x: Any) -> Any:
+    return ops.transpose(x, (1, 0, 2))
 
-    The tokens are by far the largest operand. Here and in `_token_means` they
+
+@ops.custom_gradient
+def _token_products(rows: Any, tokens: Any) -> Any:
+    """Return `tokens · rowsᵀ`, of shape (batch, tokens, heads).
+
+    The tokens are by far the largest operand. Here and in `_token_sums` they
     stand on the left, or on the right untransposed, forwards and backwards:
-    the other forms copy them first and take two to four times as long on a CPU.
+    the other forms copy them first and take up to four times as long on a CPU.
 
     Args:
-        absorbed: Shape (batch, heads, width).
+        rows: Shape (batch, heads, width).
         tokens: Shape (batch, tokens, width).
     """
 
     def gradient(*upstreams: Any, upstream: Any = None) -> tuple[Any, Any]:
         upstream = upstreams[0] if upstream is None else upstream
-        return ops.matmul(_swap(upstream), tokens), ops.matmul(upstream, absorbed)
+        return ops.matmul(_swap(upstream), tokens), ops.matmul(upstream, rows)
 
-    return ops.matmul(tokens, _swap(absorbed)), gradient
+    return ops.matmul(tokens, _swap(rows)), gradient
 
 
 @ops.custom_gradient
-def _token_means(weights: Any, tokens: Any) -> Any:
-    """Return `weightsᵀ · tokens`, of shape (batch, heads, width).
+def _token_sums(weights: Any, tokens: Any) -> Any:
+    """Return `weights · tokens`, of shape (batch, heads, width).
 
     Args:
-        weights: Shape (batch, tokens, heads).
+        weights: Shape (batch, heads, tokens).
         tokens: Shape (batch, tokens, width).
     """
 
     def gradient(*upstreams: Any, upstream: Any = None) -> tuple[Any, Any]:
         upstream = upstreams[0] if upstream is None else upstream
-        return ops.matmul(tokens, _swap(upstream)), ops.matmul(weights, upstream)
+        return _swap(ops.matmul(tokens, _swap(upstream))), ops.matmul(_swap(weights), upstream)
 
-    return ops.matmul(_swap(weights), tokens), gradient
+    return ops.matmul(weights, tokens), gradient
+
+
+@ops.custom_gradient
+def _tie(scores: Any, key_bias: Any) -> Any:
+    """Return the scores, and give the key bias the gradient that it has: zero.
+
+    It adds the same to all scores of a head, which softmax ignores. With a
+    gradient, the optimizer treats it as it does in the plain layer.
+    """
+
+    def gradient(*upstreams: Any, upstream: Any = None) -> tuple[Any, Any]:
+        upstream = upstreams[0] if upstream is None else upstream
+        return upstream, ops.zeros_like(key_bias)
+
+    return scores, gradient
 
 
 def project(dense: keras.layers.EinsumDense, x: Any) -> Any:
@@ -191,8 +149,40 @@ def project(dense: keras.layers.EinsumDense, x: Any) -> Any:
         Float of shape (rows, outputs), heads side by side.
     """
     kernel = ops.cast(dense.kernel, x.dtype)
-    y = ops.matmul(x, ops.reshape(kernel, (x.shape[-1], -1)))
+    y = _product(x, ops.reshape(kernel, (x.shape[-1], -1)))
     return y if dense.bias is None else y + ops.reshape(ops.cast(dense.bias, x.dtype), (-1,))
+
+
+def apply_dense(dense: keras.layers.Dense, x: Any) -> Any:
+    """Apply a built `Dense` to a matrix, in the layer's own dtype.
+
+    Args:
+        dense: The layer.
+        x: Float of shape (rows, inputs).
+
+    Returns:
+        Float of shape (rows, units).
+    """
+    x = ops.cast(x, dense.compute_dtype)
+    y = _product(x, ops.cast(dense.kernel, x.dtype))
+    y = y if dense.bias is None else y + ops.cast(dense.bias, x.dtype)
+    return y if dense.activation is None else dense.activation(y)
+
+
+@ops.custom_gradient
+def _product(x: Any, kernel: Any) -> Any:
+    """Return `x · kernel` of two matrices, `kernel` by far the larger.
+
+    It stands on the left, untransposed, when the gradient of `x` is taken, for
+    the reason given at `_token_products`.
+    """
+
+    def gradient(*upstreams: Any, upstream: Any = None) -> tuple[Any, Any]:
+        upstream = upstreams[0] if upstream is None else upstream
+        of_x = ops.transpose(ops.matmul(kernel, ops.transpose(upstream)))
+        return of_x, ops.matmul(ops.transpose(x), upstream)
+
+    return ops.matmul(x, kernel), gradient
 
 
 def encoder_layer(
@@ -224,7 +214,8 @@ def encoder_layer(
     if not pre_norm:
         x = layer._self_attention_layer_norm(x)
     y = layer._feedforward_layer_norm(x) if pre_norm else x
-    y = layer._feedforward_output_dense(layer._feedforward_intermediate_dense(y))
+    y = apply_dense(layer._feedforward_intermediate_dense, y)
+    y = apply_dense(layer._feedforward_output_dense, y)
     x = drop(layer._feedforward_dropout, y) + x
     x = x if pre_norm else layer._feedforward_layer_norm(x)
     return ops.reshape(x, shape)
@@ -290,6 +281,7 @@ def first_token_layer(
     if not pre_norm:
         x = layer._self_attention_layer_norm(x)
     y = layer._feedforward_layer_norm(x) if pre_norm else x
-    y = layer._feedforward_output_dense(layer._feedforward_intermediate_dense(y))
+    y = apply_dense(layer._feedforward_intermediate_dense, y)
+    y = apply_dense(layer._feedforward_output_dense, y)
     x = drop(layer._feedforward_dropout, y) + x
     return ops.expand_dims(x if pre_norm else layer._feedforward_layer_norm(x), 1)

@@ -30,9 +30,9 @@ from trainer.config import Config, TrainConfig, render_config
 from trainer.features import Features, row_counts
 from trainer.loop import train_together
 from trainer.metrics import evaluate_logits
+from trainer.optimizer import make_optimizer
 from trainer.report import plot_learning_curves
 from trainer.run import Run
-from trainer.step import make_optimizer
 
 CURVES_SECONDS = 10.0
 

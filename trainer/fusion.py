@@ -9,7 +9,7 @@ from keras import ops
 
 from featstore.errors import ConfigError
 from trainer.config import TrainConfig
-from trainer.fastpath import single_query_attention
+from trainer.fastpath import apply_dense, single_query_attention
 
 HEAD_LAYERS = ("xattn", "xattn_residual", "xattn_norm", "flatten_cls", "mlp_1", "drop_1", "logit")
 
@@ -99,6 +99,23 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
 
 
+@keras.saving.register_keras_serializable(package="featstore")
+class Dense(keras.layers.Dense):
+    """`keras.layers.Dense` over a matrix, with the products of `trainer.fastpath`."""
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        """Apply the layer.
+
+        Args:
+            inputs: Float of shape (batch, inputs).
+            training: Changes nothing.
+
+        Returns:
+            Shape (batch, units).
+        """
+        return apply_dense(self, inputs)
+
+
 def head_heads(train: TrainConfig, text_width: int) -> int:
     """Return the number of attention heads that the settings mean.
 
@@ -127,7 +144,7 @@ def apply_head(cls: Any, features: Any, train: TrainConfig, fast: bool = True) -
         cls: Symbolic float of shape (batch, 1, text_width).
         features: Symbolic float of shape (batch, tokens, vision_width).
         train: `num_heads`, `head_dim`, `mlp_dim`, `dropout` and `dtype_policy` are used.
-        fast: `MultiHeadAttention` of this module rather than Keras's own.
+        fast: `MultiHeadAttention` and `Dense` of this module rather than Keras's own.
 
     Returns:
         Symbolic float32 of shape (batch, 1): the logit of entailment.
@@ -137,11 +154,12 @@ def apply_head(cls: Any, features: Any, train: TrainConfig, fast: bool = True) -
     """
     text_width, dtype = cls.shape[-1], train.dtype_policy
     heads = head_heads(train, text_width)
-    layer = MultiHeadAttention if fast else keras.layers.MultiHeadAttention
-    attended = layer(heads, train.head_dim, dtype=dtype, name="xattn")(cls, features)
+    attention = MultiHeadAttention if fast else keras.layers.MultiHeadAttention
+    dense = Dense if fast else keras.layers.Dense
+    attended = attention(heads, train.head_dim, dtype=dtype, name="xattn")(cls, features)
     x = keras.layers.Add(dtype=dtype, name="xattn_residual")([cls, attended])
     x = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="xattn_norm")(x)
     x = keras.layers.Flatten(dtype=dtype, name="flatten_cls")(x)
-    x = keras.layers.Dense(train.mlp_dim, activation="gelu", dtype=dtype, name="mlp_1")(x)
+    x = dense(train.mlp_dim, activation="gelu", dtype=dtype, name="mlp_1")(x)
     x = keras.layers.Dropout(train.dropout, dtype=dtype, name="drop_1")(x)
     return keras.layers.Dense(1, dtype="float32", name="logit")(x)

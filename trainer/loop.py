@@ -52,7 +52,7 @@ def check_same_batches(trainings: Sequence[Training]) -> None:
     if len(trainings) > 1 and first.train_config.k_txt:
         raise UsageError("runs can be trained together with k_txt 0 only")
     for training in trainings[1:]:
-        for name in ("k_txt", "seed", "batch_size", "control", "xla"):
+        for name in ("k_txt", "seed", "batch_size", "control"):
             ours, theirs = getattr(training.train_config, name), getattr(first.train_config, name)
             if ours != theirs:
                 raise UsageError(
@@ -104,9 +104,7 @@ def train_together(trainings: Sequence[Training]) -> list[Exception | None]:
             standing = [training for training in going if position(training) == rearmost]
             if members != standing:
                 members = standing
-                stepper = make_stepper(
-                    [(t.model, t.optimizer) for t in members], members[0].train_config.xla
-                )
+                stepper = make_stepper([(t.model, t.optimizer) for t in members])
             _run_epoch(members, stepper, failures)
     except BaseException:
         for training in going:

@@ -39,8 +39,9 @@ from trainer.evaluate import open_run_features
 from trainer.features import Features, extract_command
 from trainer.loop import predict_logits
 from trainer.metrics import binary_metrics, log_loss, sigmoid
+from trainer.optimizer import make_optimizer
 from trainer.run import Run
-from trainer.step import Stepper, make_optimizer, make_stepper
+from trainer.step import Stepper, make_stepper
 
 BATCH_ROWS = 8
 NAMED = 5
@@ -201,8 +202,8 @@ def _load_models(config: Config, features: Features, best: keras.Model) -> _Mode
     transfer_weights(best, model)
     outputs = {"features": model.get_layer(VISION_NAME).output, "logits": model.output}
     both = keras.Model(model.input, outputs)
-    both.compile(jit_compile=train.xla)
-    stepper = make_stepper([(cached, make_optimizer(train))], train.xla)
+    both.compile(jit_compile=False)
+    stepper = make_stepper([(cached, make_optimizer(train))])
     return _Models(stepper, both, vision, text)
 
 
@@ -343,7 +344,7 @@ def _recorded_loss(run: Run, features: Features, best: keras.Model) -> dict[str,
     """
     train = features.config.train
     rows = features.rows("val")
-    stepper = make_stepper([(best, make_optimizer(train))], train.xla)
+    stepper = make_stepper([(best, make_optimizer(train))])
     logits = predict_logits(stepper, rows, train.batch_size)[0]
     found = log_loss(rows.labels, logits) if np.isfinite(logits).all() else np.nan
     expected = float(run.metrics()["loss"])

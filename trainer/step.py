@@ -1,7 +1,9 @@
-"""One compiled training step, and one compiled prediction, of one Keras model or several.
+"""One training step, and one prediction, of one Keras model or several.
 
-The same two calls on either backend: TensorFlow (`tf.function` under XLA) and
-JAX (`jax.jit` over the model's stateless form).
+The same two calls on either backend: TensorFlow (a `tf.function`) and JAX
+(`jax.jit` over the model's stateless form). On a CPU, TensorFlow's own kernels
+are as fast as what XLA makes of the step, which takes seconds to compile for
+each length of sentence (docs/BENCHMARKS.md).
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from numpy.typing import NDArray
 
 from featstore.store import ALIGNMENT_BYTES
 from trainer.batches import Batch
-from trainer.config import TrainConfig
+
+LENGTH_STEP = 4
+SENTENCE_INPUTS = ("hidden", "padding_mask", "hidden_scales")
 
 Member = tuple[keras.Model, keras.optimizers.Optimizer]
 
@@ -59,18 +63,6 @@ def binary_cross_entropy(labels: Any, logits: Any, weights: Any) -> Any:
     return ops.sum(losses * weights) / ops.sum(weights)
 
 
-def make_optimizer(train: TrainConfig) -> keras.optimizers.Optimizer:
-    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) as the settings say."""
-    optimizer = keras.optimizers.AdamW(
-        learning_rate=train.lr,
-        weight_decay=train.weight_decay,
-        clipnorm=train.clipnorm or None,
-    )
-    if train.dtype_policy == "mixed_float16":
-        return keras.optimizers.LossScaleOptimizer(optimizer)
-    return optimizer
-
-
 @functools.cache
 def keep_freed_memory() -> None:
     """Make the C library keep what a step frees for the next step.
@@ -91,13 +83,29 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def make_stepper(members: Sequence[Member], xla: bool = True) -> Stepper:
+def padded(inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Pad sentences to a multiple of `LENGTH_STEP` tokens, so that few lengths occur.
+
+    Args:
+        inputs: As `Batch.inputs` returns them. Single tokens stay what they are.
+    """
+    length = inputs["padding_mask"].shape[1] if "padding_mask" in inputs else 1
+    missing = -length % LENGTH_STEP if length > 1 else 0
+    if not missing:
+        return inputs
+
+    def pad(array: NDArray[Any]) -> NDArray[Any]:
+        return np.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)])
+
+    return {name: pad(x) if name in SENTENCE_INPUTS else x for name, x in inputs.items()}
+
+
+def make_stepper(members: Sequence[Member]) -> Stepper:
     """Return the stepper of the backend that Keras runs on.
 
     Args:
         members: Models from `build_cached_model`, each with its optimizer,
             which is built here if it is not yet.
-        xla: Compile; False traces a plain graph. JAX always compiles.
     """
     keep_freed_memory()
     for model, optimizer in members:
@@ -105,51 +113,49 @@ def make_stepper(members: Sequence[Member], xla: bool = True) -> Stepper:
             optimizer.build(model.trainable_variables)
     if keras.backend.backend() == "jax":
         return _JaxStepper(members)
-    return _TensorFlowStepper(members, xla)
+    return _TensorFlowStepper(members)
 
 
 class _TensorFlowStepper:
-    def __init__(self, members: Sequence[Member], xla: bool) -> None:
+    def __init__(self, members: Sequence[Member]) -> None:
         import tensorflow as tf
 
-        def gradients(inputs: Any, labels: Any, weights: Any) -> Any:
-            losses, values = [], []
+        def train(inputs: Any, labels: Any, weights: Any) -> Any:
+            losses = []
             for model, optimizer in members:
                 with tf.GradientTape() as tape:
                     logits = model(inputs, training=True)[:, 0]
                     loss = binary_cross_entropy(labels, logits, weights)
                     scaled = optimizer.scale_loss(loss)
                 losses.append(loss)
-                values.append(tape.gradient(scaled, model.trainable_variables))
-            return losses, values
-
-        def update(values: Any) -> None:
-            for (model, optimizer), part in zip(members, values, strict=True):
-                optimizer.apply(part, model.trainable_variables)
+                variables = model.trainable_variables
+                optimizer.apply(tape.gradient(scaled, variables), variables)
+            return losses
 
         def predict(inputs: Any) -> Any:
             return tf.stack([model(inputs, training=False)[:, 0] for model, _ in members])
 
-        # In two parts: the gradients are compiled once for each length of sentence, and the
-        # optimizer, the larger half of the compilation, once in all.
-        # Nothing in them branches on a tensor, so AutoGraph would only make tracing slower.
-        function = functools.partial(tf.function, jit_compile=xla, autograph=False)
-        self._gradients = function(gradients)
-        self._update = function(update)
-        self._predict = function(predict)
+        # Traced once, for sentences of any length. Nothing branches on a tensor, so AutoGraph would
+        # only make tracing slower.
+        inputs = {x.name: tf.TensorSpec(x.shape, x.dtype) for x in members[0][0].inputs}
+        column = tf.TensorSpec([None], tf.float32)
+        self._train = tf.function(train, input_signature=[inputs, column, column], autograph=False)
+        self._predict = tf.function(predict, input_signature=[inputs], autograph=False)
         self._from_dlpack = tf.experimental.dlpack.from_dlpack
+        self._tensor = tf.convert_to_tensor
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        """Hand the features over as they lie in memory; TensorFlow would copy an array."""
+        """Return the inputs as tensors, the features as they lie in memory: others are copied."""
         inputs: dict[str, Any] = batch.inputs()
         # DLPack knows NumPy's own dtypes; TensorFlow takes aligned memory only.
         if batch.features.dtype.isbuiltin == 1 and not batch.features.ctypes.data % ALIGNMENT_BYTES:
             inputs["features"] = self._from_dlpack(batch.features.__dlpack__())
-        return inputs
+        # A function makes tensors of arrays too, but takes longer.
+        return {name: self._tensor(value) for name, value in inputs.items()}
 
     def train(self, batch: Batch) -> list[Any]:
-        losses, values = self._gradients(self._inputs(batch), batch.labels, batch.weights)
-        self._update(values)
+        labels, weights = self._tensor(batch.labels), self._tensor(batch.weights)
+        losses: list[Any] = self._train(self._inputs(batch), labels, weights)
         return losses
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
@@ -160,6 +166,8 @@ class _TensorFlowStepper:
 
 
 class _JaxStepper:
+    """Steps under `jax.jit`, which compiles them anew for each length of sentence."""
+
     def __init__(self, members: Sequence[Member]) -> None:
         import jax
 
@@ -207,12 +215,12 @@ class _JaxStepper:
         return self._states
 
     def train(self, batch: Batch) -> list[Any]:
-        inputs = (batch.inputs(), batch.labels, batch.weights)
+        inputs = (padded(batch.inputs()), batch.labels, batch.weights)
         losses, self._states = self._train(self._load(), inputs)
         return losses
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
-        return np.asarray(self._predict(self._load(), batch.inputs()))[:, : len(batch.rows)]
+        return np.asarray(self._predict(self._load(), padded(batch.inputs())))[:, : len(batch.rows)]
 
     def sync(self) -> None:
         if self._states is None:

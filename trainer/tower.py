@@ -15,7 +15,7 @@ from featstore.encoders import check_k_txt, transformer_layers
 from featstore.errors import PresetError, RunError
 from featstore.quantise import QUANTISED
 from trainer.config import TrainConfig
-from trainer.fastpath import encoder_layer, first_token_layer, use_threefry
+from trainer.fastpath import encoder_layer, first_token_layer
 from trainer.fusion import apply_head
 
 TAIL_NAME = "text_tail"
@@ -70,7 +70,7 @@ class TextTail(keras.layers.Layer):
         if not self.fast or not self.transformer_layers:
             for layer in self.transformer_layers:
                 x = layer(x, padding_mask=padding_mask, training=training)
-            return x[:, :1]
+            return ops.expand_dims(x[:, 0], 1)
         for layer in self.transformer_layers[:-1]:
             x = encoder_layer(layer, x, padding_mask, training)
         return first_token_layer(self.transformer_layers[-1], x, padding_mask, training)
@@ -209,9 +209,7 @@ def build_cached_model(
         cls = tail(hidden, padding_mask=padding_mask)
     with seeded(f"head {train.seed}"):
         logit = apply_head(cls, features, train, fast=train.fast_path)
-    model = keras.Model(inputs, logit, name="cached")
-    use_threefry(model)
-    return model
+    return keras.Model(inputs, logit, name="cached")
 
 
 def load_text_layers(model: keras.Model, text_backbone: Any) -> None:

@@ -52,7 +52,7 @@ def _print_metrics(result: dict[str, Any]) -> None:
 @click.command()
 @click.option("--name", help="Name of the run; an unfinished run of that name goes on.")
 @click.option("--init-from", help="Run to take the head and shared text layers from.")
-@click.option("--plain", is_flag=True, help="As --no-fast-path --no-xla: slow, same numbers.")
+@click.option("--plain", is_flag=True, help="As --no-fast-path: slow, same numbers.")
 @runs_option
 @json_option
 @settings("data", "encoders", "store", "train")
@@ -67,7 +67,7 @@ def train(
 ) -> None:
     """Train the fusion head and the last text layers on cached features."""
     if plain:
-        flags |= {"train__fast_path": False, "train__xla": False}
+        flags["train__fast_path"] = False
     config = read_config(config_file, flags)
     from trainer.run import Run, find_run, run_folder
 
