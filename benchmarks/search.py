@@ -209,7 +209,7 @@ def parts(figures: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
                 1 / sides["sentences_per_second"],
                 float(_study(study).rows),
             ),
-            (name + "build and compile a trial", one["setup"], trials),
+            (name + "build and trace a trial", one["setup"], trials),
             (name + "training step", one["step"], trials * epochs * train),
             (name + "validation step", one["val_step"], trials * epochs * val),
             (name + "save and report an epoch", one["rest"] / 2, trials * epochs),

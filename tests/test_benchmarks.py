@@ -171,8 +171,12 @@ def products_of_graph(k_txt: int, rows: int, length: int) -> tuple[int, int]:
     model, stepper = cached_stepper(TINY.train(k_txt), TINY)
     batch = random_batch(rows, length, size=TINY)
     arguments = tf.nest.map_structure(tf.constant, (batch.inputs(), batch.labels, batch.weights))
-    graph = stepper._gradients.get_concrete_function(*arguments).graph  # type: ignore[attr-defined]
-    waiting = [tensor.op for tensor in graph.outputs]
+    traced = stepper._train.python_function  # type: ignore[attr-defined]
+    # With the batch's own shape: the step itself is traced for any.
+    graph = tf.function(traced, autograph=False).get_concrete_function(*arguments).graph
+    waiting = [op for op in graph.get_operations() if op.type == "ResourceApplyAdam"]
+    assert len(waiting) == len(model.trainable_variables)
+    waiting += [tensor.op for tensor in graph.outputs]
     seen, found = set(), 0
     while waiting:
         op = waiting.pop()
