@@ -14,6 +14,7 @@ that were written, before anything is timed.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import statistics
 import tempfile
@@ -34,10 +35,9 @@ from benchmarks.loader_cold import (
     median_ratio,
 )
 from benchmarks.loader_peers import PEERS, Peer, StreamReader
-from benchmarks.measuring import aligned
 from benchmarks.synthetic import write_store
 from benchmarks.tables import table
-from featstore.store import VisionStore, open_store
+from featstore.store import VisionStore, aligned_empty, open_store
 
 Read = Callable[[NDArray[np.int64]], Array]
 
@@ -85,7 +85,7 @@ class Timing:
 def _random_features(rows: int, row_shape: tuple[int, int]) -> Array:
     """Return distinct float16 rows, none of them NaN."""
     generator = np.random.default_rng(0)
-    features = aligned((rows, *row_shape), np.float16)
+    features = aligned_empty((rows, *row_shape), np.float16, mmap.PAGESIZE)
     for row in features:
         row[...] = generator.standard_normal(row_shape, np.float32)
     return features
@@ -143,7 +143,8 @@ class _Warm:
         self.features, self.batch_size = features, batch_size
         self.batches, self.rounds = batches, rounds
         # All ways fill one batch, so that none finds its own gone from the processor's caches.
-        self.out = aligned((batch_size, *features.shape[1:]), features.dtype)
+        shape = (batch_size, *features.shape[1:])
+        self.out = aligned_empty(shape, features.dtype, mmap.PAGESIZE)
         self.generator = np.random.default_rng(2)
         self.own: dict[str, Read] = {
             MEMCPY: self._memcpy,

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.measuring import aligned
 from benchmarks.synthetic import write_store
-from featstore.store import VisionStore, open_store
+from featstore.store import VisionStore, aligned_empty, open_store
 
 Array = NDArray[Any]
 Batches = list[NDArray[np.int64]]
@@ -94,7 +93,7 @@ def cold_figures(
     np.save(plain, features)
     with h5py.File(contiguous, "w") as file:
         file.create_dataset("rows", data=features)
-    out = aligned((size, *features.shape[1:]), features.dtype)
+    out = aligned_empty((size, *features.shape[1:]), features.dtype, mmap.PAGESIZE)
     block = memoryview(bytearray(out.nbytes))
 
     def sequential(chosen: Batches) -> float:

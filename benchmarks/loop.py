@@ -49,7 +49,7 @@ def measure(
     Args:
         images: Rows of the store.
         rows: Rows of the data set; 80 % train.
-        epochs: Epochs of a run; all but the first count, which compiles and
+        epochs: Epochs of a run; all but the first count, which traces and
             checks each row's checksum.
         rounds: Runs, each between two measurements of the bare step.
         size: Of the features.

@@ -10,9 +10,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 Result = TypeVar("Result")
 
 
@@ -64,11 +61,3 @@ def memory_bytes() -> dict[str, int]:
     }
     fields = {"peak": "VmHWM", "anonymous": "RssAnon", "mapped": "RssFile"}
     return {name: 1024 * kilobytes[field] for name, field in fields.items()}
-
-
-def aligned(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Return an array at the start of a page, so that no way copies to a slower address."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 4096, np.uint8)
-    start = -raw.ctypes.data % 4096
-    return raw[start : start + size].view(dtype).reshape(shape)

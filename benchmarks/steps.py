@@ -22,10 +22,11 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.measuring import aligned, seconds_of
+from benchmarks.measuring import seconds_of
 from benchmarks.sentences import padded_lengths
 from benchmarks.sizes import STUDY, Size
 from benchmarks.tables import table
+from featstore.store import aligned_empty
 from trainer.batches import Batch
 from trainer.config import TrainConfig
 from trainer.end_to_end import build_end_to_end
@@ -38,7 +39,7 @@ def random_batch(rows: int, length: int, seed: int = 0, size: Size = STUDY) -> B
     """Return a batch of random features, its sentences up to four tokens shorter than `length`."""
     rng = np.random.default_rng(seed)
     valid = rng.integers(max(1, length - 4), length + 1, (rows, 1))
-    features = aligned((rows, size.tokens, size.width), np.float16)
+    features = aligned_empty((rows, size.tokens, size.width), np.float16)
     features[...] = rng.standard_normal(features.shape, np.float32)
     return Batch(
         features,
@@ -73,7 +74,7 @@ def cached_step(
         length: [random_batch(rows, length, seed, size) for seed in range(3)]
         for length in set(lengths)
     }
-    for one in batches.values():  # compiles
+    for one in batches.values():  # traces, or compiles under JAX
         stepper.train(one[0])
     taken = 0
 

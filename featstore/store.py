@@ -58,6 +58,21 @@ MEND_MANIFEST = "run `python cli.py store repair`"
 FIRST_FIELDS = {"format", "fingerprint", "command", "versions", "quarantine", "shards"}
 
 
+def aligned_empty(
+    shape: tuple[int, ...], dtype: Any, alignment: int = ALIGNMENT_BYTES
+) -> NDArray[Any]:
+    """Return an uninitialised array that starts at a multiple of `alignment` bytes.
+
+    NumPy's own large arrays start 16 bytes past a page. Copying to there from
+    rows that start at a page takes twice the time on processors whose string
+    moves are slow at such distances, AMD's Zen 3 and 4 among them.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def listed(folder: Path) -> list[Path]:
     """Return what is in a folder, by name; nothing where there is no folder.
 
@@ -383,9 +398,7 @@ class Store:
         Raises:
             IndexError: A position is outside [0, len(self)).
         """
-        positions = np.asarray(positions, np.int64)
-        if positions.size:
-            self._check_range(int(positions.min()), int(positions.max()))
+        positions = self._in_range(positions)
         shards = np.searchsorted(self._starts, positions, side="right") - 1
         return shards, positions - self._starts[shards]
 
@@ -405,6 +418,13 @@ class Store:
     def keys(self) -> list[str]:
         """Return every key in store order, superseded rows included."""
         return [key for shard in self.shards for key in shard.keys()]  # noqa: SIM118
+
+    def _in_range(self, positions: IntArray) -> IntArray:
+        """Return positions as int64; raise IndexError where one is outside [0, len(self))."""
+        positions = np.asarray(positions, np.int64)
+        if positions.size:
+            self._check_range(int(positions.min()), int(positions.max()))
+        return positions
 
     def _check_range(self, least: int, greatest: int) -> None:
         if least < 0 or greatest >= len(self):
@@ -467,18 +487,10 @@ class VisionStore(Store):
     def empty(self, rows: int) -> NDArray[Any]:
         """Return an uninitialised batch that `gather` fills at full speed.
 
-        NumPy's own large arrays start 16 bytes past a page. Copying to there
-        from rows that start at a page takes twice the time on processors whose
-        string moves are slow at such distances, AMD's Zen 3 and 4 among them.
-
         Returns:
             Stored dtype, shape (rows, tokens, width), aligned to 64 bytes.
         """
-        shape = (rows, *self.row_shape)
-        size = math.prod(shape) * self.dtype.itemsize
-        memory = np.empty(size + ALIGNMENT_BYTES, np.uint8)
-        start = -memory.ctypes.data % ALIGNMENT_BYTES
-        return memory[start : start + size].view(self.dtype).reshape(shape)
+        return aligned_empty((rows, *self.row_shape), self.dtype)
 
     def will_need(self, positions: IntArray) -> None:
         """Let the system read rows from the disk, many at once, before they are gathered.
@@ -585,8 +597,7 @@ class TextStore(Store):
         Raises:
             IndexError: A position is outside [0, len(self)).
         """
-        self.locate(positions)
-        return self._lengths[np.asarray(positions, np.int64)]
+        return self._lengths[self._in_range(positions)]
 
     def gather(self, positions: IntArray, length: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Copy sentences, padded with zeros to one length.

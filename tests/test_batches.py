@@ -199,7 +199,7 @@ def test_shuffled_images_changes_the_picture_alone(vision: VisionStore, text: Te
 
 @pytest.mark.parametrize("k_txt", [0, 2])
 @pytest.mark.parametrize("count", [1, 16, 40])
-def test_in_order_reads_each_row_once_at_one_length(
+def test_in_order_reads_each_row_once_by_length(
     vision: VisionStore, text: TextStore, k_txt: int, count: int
 ) -> None:
     rows = make_rows(vision, text, count, k_txt)

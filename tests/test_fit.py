@@ -459,6 +459,8 @@ def test_every_setting_is_in_the_table() -> None:
 def test_the_plain_path_has_keras_own_layers(work: Workspace) -> None:
     layer = work.training(k_txt=1, fast_path=False).model.get_layer("xattn")
     assert type(layer) is keras.layers.MultiHeadAttention
+    dense = work.training(k_txt=1, fast_path=False).model.get_layer("mlp_1")
+    assert type(dense) is keras.layers.Dense
     assert not work.training(k_txt=1, fast_path=False).model.get_layer("text_tail").fast
 
 

@@ -18,6 +18,8 @@ tests/test_fastpath.py holds each against its plain layer.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -56,7 +58,7 @@ def single_query_attention(
     q = q * ops.cast(attention._inverse_sqrt_key_dim, dtype)
     key_kernel = ops.transpose(ops.cast(attention.key_dense.kernel, dtype), (1, 2, 0))
     absorbed = _swap_heads(ops.matmul(_swap_heads(q), key_kernel))
-    scores = _swap(_token_products(absorbed, tokens))
+    scores = _token_scores(absorbed, tokens)
     if attention.use_bias:
         scores = _tie(scores, ops.cast(attention.key_dense.bias, dtype))
     if mask is not None:
@@ -86,27 +88,46 @@ def _swap_heads(x: Any) -> Any:
     return ops.transpose(x, (1, 0, 2))
 
 
-@ops.custom_gradient
-def _token_products(rows: Any, tokens: Any) -> Any:
-    """Return `tokens · rowsᵀ`, of shape (batch, tokens, heads).
+def _custom_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`ops.custom_gradient`; backends hand the upstream over by position or by name.
+
+    Args:
+        function: Returns its value and a function from the upstream to the
+            gradients of its arguments.
+    """
+
+    @ops.custom_gradient
+    def call(*arguments: Any) -> tuple[Any, Any]:
+        value, gradient = function(*arguments)
+
+        def either(*upstreams: Any, upstream: Any = None) -> Any:
+            return gradient(upstreams[0] if upstream is None else upstream)
+
+        return value, either
+
+    return functools.wraps(function)(call)
+
+
+@_custom_gradient
+def _token_scores(absorbed: Any, tokens: Any) -> Any:
+    """Return `absorbed · tokensᵀ`, of shape (batch, heads, tokens).
 
     The tokens are by far the largest operand. Here and in `_token_sums` they
     stand on the left, or on the right untransposed, forwards and backwards:
     the other forms copy them first and take up to four times as long on a CPU.
 
     Args:
-        rows: Shape (batch, heads, width).
+        absorbed: Shape (batch, heads, width).
         tokens: Shape (batch, tokens, width).
     """
 
-    def gradient(*upstreams: Any, upstream: Any = None) -> tuple[Any, Any]:
-        upstream = upstreams[0] if upstream is None else upstream
-        return ops.matmul(_swap(upstream), tokens), ops.matmul(upstream, rows)
+    def gradient(upstream: Any) -> tuple[Any, Any]:
+        return ops.matmul(upstream, tokens), ops.matmul(_swap(upstream), absorbed)
 
-    return ops.matmul(tokens, _swap(rows)), gradient
+    return _swap(ops.matmul(tokens, _swap(absorbed))), gradient
 
 
-@ops.custom_gradient
+@_custom_gradient
 def _token_sums(weights: Any, tokens: Any) -> Any:
     """Return `weights · tokens`, of shape (batch, heads, width).
 
@@ -115,14 +136,13 @@ def _token_sums(weights: Any, tokens: Any) -> Any:
         tokens: Shape (batch, tokens, width).
     """
 
-    def gradient(*upstreams: Any, upstream: Any = None) -> tuple[Any, Any]:
-        upstream = upstreams[0] if upstream is None else upstream
+    def gradient(upstream: Any) -> tuple[Any, Any]:
         return _swap(ops.matmul(tokens, _swap(upstream))), ops.matmul(_swap(weights), upstream)
 
     return ops.matmul(weights, tokens), gradient
 
 
-@ops.custom_gradient
+@_custom_gradient
 def _tie(scores: Any, key_bias: Any) -> Any:
     """Return the scores, and give the key bias the gradient that it has: zero.
 
@@ -130,8 +150,7 @@ def _tie(scores: Any, key_bias: Any) -> Any:
     gradient, the optimizer treats it as it does in the plain layer.
     """
 
-    def gradient(*upstreams: Any, upstream: Any = None) -> tuple[Any, Any]:
-        upstream = upstreams[0] if upstream is None else upstream
+    def gradient(upstream: Any) -> tuple[Any, Any]:
         return upstream, ops.zeros_like(key_bias)
 
     return scores, gradient
@@ -169,16 +188,15 @@ def apply_dense(dense: keras.layers.Dense, x: Any) -> Any:
     return y if dense.activation is None else dense.activation(y)
 
 
-@ops.custom_gradient
+@_custom_gradient
 def _product(x: Any, kernel: Any) -> Any:
     """Return `x · kernel` of two matrices, `kernel` by far the larger.
 
     It stands on the left, untransposed, when the gradient of `x` is taken, for
-    the reason given at `_token_products`.
+    the reason given at `_token_scores`.
     """
 
-    def gradient(*upstreams: Any, upstream: Any = None) -> tuple[Any, Any]:
-        upstream = upstreams[0] if upstream is None else upstream
+    def gradient(upstream: Any) -> tuple[Any, Any]:
         of_x = ops.transpose(ops.matmul(kernel, ops.transpose(upstream)))
         return of_x, ops.matmul(ops.transpose(x), upstream)
 
@@ -206,10 +224,22 @@ def encoder_layer(
         # In the plain layer's shape, which the draws depend on.
         return ops.reshape(dropout(ops.reshape(x, shape), training=training), (-1, width))
 
-    pre_norm = layer.normalize_first
     x = ops.reshape(hidden, (-1, width))
-    y = layer._self_attention_layer_norm(x) if pre_norm else x
+    y = layer._self_attention_layer_norm(x) if layer.normalize_first else x
     y = _self_attention(layer._self_attention_layer, y, shape, padding_mask, training)
+    return ops.reshape(_after_attention(layer, x, y, drop), shape)
+
+
+def _after_attention(layer: Any, x: Any, y: Any, drop: Callable[[Any, Any], Any]) -> Any:
+    """Return what a `TransformerEncoder` makes of its input and of its attention's output.
+
+    Args:
+        layer: The layer.
+        x: Its input, of shape (rows, width).
+        y: What its attention made of it, of the same shape.
+        drop: Applies one of the layer's dropouts to such a matrix.
+    """
+    pre_norm = layer.normalize_first
     x = drop(layer._self_attention_dropout, y) + x
     if not pre_norm:
         x = layer._self_attention_layer_norm(x)
@@ -217,8 +247,7 @@ def encoder_layer(
     y = apply_dense(layer._feedforward_intermediate_dense, y)
     y = apply_dense(layer._feedforward_output_dense, y)
     x = drop(layer._feedforward_dropout, y) + x
-    x = x if pre_norm else layer._feedforward_layer_norm(x)
-    return ops.reshape(x, shape)
+    return x if pre_norm else layer._feedforward_layer_norm(x)
 
 
 def _self_attention(
@@ -268,20 +297,12 @@ def first_token_layer(
             return x
         return x * dropout(ops.ones_like(hidden), training=True)[:, 0]
 
-    pre_norm = layer.normalize_first
     x, tokens = hidden[:, 0], hidden
-    if pre_norm:
+    if layer.normalize_first:
         flat = layer._self_attention_layer_norm(ops.reshape(hidden, (-1, width)))
         tokens = ops.reshape(flat, ops.shape(hidden))
     mask = None if padding_mask is None else ops.cast(padding_mask, "bool")
     y, _ = single_query_attention(
         layer._self_attention_layer, tokens[:, 0], tokens, mask, training, queries=length
     )
-    x = drop(layer._self_attention_dropout, y) + x
-    if not pre_norm:
-        x = layer._self_attention_layer_norm(x)
-    y = layer._feedforward_layer_norm(x) if pre_norm else x
-    y = apply_dense(layer._feedforward_intermediate_dense, y)
-    y = apply_dense(layer._feedforward_output_dense, y)
-    x = drop(layer._feedforward_dropout, y) + x
-    return ops.expand_dims(x if pre_norm else layer._feedforward_layer_norm(x), 1)
+    return ops.expand_dims(_after_attention(layer, x, y, drop), 1)

@@ -263,7 +263,7 @@ class _Comparison:
         kept = np.array(list(read))
         batch = self.cached.batch(kept, BATCH_ROWS)
         (found,) = self.models.cached.predict(batch)
-        # One shape of batch: each other one would be compiled apart.
+        # One shape of batch: each other one would be traced apart.
         filled = [*read, *([kept[0]] * (BATCH_ROWS - len(read)))]
         sentences = [self.name(pick)["hypothesis"] for pick in filled]
         token_ids, mask = self.models.text.tokenize(sentences)
