@@ -35,7 +35,7 @@ def cli() -> None:
 @click.option("--force", is_flag=True, help="Replace the file if there is one.")
 def init(config_file: str, force: bool) -> None:
     """Write a commented settings file."""
-    from featstore.publish import write_text
+    from featstore.store.publish import write_text
 
     path = Path(config_file)
     if path.exists() and not force:

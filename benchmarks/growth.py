@@ -26,7 +26,7 @@ from benchmarks.synthetic import (
 )
 from benchmarks.tables import table
 from featstore.spec import TextSpec, VisionSpec
-from featstore.store import open_store
+from featstore.store.store import open_store
 from trainer.batches import CachedRows, Prefetcher
 from trainer.step import Stepper
 

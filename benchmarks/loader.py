@@ -37,7 +37,7 @@ from benchmarks.loader_cold import (
 from benchmarks.loader_peers import PEERS, Peer, StreamReader
 from benchmarks.synthetic import write_store
 from benchmarks.tables import table
-from featstore.store import VisionStore, aligned_empty, open_store
+from featstore.store.store import VisionStore, aligned_empty, open_store
 
 Read = Callable[[NDArray[np.int64]], Array]
 

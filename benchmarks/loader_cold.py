@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.synthetic import write_store
-from featstore.store import VisionStore, aligned_empty, open_store
+from featstore.store.store import VisionStore, aligned_empty, open_store
 
 Array = NDArray[Any]
 Batches = list[NDArray[np.int64]]

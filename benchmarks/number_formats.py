@@ -24,8 +24,8 @@ from benchmarks.steps import release
 from benchmarks.tables import table
 from featstore.dataset import Dataset, load_dataset
 from featstore.extract import bring_images
-from featstore.shard import token_bytes
-from featstore.store import VisionStore
+from featstore.store.shard import token_bytes
+from featstore.store.store import VisionStore
 from trainer.checkpoint import build_model
 from trainer.config import Config, load_config
 from trainer.features import Features, open_features

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.measuring import memory_bytes
 from featstore.spec import VisionSpec
-from featstore.store import open_store
+from featstore.store.store import open_store
 
 
 def open_and_look_up(root: Path, spec: VisionSpec, keys: Sequence[str]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from benchmarks.measuring import seconds_of
 from benchmarks.sentences import padded_lengths
 from benchmarks.sizes import STUDY, Size
 from benchmarks.tables import table
-from featstore.store import aligned_empty
+from featstore.store.store import aligned_empty
 from trainer.batches import Batch
 from trainer.config import TrainConfig
 from trainer.end_to_end import build_end_to_end

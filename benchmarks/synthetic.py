@@ -17,11 +17,11 @@ from featstore.examples import Examples
 from featstore.extract import bring_text
 from featstore.images import ImageIndex
 from featstore.plan import text_spec
-from featstore.publish import write_json
-from featstore.shard import ShardRows, digest_bytes, shard_name, write_shard
 from featstore.spec import TextSpec, VisionSpec
 from featstore.splits import make_splits
-from featstore.store import open_store
+from featstore.store.publish import write_json
+from featstore.store.shard import ShardRows, digest_bytes, shard_name, write_shard
+from featstore.store.store import open_store
 from trainer.config import Config, TrainConfig
 from trainer.features import Features
 

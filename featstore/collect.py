@@ -19,10 +19,10 @@ import numpy as np
 
 from featstore.errors import RunError, StoreError
 from featstore.maintain import KINDS, Source, disk_bytes, feature_folders, open_folder
-from featstore.publish import TEMPORARY, read_json
-from featstore.shard import MAKE_READABLE, open_shard, rewrite_shard, shard_number
 from featstore.spec import read_spec
-from featstore.store import listed, reconcile_manifest, shard_paths, write_manifest
+from featstore.store.publish import TEMPORARY, read_json
+from featstore.store.shard import MAKE_READABLE, open_shard, rewrite_shard, shard_number
+from featstore.store.store import listed, reconcile_manifest, shard_paths, write_manifest
 from featstore.worklist import CLAIM, PLAN, writing
 
 DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")

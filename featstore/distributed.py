@@ -38,7 +38,6 @@ from featstore.extract import (
 )
 from featstore.images import ImageIndex
 from featstore.plan import Plan, vision_spec
-from featstore.publish import TEMPORARY, package_versions, write_text
 from featstore.ray_cluster import (
     ENVIRONMENT,
     Actors,
@@ -47,9 +46,10 @@ from featstore.ray_cluster import (
     one_line,
     resources_of,
 )
-from featstore.shard import ShardRows, open_shard, shard_name, write_shard
 from featstore.spec import VisionSpec
-from featstore.store import read_quarantine
+from featstore.store.publish import TEMPORARY, package_versions, write_text
+from featstore.store.shard import ShardRows, open_shard, shard_name, write_shard
+from featstore.store.store import read_quarantine
 from featstore.worklist import PlannedShard, Publisher, WorkList
 
 # A photo that ends its process each time must not be tried without end.

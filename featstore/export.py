@@ -35,9 +35,9 @@ from featstore.errors import DataError, FeatstoreError, MissingFeaturesError, St
 from featstore.extract import ProgressBar, no_progress
 from featstore.maintain import Source
 from featstore.plan import free_space
-from featstore.publish import command_line, package_versions, publish
-from featstore.quantise import QUANTISED, dequantise
-from featstore.store import IntArray, TextStore, VisionStore, open_store, read_quarantine
+from featstore.store.numbers import QUANTISED, dequantise
+from featstore.store.publish import command_line, package_versions, publish
+from featstore.store.store import IntArray, TextStore, VisionStore, open_store, read_quarantine
 
 GROUP_BYTES = 64 << 20
 STORED = "stored"

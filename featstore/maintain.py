@@ -15,9 +15,9 @@ from featstore.dataset import Dataset, load_dataset
 from featstore.encoders import TextEncoder, VisionEncoder
 from featstore.errors import CorruptShardError, FeatstoreError, StoreError
 from featstore.plan import text_spec, vision_spec
-from featstore.publish import TEMPORARY, read_json
 from featstore.spec import TextSpec, VisionSpec, read_spec
-from featstore.store import TextStore, VisionStore, listed, read_quarantine, shard_paths
+from featstore.store.publish import TEMPORARY, read_json
+from featstore.store.store import TextStore, VisionStore, listed, read_quarantine, shard_paths
 
 KINDS = ("vit", "text")
 FINGERPRINT = re.compile("[0-9a-f]{32}")

@@ -45,9 +45,9 @@ from featstore.extract import (
 )
 from featstore.maintain import KINDS, Source, feature_folders, matching_spec
 from featstore.plan import Plan, photo_digest, plan_images, plan_text
-from featstore.shard import Shard, open_shard, rewrite_shard
 from featstore.spec import TextSpec, VisionSpec, differing_fields, read_spec, write_spec
-from featstore.store import (
+from featstore.store.shard import Shard, open_shard, rewrite_shard
+from featstore.store.store import (
     LOST,
     read_manifest,
     reconcile_manifest,

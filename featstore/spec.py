@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from featstore.errors import CorruptShardError, StoreError
-from featstore.publish import command_line, read_json, write_json
-from featstore.quantise import QUANTISED
+from featstore.store.numbers import QUANTISED
+from featstore.store.publish import command_line, read_json, write_json
 
 FORMAT = 1
 # Of quantised features: readers of format 1 know no scales, and would take the levels for numbers.

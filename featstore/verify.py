@@ -24,8 +24,9 @@ from featstore.extract import ProgressBar, no_progress
 from featstore.images import ImageIndex
 from featstore.maintain import KINDS, Source, feature_folders, open_folder
 from featstore.plan import photo_digest
-from featstore.publish import TEMPORARY, read_json
-from featstore.shard import (
+from featstore.spec import read_spec
+from featstore.store.publish import TEMPORARY, read_json
+from featstore.store.shard import (
     HDF5_ERRORS,
     MAKE_READABLE,
     VERIFY,
@@ -35,8 +36,7 @@ from featstore.shard import (
     salvage_keys,
     shard_number,
 )
-from featstore.spec import read_spec
-from featstore.store import (
+from featstore.store.store import (
     VisionStore,
     manifest_damage,
     read_manifest,

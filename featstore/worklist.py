@@ -33,10 +33,16 @@ import filelock
 
 from featstore.errors import StoreError
 from featstore.plan import Plan
-from featstore.publish import package_versions, publish, read_json, remove_leftovers, write_json
-from featstore.shard import ShardRows, describe_file, open_shard, shard_name, write_shard
 from featstore.spec import FORMAT, FeatureSpec, write_spec
-from featstore.store import (
+from featstore.store.publish import (
+    package_versions,
+    publish,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
+from featstore.store.shard import ShardRows, describe_file, open_shard, shard_name, write_shard
+from featstore.store.store import (
     manifest_damage,
     read_manifest,
     read_quarantine,

@@ -45,13 +45,12 @@ import numpy as np
 from PIL import Image
 from tiny_runs import tiny_config
 
-from featstore import publish
 from featstore.config import StoreConfig
 from featstore.errors import FeatstoreError
 from featstore.maintain import Source, open_folder
-from featstore.publish import TEMPORARY
-from featstore.shard import INDEX_DATASETS
-from featstore.store import VisionStore, shard_paths, write_manifest
+from featstore.store.publish import TEMPORARY
+from featstore.store.shard import INDEX_DATASETS
+from featstore.store.store import VisionStore, publish, shard_paths, write_manifest
 from featstore.verify import verify_folder
 from trainer.commands import console
 from trainer.config import Config, render_config

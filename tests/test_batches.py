@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featstore.errors import DataError
-from featstore.shard import ShardRows, shard_name, write_shard
-from featstore.store import TextStore, VisionStore, write_manifest
+from featstore.store.shard import ShardRows, shard_name, write_shard
+from featstore.store.store import TextStore, VisionStore, write_manifest
 from trainer.batches import (
     PREFETCHED,
     WINDOW_BATCHES,

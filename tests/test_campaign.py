@@ -17,7 +17,7 @@ from test_golden import golden_folder
 
 from featstore.config import StoreConfig
 from featstore.images import index_images
-from featstore.store import read_manifest, read_quarantine, write_manifest, write_quarantine
+from featstore.store.store import read_manifest, read_quarantine, write_manifest, write_quarantine
 from featstore.verify import verify_folder
 
 TESTS = Path(__file__).resolve().parent
@@ -63,7 +63,7 @@ def test_the_campaign_would_see_a_store_that_is_not_checked(
     after = before[:at] + b"\x01" + before[at + 1 :]
     path.write_bytes(after)
     assert judge(folders[0], path, before, after, good)[0].startswith("found, ")
-    monkeypatch.setattr("featstore.shard.Shard.row_is_intact", lambda shard, row: True)
+    monkeypatch.setattr("featstore.store.shard.Shard.row_is_intact", lambda shard, row: True)
     assert judge(folders[0], path, before, after, good)[0] == "SILENT"
 
 

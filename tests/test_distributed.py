@@ -28,9 +28,9 @@ from featstore.errors import StoreError, UsageError
 from featstore.extract import bring_images
 from featstore.images import index_images
 from featstore.plan import vision_spec
-from featstore.publish import TEMPORARY
 from featstore.ray_cluster import Actors, connect, resources_of
-from featstore.store import read_quarantine, shard_paths
+from featstore.store.publish import TEMPORARY
+from featstore.store.store import read_quarantine, shard_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = [f"p{number:02}" for number in range(40)]

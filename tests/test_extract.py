@@ -36,7 +36,7 @@ from featstore.extract import (
 from featstore.images import ImageIndex, decode_image, index_images
 from featstore.plan import Plan, plan_images, plan_text, text_spec, vision_spec
 from featstore.spec import VisionSpec
-from featstore.store import open_store, read_quarantine, shard_paths, write_manifest
+from featstore.store.store import open_store, read_quarantine, shard_paths, write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 4

@@ -27,7 +27,7 @@ from tiny_runs import SENTENCES, extracted, tiny_config
 
 from featstore.extract import bring_text
 from featstore.maintain import open_folder
-from featstore.store import VisionStore, read_quarantine
+from featstore.store.store import VisionStore, read_quarantine
 
 # --- the reader -------------------------------------------------------------------------
 

@@ -25,9 +25,9 @@ import pytest
 import xxhash
 
 from featstore.maintain import open_folder
-from featstore.shard import ShardRows, shard_name, write_shard
 from featstore.spec import FeatureSpec, TextSpec, VisionSpec
-from featstore.store import read_quarantine, write_manifest, write_quarantine
+from featstore.store.shard import ShardRows, shard_name, write_shard
+from featstore.store.store import read_quarantine, write_manifest, write_quarantine
 from featstore.verify import verify_folder
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

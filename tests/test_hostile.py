@@ -26,9 +26,9 @@ from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.errors import ConfigError, FeatstoreError, RunError, StoreError
 from featstore.maintain import Source, describe_folder, open_folder
 from featstore.repair import repair_folder
-from featstore.shard import INDEX_DATASETS, _index_checksum, shard_name
 from featstore.spec import canonical_json
-from featstore.store import (
+from featstore.store.shard import INDEX_DATASETS, _index_checksum, shard_name
+from featstore.store.store import (
     manifest_checksum,
     quarantine_checksum,
     read_manifest,

@@ -22,9 +22,9 @@ from tiny_runs import extracted, tiny_config, with_train
 import cli
 from featstore.config import StoreConfig
 from featstore.errors import CorruptShardError
-from featstore.quantise import dequantise, quantise
-from featstore.shard import ShardRows, digest_bytes, open_shard, row_checksum, write_shard
-from featstore.store import reconcile_manifest, shard_paths, write_manifest
+from featstore.store.numbers import dequantise, quantise
+from featstore.store.shard import ShardRows, digest_bytes, open_shard, row_checksum, write_shard
+from featstore.store.store import reconcile_manifest, shard_paths, write_manifest
 from featstore.verify import verify_folder
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import open_features
@@ -337,7 +337,7 @@ def test_a_scale_that_no_encoder_gives_fails_parity(project: Config, tmp_path: P
 
 
 def test_the_disk_that_a_plan_asks_for_counts_the_scales() -> None:
-    from featstore.shard import token_bytes
+    from featstore.store.shard import token_bytes
 
     assert token_bytes("int8", 768) == 768 + 4
     assert token_bytes("float16", 768) == 1536

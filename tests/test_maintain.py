@@ -33,7 +33,7 @@ from featstore.export import export_features
 from featstore.extract import bring_images, bring_text, writing
 from featstore.maintain import Source, describe_store, open_folder
 from featstore.repair import RepairReport, repair_folder
-from featstore.store import LOST, open_store, read_manifest, read_quarantine, shard_paths
+from featstore.store.store import LOST, open_store, read_manifest, read_quarantine, shard_paths
 from featstore.verify import FolderReport, sample_folder, verify_folder, verify_store
 from trainer.config import Config, render_config
 

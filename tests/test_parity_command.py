@@ -20,9 +20,9 @@ from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
 import cli
 import trainer.parity
 from featstore.errors import RunError
-from featstore.shard import ShardRows, feature_dtype, open_shard, write_shard
 from featstore.spec import read_spec
-from featstore.store import reconcile_manifest, shard_paths, write_manifest
+from featstore.store.shard import ShardRows, feature_dtype, open_shard, write_shard
+from featstore.store.store import reconcile_manifest, shard_paths, write_manifest
 from trainer.config import render_config
 from trainer.end_to_end import trained_weights, transfer_weights
 from trainer.evaluate import open_run_features

@@ -16,7 +16,7 @@ import pytest
 import xxhash
 
 from featstore.errors import CorruptShardError, FeatstoreError
-from featstore.shard import (
+from featstore.store.shard import (
     INDEX_DATASETS,
     PAGE_BYTES,
     ShardRows,

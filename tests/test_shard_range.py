@@ -26,9 +26,9 @@ from featstore.errors import StoreError, UsageError
 from featstore.extract import ALL, Summary, share_images, share_of_images
 from featstore.images import index_images
 from featstore.plan import Plan
-from featstore.publish import write_json
-from featstore.shard import ShardRows
-from featstore.store import open_store, read_quarantine, shard_paths
+from featstore.store.publish import write_json
+from featstore.store.shard import ShardRows
+from featstore.store.store import open_store, read_quarantine, shard_paths
 from featstore.worklist import PLAN, Publisher, read_plan, request_token, writing
 from trainer.commands.extract import _shard_range
 
@@ -347,7 +347,7 @@ def test_bytes_that_changed_on_the_way_are_refused(photos: Path, tmp_path: Path)
     rows = ShardRows(["p01"], np.zeros((1, 1, 4, 3), np.float32), [(1, 2)])
     other = Publisher(PIXEL_SPEC.folder(tmp_path / "other"), PIXEL_SPEC, None)
     other.folder.mkdir(parents=True)
-    from featstore.shard import write_shard
+    from featstore.store.shard import write_shard
 
     path = other.folder / "shard-00000.h5"
     spec = PIXEL_SPEC

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from test_spec import TEXT, VISION
 
 from featstore.errors import CorruptShardError, MissingFeaturesError, StaleFeaturesError
-from featstore.shard import ShardRows, digest_bytes, feature_dtype, shard_name, write_shard
 from featstore.spec import FeatureSpec
-from featstore.store import (
+from featstore.store.shard import ShardRows, digest_bytes, feature_dtype, shard_name, write_shard
+from featstore.store.store import (
     TextStore,
     VisionStore,
     open_store,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import DataError
-from featstore.store import TextStore, VisionStore
+from featstore.store.store import TextStore, VisionStore
 
 IntArray = NDArray[np.int64]
 

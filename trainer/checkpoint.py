@@ -16,8 +16,8 @@ import numpy as np
 from featstore.encoders import load_backbone
 from featstore.errors import RunError
 from featstore.presets import resolve_preset
-from featstore.publish import publish
-from featstore.shard import HDF5_ERRORS
+from featstore.store.publish import publish
+from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config
 from trainer.fusion import HEAD_LAYERS
 from trainer.run import Run

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from featstore.errors import FeatstoreError, RunError, StoppedError
-from featstore.publish import TEMPORARY, write_text
 from featstore.ray_cluster import (
     ENVIRONMENT,
     Actors,
@@ -31,6 +30,7 @@ from featstore.ray_cluster import (
     one_line,
     resources_of,
 )
+from featstore.store.publish import TEMPORARY, write_text
 from trainer.search import Search
 from trainer.trials import anonymous_bytes, work_in
 from trainer.workers import MEMORY_GROWTH, MOST_DEATHS, STOP_SECONDS, Watched, position

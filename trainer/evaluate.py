@@ -9,7 +9,7 @@ from featstore.dataset import Dataset, load_dataset
 from featstore.errors import RunError
 from featstore.extract import ProgressBar, no_progress
 from featstore.plan import text_spec, vision_spec
-from featstore.publish import command_line, package_versions, write_json
+from featstore.store.publish import command_line, package_versions, write_json
 from trainer.checkpoint import load_best
 from trainer.config import Config
 from trainer.features import Features, open_features

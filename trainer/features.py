@@ -14,7 +14,7 @@ from featstore.examples import require_both_classes
 from featstore.extract import ProgressBar, bring_text, no_progress
 from featstore.plan import text_spec, vision_spec
 from featstore.spec import TextSpec, VisionSpec
-from featstore.store import TextStore, VisionStore, open_store, read_quarantine
+from featstore.store.store import TextStore, VisionStore, open_store, read_quarantine
 from trainer.batches import CachedRows, IntArray
 from trainer.config import Config
 

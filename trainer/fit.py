@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import RunError
-from featstore.publish import command_line, package_versions, write_json, write_text
+from featstore.store.publish import command_line, package_versions, write_json, write_text
 from trainer.checkpoint import (
     Progress,
     build_model,

@@ -15,7 +15,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from featstore.publish import publish, write_text
+from featstore.store.publish import publish, write_text
 from trainer.search import Search
 from trainer.search_space import Parameter
 

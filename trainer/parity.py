@@ -27,10 +27,10 @@ from featstore.examples import NO_PHOTO
 from featstore.extract import ProgressBar, no_progress
 from featstore.images import decode_image, read_bytes
 from featstore.plan import vision_spec
-from featstore.publish import command_line, package_versions, write_json
-from featstore.quantise import LEVELS, QUANTISED, dequantise
-from featstore.shard import digest_bytes, feature_dtype
-from featstore.store import open_store
+from featstore.store.numbers import LEVELS, QUANTISED, dequantise
+from featstore.store.publish import command_line, package_versions, write_json
+from featstore.store.shard import digest_bytes, feature_dtype
+from featstore.store.store import open_store
 from trainer.batches import CachedRows, IntArray
 from trainer.checkpoint import build_model, load_best
 from trainer.config import Config

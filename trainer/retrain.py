@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.dataset import load_dataset
-from featstore.publish import command_line, package_versions, write_json
+from featstore.store.publish import command_line, package_versions, write_json
 from trainer.evaluate import evaluate
 from trainer.fit import Reporter, Training
 from trainer.run import Run

@@ -25,8 +25,8 @@ from typing import Any
 import filelock
 
 from featstore.errors import RunError, UsageError
-from featstore.publish import read_json, write_json, write_text
 from featstore.spec import differing_fields
+from featstore.store.publish import read_json, write_json, write_text
 from trainer.config import Config, load_config
 
 # What the readers of a run's manifest rely on.

@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from featstore.store import ALIGNMENT_BYTES
+from featstore.store.store import ALIGNMENT_BYTES
 from trainer.batches import Batch
 
 LENGTH_STEP = 4

@@ -13,7 +13,7 @@ from keras import ops
 
 from featstore.encoders import check_k_txt, transformer_layers
 from featstore.errors import PresetError, RunError
-from featstore.quantise import QUANTISED
+from featstore.store.numbers import QUANTISED
 from trainer.config import TrainConfig
 from trainer.fastpath import encoder_layer, first_token_layer
 from trainer.fusion import apply_head

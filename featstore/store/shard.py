@@ -47,9 +47,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from featstore.errors import CorruptShardError, StoreError
-from featstore.publish import publish
-from featstore.quantise import QUANTISED, SCALE_DTYPE
 from featstore.spec import format_of
+from featstore.store.numbers import QUANTISED, SCALE_DTYPE
+from featstore.store.publish import publish
 
 PAGE_BYTES = 4096
 VERIFY = "run `python cli.py store verify`"

@@ -34,9 +34,10 @@ from featstore.errors import (
     StaleFeaturesError,
     StoreError,
 )
-from featstore.publish import command_line, package_versions, read_json, write_json
-from featstore.quantise import QUANTISED, SCALE_DTYPE
-from featstore.shard import (
+from featstore.spec import FORMAT, FeatureSpec, canonical_json, differing_fields, read_spec
+from featstore.store.numbers import QUANTISED, SCALE_DTYPE
+from featstore.store.publish import command_line, package_versions, read_json, write_json
+from featstore.store.shard import (
     MAKE_READABLE,
     VERIFY,
     describe_file,
@@ -45,7 +46,6 @@ from featstore.shard import (
     open_shard,
     shard_number,
 )
-from featstore.spec import FORMAT, FeatureSpec, canonical_json, differing_fields, read_spec
 
 IntArray = NDArray[np.int64]
 
