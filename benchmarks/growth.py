@@ -25,7 +25,7 @@ from benchmarks.synthetic import (
     write_sentences,
 )
 from benchmarks.tables import table
-from featstore.spec import TextSpec, VisionSpec
+from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.store.store import open_store
 from trainer.batches import CachedRows, Prefetcher
 from trainer.step import Stepper

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measuring import memory_bytes
-from featstore.spec import VisionSpec
+from featstore.encoders.spec import VisionSpec
 from featstore.store.store import open_store
 
 

@@ -24,7 +24,7 @@ from benchmarks.steps import end_to_end, release
 from benchmarks.synthetic import SyntheticFeatures, encoders_of, random_sentences
 from benchmarks.tables import table
 from featstore.config import StoreConfig
-from featstore.encoders import TextEncoder
+from featstore.encoders.tower import TextEncoder
 from featstore.extract import extract_text, writing
 from featstore.plan import plan_text, text_spec
 from trainer.features import Features

@@ -68,8 +68,8 @@ def end_to_end_seconds(run: Path, ks: Sequence[int], rounds: int = 3) -> dict[in
 
     import tensorflow as tf
 
-    from featstore.encoders import load_backbone
-    from featstore.presets import resolve_preset
+    from featstore.encoders.presets import resolve_preset
+    from featstore.encoders.tower import load_backbone
     from trainer.end_to_end import build_end_to_end
     from trainer.optimizer import make_optimizer
     from trainer.run import Run

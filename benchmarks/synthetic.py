@@ -13,11 +13,11 @@ from benchmarks.sentences import token_counts
 from benchmarks.sizes import Size, word
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.dataset import Dataset
+from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.examples import Examples
 from featstore.extract import bring_text
 from featstore.images import ImageIndex
 from featstore.plan import text_spec
-from featstore.spec import TextSpec, VisionSpec
 from featstore.splits import make_splits
 from featstore.store.publish import write_json
 from featstore.store.shard import ShardRows, digest_bytes, shard_name, write_shard

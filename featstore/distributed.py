@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from featstore.config import EncodersConfig, StoreConfig
-from featstore.encoders import VisionEncoder
+from featstore.encoders.spec import VisionSpec
+from featstore.encoders.tower import VisionEncoder
 from featstore.errors import FeatstoreError, StoreError
 from featstore.extract import (
     ALL,
@@ -46,7 +47,6 @@ from featstore.ray_cluster import (
     one_line,
     resources_of,
 )
-from featstore.spec import VisionSpec
 from featstore.store.publish import TEMPORARY, package_versions, write_text
 from featstore.store.shard import ShardRows, open_shard, shard_name, write_shard
 from featstore.store.store import read_quarantine

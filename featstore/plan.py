@@ -12,10 +12,15 @@ from typing import Any
 import numpy as np
 
 from featstore.config import EncodersConfig, StoreConfig
+from featstore.encoders.presets import (
+    Preset,
+    image_converter_fields,
+    resolve_preset,
+    tokenizer_digest,
+)
+from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.errors import ConfigError, ImageError, PresetError, StoreError
 from featstore.images import DECODER, ImageIndex, read_bytes
-from featstore.presets import Preset, image_converter_fields, resolve_preset, tokenizer_digest
-from featstore.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.store.shard import digest_bytes, token_bytes
 from featstore.store.store import TextStore, VisionStore, read_quarantine, read_spec, shard_paths
 

@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from featstore.encoders import TextEncoder, VisionEncoder
+from featstore.encoders.spec import TextSpec, VisionSpec, differing_fields, read_spec, write_spec
+from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import FeatstoreError, StoreError
 from featstore.extract import (
     Batched,
@@ -45,7 +46,6 @@ from featstore.extract import (
 )
 from featstore.maintain import KINDS, Source, feature_folders, matching_spec
 from featstore.plan import Plan, photo_digest, plan_images, plan_text
-from featstore.spec import TextSpec, VisionSpec, differing_fields, read_spec, write_spec
 from featstore.store.shard import Shard, open_shard, rewrite_shard
 from featstore.store.store import (
     LOST,

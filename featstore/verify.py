@@ -19,12 +19,12 @@ import h5py
 import numpy as np
 import xxhash
 
+from featstore.encoders.spec import read_spec
 from featstore.errors import CorruptShardError, StoreError
 from featstore.extract import ProgressBar, no_progress
 from featstore.images import ImageIndex
 from featstore.maintain import KINDS, Source, feature_folders, open_folder
 from featstore.plan import photo_digest
-from featstore.spec import read_spec
 from featstore.store.publish import TEMPORARY, read_json
 from featstore.store.shard import (
     HDF5_ERRORS,

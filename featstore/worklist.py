@@ -31,9 +31,9 @@ from typing import Any
 
 import filelock
 
+from featstore.encoders.spec import FORMAT, FeatureSpec, write_spec
 from featstore.errors import StoreError
 from featstore.plan import Plan
-from featstore.spec import FORMAT, FeatureSpec, write_spec
 from featstore.store.publish import (
     package_versions,
     publish,

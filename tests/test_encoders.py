@@ -16,9 +16,14 @@ import pytest
 import xxhash
 from tiny_presets import randomise
 
-from featstore.encoders import TextEncoder, VisionEncoder, leading_tokens, transformer_layers
+from featstore.encoders.presets import (
+    Preset,
+    image_converter_fields,
+    resolve_preset,
+    tokenizer_digest,
+)
+from featstore.encoders.tower import TextEncoder, VisionEncoder, leading_tokens, transformer_layers
 from featstore.errors import ConfigError, PresetError
-from featstore.presets import Preset, image_converter_fields, resolve_preset, tokenizer_digest
 
 SIZES = [(32, 32), (224, 224), (375, 500), (500, 333), (33, 31), (1, 1), (20000, 1), (1, 20000)]
 
@@ -51,7 +56,7 @@ def text(tiny_text: Path) -> TextEncoder:
 class TestResolve:
     def test_folder_needs_no_tensorflow(self, tiny_vit: Path, tiny_text: Path) -> None:
         code = (
-            "import sys; from featstore.presets import *\n"
+            "import sys; from featstore.encoders.presets import *\n"
             f"image_converter_fields(resolve_preset({str(tiny_vit)!r}))\n"
             f"tokenizer_digest(resolve_preset({str(tiny_text)!r}))\n"
             "print([m for m in ('tensorflow', 'keras', 'keras_hub', 'jax') if m in sys.modules])"
@@ -354,7 +359,7 @@ class TestText:
     def test_tokenize_in_pieces(self, text: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
         sentences = [f"a dog {'runs ' * (i % 5)}" for i in range(11)]
         whole = text.tokenize(sentences)
-        monkeypatch.setattr("featstore.encoders.TOKENIZE_ROWS", 3)
+        monkeypatch.setattr("featstore.encoders.tower.TOKENIZE_ROWS", 3)
         pieces = text.tokenize(sentences)
         np.testing.assert_array_equal(whole[0], pieces[0])
         np.testing.assert_array_equal(whole[1], pieces[1])

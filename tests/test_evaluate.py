@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config, with_train
 
-from featstore.encoders import TextEncoder, VisionEncoder
+from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import DataError, RunError
 from featstore.images import decode_image
 from trainer.batches import other_images

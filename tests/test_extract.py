@@ -21,7 +21,8 @@ from PIL import Image
 
 import featstore.extract as extract_module
 from featstore.config import EncodersConfig, StoreConfig
-from featstore.encoders import TextEncoder, VisionEncoder
+from featstore.encoders.spec import VisionSpec
+from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ConfigError, FeatstoreError, StoreError
 from featstore.extract import (
     Summary,
@@ -35,7 +36,6 @@ from featstore.extract import (
 )
 from featstore.images import ImageIndex, decode_image, index_images
 from featstore.plan import Plan, plan_images, plan_text, text_spec, vision_spec
-from featstore.spec import VisionSpec
 from featstore.store.store import open_store, read_quarantine, shard_paths, write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_presets import randomise
 
-from featstore.presets import resolve_preset
+from featstore.encoders.presets import resolve_preset
 from trainer.config import TrainConfig
 from trainer.fastpath import encoder_layer, first_token_layer
 from trainer.optimizer import make_optimizer

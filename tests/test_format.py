@@ -269,7 +269,7 @@ def test_a_reader_made_from_the_page_reads_the_golden_store(kind: str) -> None:
 
 
 def test_canonical_json_of_the_page() -> None:
-    from featstore.spec import canonical_json
+    from featstore.encoders.spec import canonical_json
 
     value = {"é": [1, 1.0, -0.5, 1e-05, 1e16, 123456789.25], "a": {"z": None, "b": [True, False]}}
     value['\x01"\\\n\r\t\b\f\x7f图😀'] = "\x00\x1f\u2028"

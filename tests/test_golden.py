@@ -24,8 +24,8 @@ import numpy as np
 import pytest
 import xxhash
 
+from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.maintain import open_folder
-from featstore.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.store.shard import ShardRows, shard_name, write_shard
 from featstore.store.store import read_quarantine, write_manifest, write_quarantine
 from featstore.verify import verify_folder

@@ -23,10 +23,10 @@ from test_golden import SPECS, golden_folder
 from tiny_runs import extracted, tiny_config
 
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
+from featstore.encoders.spec import canonical_json
 from featstore.errors import ConfigError, FeatstoreError, RunError, StoreError
 from featstore.maintain import Source, describe_folder, open_folder
 from featstore.repair import repair_folder
-from featstore.spec import canonical_json
 from featstore.store.shard import INDEX_DATASETS, _index_checksum, shard_name
 from featstore.store.store import (
     manifest_checksum,

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from test_tower import STUDY_TEXT
 
-from featstore.encoders import TextEncoder, VisionEncoder
+from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import PresetError, RunError
 from trainer.config import TrainConfig
 from trainer.end_to_end import (

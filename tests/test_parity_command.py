@@ -19,8 +19,8 @@ from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
 
 import cli
 import trainer.parity
+from featstore.encoders.spec import read_spec
 from featstore.errors import RunError
-from featstore.spec import read_spec
 from featstore.store.shard import ShardRows, feature_dtype, open_shard, write_shard
 from featstore.store.store import reconcile_manifest, shard_paths, write_manifest
 from trainer.config import render_config

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featstore.errors import CorruptShardError, StoreError
-from featstore.spec import (
+from featstore.encoders.spec import (
     FORMAT,
     FeatureSpec,
     TextSpec,
@@ -23,6 +22,7 @@ from featstore.spec import (
     differing_fields,
     read_spec,
 )
+from featstore.errors import CorruptShardError, StoreError
 
 VISION = VisionSpec(
     encoder="ViTBackbone",

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_spec import TEXT, VISION
 
+from featstore.encoders.spec import FeatureSpec
 from featstore.errors import CorruptShardError, MissingFeaturesError, StaleFeaturesError
-from featstore.spec import FeatureSpec
 from featstore.store.shard import ShardRows, digest_bytes, feature_dtype, shard_name, write_shard
 from featstore.store.store import (
     TextStore,

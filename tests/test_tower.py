@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tiny_presets import tiny_text_backbone
 
+from featstore.encoders.presets import resolve_preset
 from featstore.errors import ConfigError, PresetError, RunError
-from featstore.presets import resolve_preset
 from trainer.config import TrainConfig
 from trainer.tower import (
     TextTail,

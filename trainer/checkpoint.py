@@ -13,9 +13,9 @@ import h5py
 import keras
 import numpy as np
 
-from featstore.encoders import load_backbone
+from featstore.encoders.presets import resolve_preset
+from featstore.encoders.tower import load_backbone
 from featstore.errors import RunError
-from featstore.presets import resolve_preset
 from featstore.store.publish import publish
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from featstore.encoders import frozen_part, leading_tokens, text_inputs, transformer_layers
+from featstore.encoders.tower import frozen_part, leading_tokens, text_inputs, transformer_layers
 from featstore.errors import PresetError
 from trainer.config import TrainConfig
 from trainer.fusion import HEAD_LAYERS, apply_head

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.dataset import load_dataset
-from featstore.encoders import TextEncoder, VisionEncoder
+from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError, RunError
 from featstore.examples import NO_PHOTO
 from featstore.extract import ProgressBar, no_progress

@@ -24,8 +24,8 @@ from typing import Any
 
 import filelock
 
+from featstore.encoders.spec import differing_fields
 from featstore.errors import RunError, UsageError
-from featstore.spec import differing_fields
 from featstore.store.publish import read_json, write_json, write_text
 from trainer.config import Config, load_config
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from featstore.encoders import check_k_txt, transformer_layers
+from featstore.encoders.tower import check_k_txt, transformer_layers
 from featstore.errors import PresetError, RunError
 from featstore.store.numbers import QUANTISED
 from trainer.config import TrainConfig

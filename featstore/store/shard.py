@@ -46,8 +46,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from featstore.encoders.spec import format_of
 from featstore.errors import CorruptShardError, StoreError
-from featstore.spec import format_of
 from featstore.store.numbers import QUANTISED, SCALE_DTYPE
 from featstore.store.publish import publish
 

@@ -28,13 +28,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from featstore.encoders.spec import FORMAT, FeatureSpec, canonical_json, differing_fields, read_spec
 from featstore.errors import (
     CorruptShardError,
     MissingFeaturesError,
     StaleFeaturesError,
     StoreError,
 )
-from featstore.spec import FORMAT, FeatureSpec, canonical_json, differing_fields, read_spec
 from featstore.store.numbers import QUANTISED, SCALE_DTYPE
 from featstore.store.publish import command_line, package_versions, read_json, write_json
 from featstore.store.shard import (

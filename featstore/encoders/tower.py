@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from featstore.errors import ConfigError, PresetError
-from featstore.presets import (
+from featstore.encoders.presets import (
     IMAGE_CONVERTER_FILE,
     Preset,
     image_converter_fields,
     one_line,
     resolve_preset,
 )
+from featstore.errors import ConfigError, PresetError
 
 TEXT_INPUTS = ("token_ids", "padding_mask", "segment_ids")
 TOKENIZE_ROWS = 4096
