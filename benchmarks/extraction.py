@@ -17,9 +17,9 @@ import numpy as np
 from benchmarks.sizes import STUDY, Size
 from benchmarks.tables import table
 from featstore.config import EncodersConfig, StoreConfig
+from featstore.data.images import index_images
 from featstore.encoders.tower import VisionEncoder
 from featstore.extract import extract_images, writing
-from featstore.images import index_images
 from featstore.plan import plan_images, vision_spec
 
 

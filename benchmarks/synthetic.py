@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from benchmarks.sentences import token_counts
 from benchmarks.sizes import Size, word
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
-from featstore.dataset import Dataset
+from featstore.data.dataset import Dataset
+from featstore.data.examples import Examples
+from featstore.data.images import ImageIndex
+from featstore.data.splits import make_splits
 from featstore.encoders.spec import TextSpec, VisionSpec
-from featstore.examples import Examples
 from featstore.extract import bring_text
-from featstore.images import ImageIndex
 from featstore.plan import text_spec
-from featstore.splits import make_splits
 from featstore.store.publish import write_json
 from featstore.store.shard import ShardRows, digest_bytes, shard_name, write_shard
 from featstore.store.store import open_store

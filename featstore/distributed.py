@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.config import EncodersConfig, StoreConfig
+from featstore.data.images import ImageIndex
 from featstore.encoders.spec import VisionSpec
 from featstore.encoders.tower import VisionEncoder
 from featstore.errors import FeatstoreError, StoreError
@@ -37,7 +38,6 @@ from featstore.extract import (
     no_progress,
     share_of_images,
 )
-from featstore.images import ImageIndex
 from featstore.plan import Plan, vision_spec
 from featstore.ray_cluster import (
     ENVIRONMENT,

@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.config import EncodersConfig, StoreConfig
+from featstore.data.images import ImageIndex, decode_image, read_bytes
 from featstore.encoders.spec import FeatureSpec, VisionSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError, StoreError
-from featstore.images import ImageIndex, decode_image, read_bytes
 from featstore.plan import Plan, plan_images, plan_text, text_spec, vision_spec
 from featstore.store.numbers import QUANTISED, SCALE_DTYPE, quantise
 from featstore.store.shard import ShardRows, digest_bytes, feature_dtype

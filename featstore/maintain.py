@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.config import SPLITS, DataConfig, EncodersConfig, StoreConfig
-from featstore.dataset import Dataset, load_dataset
+from featstore.data.dataset import Dataset, load_dataset
 from featstore.encoders.spec import TextSpec, VisionSpec, read_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import CorruptShardError, FeatstoreError, StoreError

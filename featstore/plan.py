@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from featstore.config import EncodersConfig, StoreConfig
+from featstore.data.images import DECODER, ImageIndex, read_bytes
 from featstore.encoders.presets import (
     Preset,
     image_converter_fields,
@@ -20,7 +21,6 @@ from featstore.encoders.presets import (
 )
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.errors import ConfigError, ImageError, PresetError, StoreError
-from featstore.images import DECODER, ImageIndex, read_bytes
 from featstore.store.shard import digest_bytes, token_bytes
 from featstore.store.store import TextStore, VisionStore, read_quarantine, read_spec, shard_paths
 

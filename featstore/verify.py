@@ -19,10 +19,10 @@ import h5py
 import numpy as np
 import xxhash
 
+from featstore.data.images import ImageIndex
 from featstore.encoders.spec import read_spec
 from featstore.errors import CorruptShardError, StoreError
 from featstore.extract import ProgressBar, no_progress
-from featstore.images import ImageIndex
 from featstore.maintain import KINDS, Source, feature_folders, open_folder
 from featstore.plan import photo_digest
 from featstore.store.publish import TEMPORARY, read_json

@@ -605,7 +605,7 @@ def search_worker(work: Work, name: str, attack: Callable[[], Any] = lambda: Non
     """Start a search's only worker, without a driver."""
 
     def run() -> int:
-        from featstore.dataset import load_dataset
+        from featstore.data.dataset import load_dataset
         from trainer.search import start_search
         from trainer.search_space import read_space
         from trainer.trials import work as work_on
@@ -810,7 +810,7 @@ def odd_photos(rng: np.random.Generator) -> dict[str, tuple[str, bytes | None, b
 
 def alone(config: Config, root: Path, keys: list[str], out: Path) -> None:
     """Encode each photo in a batch of its own, and keep the values in a file."""
-    from featstore.dataset import load_dataset
+    from featstore.data.dataset import load_dataset
     from featstore.extract import Batched, encode_photos
 
     images = load_dataset(config.data, root, save=False).images

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from featstore.config import DataConfig
-from featstore.dataset import load_dataset
+from featstore.data.dataset import load_dataset
 from featstore.errors import ConfigError, DataError, SplitError
 
 FRACTIONS = (0.6, 0.2, 0.2)

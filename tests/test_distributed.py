@@ -23,10 +23,10 @@ from tiny_runs import write_data
 
 from featstore import distributed
 from featstore.config import EncodersConfig, StoreConfig
+from featstore.data.images import index_images
 from featstore.distributed import ShardActor, bring_images_on_ray
 from featstore.errors import StoreError, UsageError
 from featstore.extract import bring_images
-from featstore.images import index_images
 from featstore.plan import vision_spec
 from featstore.ray_cluster import Actors, connect, resources_of
 from featstore.store.publish import TEMPORARY

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config, with_train
 
+from featstore.data.images import decode_image
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import DataError, RunError
-from featstore.images import decode_image
 from trainer.batches import other_images
 from trainer.checkpoint import load_best
 from trainer.config import Config, render_config

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featstore.errors import DataError, RowError
-from featstore.examples import (
+from featstore.data.examples import (
     LABELS,
     UNLABELLED,
     Examples,
@@ -26,7 +25,8 @@ from featstore.examples import (
     summarise,
     write_report,
 )
-from featstore.rows import MAX_LINE_CHARACTERS, read_examples
+from featstore.data.rows import MAX_LINE_CHARACTERS, read_examples
+from featstore.errors import DataError, RowError
 
 A2 = {"Image_ID": "7", "Label": "entailment", "Hypothesis": "A dog runs.", "Premise": "x"}
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 import featstore.extract as extract_module
 from featstore.config import EncodersConfig, StoreConfig
+from featstore.data.images import ImageIndex, decode_image, index_images
 from featstore.encoders.spec import VisionSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ConfigError, FeatstoreError, StoreError
@@ -34,7 +35,6 @@ from featstore.extract import (
     extract_text,
     writing,
 )
-from featstore.images import ImageIndex, decode_image, index_images
 from featstore.plan import Plan, plan_images, plan_text, text_spec, vision_spec
 from featstore.store.store import open_store, read_quarantine, shard_paths, write_manifest
 

@@ -20,7 +20,7 @@ import pytest
 from tiny_runs import extracted, tiny_config, with_train
 
 import trainer.loop
-from featstore.dataset import Dataset, load_dataset
+from featstore.data.dataset import Dataset, load_dataset
 from featstore.errors import ConfigError, RunError, StoppedError, UsageError
 from trainer.checkpoint import Progress, build_model, load_best
 from trainer.config import Config, TrainConfig, render_config
@@ -206,7 +206,7 @@ def test_a_kill_between_state_and_reports_loses_no_report(work: Workspace, plain
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from featstore.dataset import load_dataset
+from featstore.data.dataset import load_dataset
 from trainer.config import load_config
 from trainer.features import open_features
 from trainer.fit import Reporter, Training

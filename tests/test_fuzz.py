@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 
 import cli
 from featstore.config import toml_value
+from featstore.data.rows import read_examples
+from featstore.data.splits import read_split_file
 from featstore.errors import ConfigError, FeatstoreError, RowError, SplitError
-from featstore.rows import read_examples
-from featstore.splits import read_split_file
 from trainer.config import SECTIONS, load_config, render_config
 from trainer.space_file import read_space
 

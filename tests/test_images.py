@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from featstore import images
+from featstore.data import images
+from featstore.data.images import decode_image, index_images, read_bytes
 from featstore.errors import DataError, ImageError
-from featstore.images import decode_image, index_images, read_bytes
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 U8 = npt.NDArray[np.uint8]

@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import extracted, with_train
 
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
-from featstore.dataset import Dataset
+from featstore.data.dataset import Dataset
 from trainer.config import Config
 from trainer.features import open_features
 from trainer.fit import Reporter, Training

@@ -22,9 +22,9 @@ from test_extract import BATCH, IDS, PIXEL_SPEC, PixelEncoder, bomb, check_rows,
 from cli import cli
 from featstore.collect import compact
 from featstore.config import StoreConfig
+from featstore.data.images import index_images
 from featstore.errors import StoreError, UsageError
 from featstore.extract import ALL, Summary, share_images, share_of_images
-from featstore.images import index_images
 from featstore.plan import Plan
 from featstore.store.publish import write_json
 from featstore.store.shard import ShardRows

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from featstore.errors import SplitError
-from featstore.examples import Examples
-from featstore.splits import (
+from featstore.data.examples import Examples
+from featstore.data.splits import (
     Splits,
     check_no_leak,
     load_splits,
@@ -24,6 +23,7 @@ from featstore.splits import (
     save_splits,
     splits_from_parts,
 )
+from featstore.errors import SplitError
 
 THIRDS = (0.8, 0.1, 0.1)
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
-from featstore.dataset import Dataset, load_dataset
+from featstore.data.dataset import Dataset, load_dataset
 from featstore.extract import bring_images
 from trainer.config import Config, TrainConfig
 

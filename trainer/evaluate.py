@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from featstore.dataset import Dataset, load_dataset
+from featstore.data.dataset import Dataset, load_dataset
 from featstore.errors import RunError
 from featstore.extract import ProgressBar, no_progress
 from featstore.plan import text_spec, vision_spec

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from featstore.config import SPLITS
-from featstore.dataset import Dataset
+from featstore.data.dataset import Dataset
+from featstore.data.examples import require_both_classes
 from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.errors import DataError, MissingFeaturesError
-from featstore.examples import require_both_classes
 from featstore.extract import ProgressBar, bring_text, no_progress
 from featstore.plan import text_spec, vision_spec
 from featstore.store.store import TextStore, VisionStore, open_store, read_quarantine

@@ -20,12 +20,12 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.dataset import load_dataset
+from featstore.data.dataset import load_dataset
+from featstore.data.examples import NO_PHOTO
+from featstore.data.images import decode_image, read_bytes
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError, RunError
-from featstore.examples import NO_PHOTO
 from featstore.extract import ProgressBar, no_progress
-from featstore.images import decode_image, read_bytes
 from featstore.plan import vision_spec
 from featstore.store.numbers import LEVELS, QUANTISED, dequantise
 from featstore.store.publish import command_line, package_versions, write_json

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from featstore.dataset import load_dataset
+from featstore.data.dataset import load_dataset
 from featstore.store.publish import command_line, package_versions, write_json
 from trainer.evaluate import evaluate
 from trainer.fit import Reporter, Training

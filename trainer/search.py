@@ -42,7 +42,7 @@ from trainer.run import SEARCH_FILE, Run, find_run
 from trainer.search_space import Space, space_from_json
 
 if TYPE_CHECKING:
-    from featstore.dataset import Dataset
+    from featstore.data.dataset import Dataset
 
 FORMAT = 1
 # A trial that ends its worker as often as this without finishing an epoch is given up.

@@ -21,7 +21,7 @@ from trainer.run import Run
 from trainer.search import Claim, Search, open_search
 
 if TYPE_CHECKING:
-    from featstore.dataset import Dataset
+    from featstore.data.dataset import Dataset
     from trainer.features import Features
     from trainer.fit import Training
 
@@ -297,7 +297,7 @@ def work_in(
         RunError, UsageError: The search cannot be opened.
         StoppedError: `stopping` said so.
     """
-    from featstore.dataset import load_dataset
+    from featstore.data.dataset import load_dataset
 
     search = open_search(folder, url)
     dataset = load_dataset(search.base.data, Path(search.base.store.root))

@@ -126,7 +126,7 @@ def extract_vit(
             " add --ray ADDRESS"
         )
     config = read_config(config_file, flags)
-    from featstore.dataset import load_dataset
+    from featstore.data.dataset import load_dataset
     from featstore.extract import bring_images
 
     dataset = load_dataset(config.data, Path(config.store.root), save=not dry_run)
@@ -169,7 +169,7 @@ def extract_text(
 ) -> None:
     """Run the frozen text layers once for each sentence of a split."""
     config = read_config(config_file, flags)
-    from featstore.dataset import load_dataset
+    from featstore.data.dataset import load_dataset
     from featstore.extract import bring_text
 
     dataset = load_dataset(config.data, Path(config.store.root), save=not dry_run)

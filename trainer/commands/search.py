@@ -138,7 +138,7 @@ def search_group(
         from featstore.ray_cluster import check_address
 
         check_address(ray_address)
-    from featstore.dataset import load_dataset
+    from featstore.data.dataset import load_dataset
     from trainer.leaderboard import best_row, trial_rows, write_leaderboard
     from trainer.search import driver_url, masked, start_search
 

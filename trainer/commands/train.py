@@ -75,7 +75,7 @@ def train(
     run = Run(
         run_folder(Path(runs), _free_name(Path(runs), config.train.k_txt) if name is None else name)
     )
-    from featstore.dataset import load_dataset
+    from featstore.data.dataset import load_dataset
     from trainer.features import open_features
 
     run.check_free_or_same(config)

@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.config import SPLITS
+from featstore.data.examples import Examples, short
+from featstore.data.images import IMAGE_SUFFIXES
 from featstore.errors import SplitError
-from featstore.examples import Examples, short
-from featstore.images import IMAGE_SUFFIXES
 from featstore.store.publish import write_bytes
 
 FORMAT = 1

@@ -11,17 +11,16 @@ from numpy.typing import NDArray
 
 from featstore import demo
 from featstore.config import SPLITS, DataConfig
-from featstore.errors import ConfigError, DataError, SplitError
-from featstore.examples import (
+from featstore.data.examples import (
     Examples,
     RowIssue,
     drop_missing,
     summarise,
     write_report,
 )
-from featstore.images import ImageIndex, index_images
-from featstore.rows import read_examples
-from featstore.splits import (
+from featstore.data.images import ImageIndex, index_images
+from featstore.data.rows import read_examples
+from featstore.data.splits import (
     Splits,
     load_splits,
     make_splits,
@@ -29,6 +28,7 @@ from featstore.splits import (
     save_splits,
     splits_from_parts,
 )
+from featstore.errors import ConfigError, DataError, SplitError
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, TextIO
 
 import numpy as np
 
-from featstore.errors import RowError
-from featstore.examples import (
+from featstore.data.examples import (
     LABELS,
     UNLABELLED,
     Examples,
@@ -42,6 +41,7 @@ from featstore.examples import (
     short,
     summarise,
 )
+from featstore.errors import RowError
 
 ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "image id": (("imageid", "flickr30kid"), ("image", "filename")),
