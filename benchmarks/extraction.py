@@ -19,8 +19,8 @@ from benchmarks.tables import table
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import index_images
 from featstore.encoders.tower import VisionEncoder
-from featstore.extract import extract_images, writing
-from featstore.plan import plan_images, vision_spec
+from featstore.extract.extract import extract_images, writing
+from featstore.extract.plan import plan_images, vision_spec
 
 
 def write_photos(folder: Path, count: int, seed: int = 0) -> Path:

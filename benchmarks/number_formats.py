@@ -23,7 +23,7 @@ from benchmarks.measuring import ratios, seconds_of, spread, written
 from benchmarks.steps import release
 from benchmarks.tables import table
 from featstore.data.dataset import Dataset, load_dataset
-from featstore.extract import bring_images
+from featstore.extract.extract import bring_images
 from featstore.store.shard import token_bytes
 from featstore.store.store import VisionStore
 from trainer.checkpoint import build_model

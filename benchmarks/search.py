@@ -25,8 +25,8 @@ from benchmarks.synthetic import SyntheticFeatures, encoders_of, random_sentence
 from benchmarks.tables import table
 from featstore.config import StoreConfig
 from featstore.encoders.tower import TextEncoder
-from featstore.extract import extract_text, writing
-from featstore.plan import plan_text, text_spec
+from featstore.extract.extract import extract_text, writing
+from featstore.extract.plan import plan_text, text_spec
 from trainer.features import Features
 
 WAYS = {"end_to_end": "end to end", "end_to_end_xla": "end to end, XLA"}

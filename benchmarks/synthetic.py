@@ -17,8 +17,8 @@ from featstore.data.examples import Examples
 from featstore.data.images import ImageIndex
 from featstore.data.splits import make_splits
 from featstore.encoders.spec import TextSpec, VisionSpec
-from featstore.extract import bring_text
-from featstore.plan import text_spec
+from featstore.extract.extract import bring_text
+from featstore.extract.plan import text_spec
 from featstore.store.publish import write_json
 from featstore.store.shard import ShardRows, digest_bytes, shard_name, write_shard
 from featstore.store.store import open_store

@@ -15,7 +15,7 @@ from featstore.data.dataset import Dataset, load_dataset
 from featstore.encoders.spec import TextSpec, VisionSpec, read_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import CorruptShardError, FeatstoreError, StoreError
-from featstore.plan import text_spec, vision_spec
+from featstore.extract.plan import text_spec, vision_spec
 from featstore.store.publish import TEMPORARY, read_json
 from featstore.store.store import TextStore, VisionStore, listed, read_quarantine, shard_paths
 

@@ -1,6 +1,6 @@
 """A Ray cluster: reached, asked what fits on it, and left.
 
-`featstore.distributed` extracts on it; a search's trials run on it too.
+`featstore.extract.ray` extracts on it; a search's trials run on it too.
 """
 
 from __future__ import annotations

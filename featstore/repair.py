@@ -33,7 +33,7 @@ import numpy as np
 from featstore.encoders.spec import TextSpec, VisionSpec, differing_fields, read_spec, write_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import FeatstoreError, StoreError
-from featstore.extract import (
+from featstore.extract.extract import (
     Batched,
     ProgressBar,
     encode_photos,
@@ -44,8 +44,8 @@ from featstore.extract import (
     text_batches,
     writing,
 )
+from featstore.extract.plan import Plan, photo_digest, plan_images, plan_text
 from featstore.maintain import KINDS, Source, feature_folders, matching_spec
-from featstore.plan import Plan, photo_digest, plan_images, plan_text
 from featstore.store.shard import Shard, open_shard, rewrite_shard
 from featstore.store.store import (
     LOST,

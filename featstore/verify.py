@@ -22,9 +22,9 @@ import xxhash
 from featstore.data.images import ImageIndex
 from featstore.encoders.spec import read_spec
 from featstore.errors import CorruptShardError, StoreError
-from featstore.extract import ProgressBar, no_progress
+from featstore.extract.extract import ProgressBar, no_progress
+from featstore.extract.plan import photo_digest
 from featstore.maintain import KINDS, Source, feature_folders, open_folder
-from featstore.plan import photo_digest
 from featstore.store.publish import TEMPORARY, read_json
 from featstore.store.shard import (
     HDF5_ERRORS,

@@ -811,7 +811,7 @@ def odd_photos(rng: np.random.Generator) -> dict[str, tuple[str, bytes | None, b
 def alone(config: Config, root: Path, keys: list[str], out: Path) -> None:
     """Encode each photo in a batch of its own, and keep the values in a file."""
     from featstore.data.dataset import load_dataset
-    from featstore.extract import Batched, encode_photos
+    from featstore.extract.extract import Batched, encode_photos
 
     images = load_dataset(config.data, root, save=False).images
     source = Source(config.data, config.encoders, config.store, 0)

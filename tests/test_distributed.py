@@ -21,13 +21,13 @@ from PIL import Image
 from ray_processes import none_left, ray_processes
 from tiny_runs import write_data
 
-from featstore import distributed
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import index_images
-from featstore.distributed import ShardActor, bring_images_on_ray
 from featstore.errors import StoreError, UsageError
-from featstore.extract import bring_images
-from featstore.plan import vision_spec
+from featstore.extract.extract import bring_images
+from featstore.extract.extract import ray as distributed
+from featstore.extract.plan import vision_spec
+from featstore.extract.ray import ShardActor, bring_images_on_ray
 from featstore.ray_cluster import Actors, connect, resources_of
 from featstore.store.publish import TEMPORARY
 from featstore.store.store import read_quarantine, shard_paths

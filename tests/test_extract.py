@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import featstore.extract as extract_module
+import featstore.extract.extract as extract_module
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import ImageIndex, decode_image, index_images
 from featstore.encoders.spec import VisionSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ConfigError, FeatstoreError, StoreError
-from featstore.extract import (
+from featstore.extract.extract import (
     Summary,
     bring_images,
     bring_text,
@@ -35,7 +35,7 @@ from featstore.extract import (
     extract_text,
     writing,
 )
-from featstore.plan import Plan, plan_images, plan_text, text_spec, vision_spec
+from featstore.extract.plan import Plan, plan_images, plan_text, text_spec, vision_spec
 from featstore.store.store import open_store, read_quarantine, shard_paths, write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent

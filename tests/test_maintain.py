@@ -30,7 +30,7 @@ from featstore.collect import compact, delete, find_garbage
 from featstore.config import DataConfig, EncodersConfig
 from featstore.errors import CorruptShardError, RunError, StoreError, UsageError
 from featstore.export import export_features
-from featstore.extract import bring_images, bring_text, writing
+from featstore.extract.extract import bring_images, bring_text, writing
 from featstore.maintain import Source, describe_store, open_folder
 from featstore.repair import RepairReport, repair_folder
 from featstore.store.store import LOST, open_store, read_manifest, read_quarantine, shard_paths

@@ -13,7 +13,7 @@ from PIL import Image
 
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.data.dataset import Dataset, load_dataset
-from featstore.extract import bring_images
+from featstore.extract.extract import bring_images
 from trainer.config import Config, TrainConfig
 
 SENTENCES = (

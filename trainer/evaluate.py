@@ -7,8 +7,8 @@ from typing import Any
 
 from featstore.data.dataset import Dataset, load_dataset
 from featstore.errors import RunError
-from featstore.extract import ProgressBar, no_progress
-from featstore.plan import text_spec, vision_spec
+from featstore.extract.extract import ProgressBar, no_progress
+from featstore.extract.plan import text_spec, vision_spec
 from featstore.store.publish import command_line, package_versions, write_json
 from trainer.checkpoint import load_best
 from trainer.config import Config

@@ -12,8 +12,8 @@ from featstore.data.dataset import Dataset
 from featstore.data.examples import require_both_classes
 from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.errors import DataError, MissingFeaturesError
-from featstore.extract import ProgressBar, bring_text, no_progress
-from featstore.plan import text_spec, vision_spec
+from featstore.extract.extract import ProgressBar, bring_text, no_progress
+from featstore.extract.plan import text_spec, vision_spec
 from featstore.store.store import TextStore, VisionStore, open_store, read_quarantine
 from trainer.batches import CachedRows, IntArray
 from trainer.config import Config

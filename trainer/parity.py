@@ -25,8 +25,8 @@ from featstore.data.examples import NO_PHOTO
 from featstore.data.images import decode_image, read_bytes
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError, RunError
-from featstore.extract import ProgressBar, no_progress
-from featstore.plan import vision_spec
+from featstore.extract.extract import ProgressBar, no_progress
+from featstore.extract.plan import vision_spec
 from featstore.store.numbers import LEVELS, QUANTISED, dequantise
 from featstore.store.publish import command_line, package_versions, write_json
 from featstore.store.shard import digest_bytes, feature_dtype

@@ -35,7 +35,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from featstore.encoders.spec import differing_fields
 from featstore.errors import RunError, UsageError
-from featstore.plan import plan_images, plan_text, text_spec, vision_spec
+from featstore.extract.plan import plan_images, plan_text, text_spec, vision_spec
 from featstore.store.publish import PASSWORD, command_line, package_versions, write_json
 from trainer.config import Config, load_config, render_config
 from trainer.run import SEARCH_FILE, Run, find_run

@@ -127,7 +127,7 @@ def extract_vit(
         )
     config = read_config(config_file, flags)
     from featstore.data.dataset import load_dataset
-    from featstore.extract import bring_images
+    from featstore.extract.extract import bring_images
 
     dataset = load_dataset(config.data, Path(config.store.root), save=not dry_run)
     print_rows(dataset)
@@ -138,7 +138,7 @@ def extract_vit(
         return row_bar(total, " images")
 
     if ray is not None and not dry_run:
-        from featstore.distributed import Actors, bring_images_on_ray
+        from featstore.extract.ray import Actors, bring_images_on_ray
 
         wanted = Actors(actors, num_gpus, num_cpus, return_shards)
         plan, summary = bring_images_on_ray(
@@ -148,7 +148,7 @@ def extract_vit(
         return
     import_framework()
     if dry_run:
-        from featstore.extract import estimate_images
+        from featstore.extract.extract import estimate_images
 
         plan, rate = estimate_images(*inputs)
         planned = -(-len(plan.keys) // config.store.shard_rows)
@@ -170,7 +170,7 @@ def extract_text(
     """Run the frozen text layers once for each sentence of a split."""
     config = read_config(config_file, flags)
     from featstore.data.dataset import load_dataset
-    from featstore.extract import bring_text
+    from featstore.extract.extract import bring_text
 
     dataset = load_dataset(config.data, Path(config.store.root), save=not dry_run)
     print_rows(dataset)
@@ -178,7 +178,7 @@ def extract_text(
     k_txt = config.train.k_txt
     import_framework()
     if dry_run:
-        from featstore.extract import estimate_text
+        from featstore.extract.extract import estimate_text
 
         plan, rate = estimate_text(config.encoders, config.store, sentences, k_txt)
         _print_plan(plan.to_dict(), rate, as_json)

@@ -209,7 +209,7 @@ def _extract_for_search(dataset: Any, configs: list[Any], dry_run: bool) -> None
     if not found:
         return
     import_framework()
-    from featstore import extract
+    from featstore.extract.extract import extract
 
     # Each boundary has a graph of its own, which TensorFlow would warn of as one traced again.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)

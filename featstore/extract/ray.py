@@ -28,7 +28,7 @@ from featstore.data.images import ImageIndex
 from featstore.encoders.spec import VisionSpec
 from featstore.encoders.tower import VisionEncoder
 from featstore.errors import FeatstoreError, StoreError
-from featstore.extract import (
+from featstore.extract.extract import (
     ALL,
     Batched,
     Progress,
@@ -38,7 +38,8 @@ from featstore.extract import (
     no_progress,
     share_of_images,
 )
-from featstore.plan import Plan, vision_spec
+from featstore.extract.plan import Plan, vision_spec
+from featstore.extract.worklist import PlannedShard, Publisher, WorkList
 from featstore.ray_cluster import (
     ENVIRONMENT,
     Actors,
@@ -50,7 +51,6 @@ from featstore.ray_cluster import (
 from featstore.store.publish import TEMPORARY, package_versions, write_text
 from featstore.store.shard import ShardRows, open_shard, shard_name, write_shard
 from featstore.store.store import read_quarantine
-from featstore.worklist import PlannedShard, Publisher, WorkList
 
 # A photo that ends its process each time must not be tried without end.
 MOST_TRIES = 4
@@ -438,7 +438,7 @@ def bring_images_on_ray(
     Args:
         address: As in `connect`. Not used where there is nothing to do.
         encoders, store, image_ids, index, bar, on_halved, shards: As in
-            `featstore.extract.bring_images`.
+            `featstore.extract.extract.bring_images`.
         wanted: The actors.
         say: Called with lines for people.
 

@@ -27,10 +27,18 @@ from featstore.data.images import ImageIndex, decode_image, read_bytes
 from featstore.encoders.spec import FeatureSpec, VisionSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError, StoreError
-from featstore.plan import Plan, plan_images, plan_text, text_spec, vision_spec
+from featstore.extract.plan import Plan, plan_images, plan_text, text_spec, vision_spec
+from featstore.extract.worklist import (
+    Failed,
+    PlannedShard,
+    Share,
+    WorkList,
+    alone,
+    sharing,
+    writing,
+)
 from featstore.store.numbers import QUANTISED, SCALE_DTYPE, quantise
 from featstore.store.shard import ShardRows, digest_bytes, feature_dtype
-from featstore.worklist import Failed, PlannedShard, Share, WorkList, alone, sharing, writing
 
 TEXT_SHARD_TOKENS = 1 << 18
 Progress = Callable[[int], None]

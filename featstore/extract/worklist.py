@@ -33,7 +33,7 @@ import filelock
 
 from featstore.encoders.spec import FORMAT, FeatureSpec, write_spec
 from featstore.errors import StoreError
-from featstore.plan import Plan
+from featstore.extract.plan import Plan
 from featstore.store.publish import (
     package_versions,
     publish,
