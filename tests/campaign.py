@@ -45,13 +45,13 @@ import numpy as np
 from PIL import Image
 from tiny_runs import tiny_config
 
+from featstore.care.info import Source, open_folder
+from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.errors import FeatstoreError
-from featstore.maintain import Source, open_folder
 from featstore.store.publish import TEMPORARY
 from featstore.store.shard import INDEX_DATASETS
 from featstore.store.store import VisionStore, publish, shard_paths, write_manifest
-from featstore.verify import verify_folder
 from trainer.commands import console
 from trainer.config import Config, render_config
 
@@ -316,7 +316,7 @@ def command(*args: str, attack: Callable[[], Any] = lambda: None) -> Running:
 def import_framework() -> None:
     """Import what every command needs, once, before anything is forked."""
     console.import_framework()
-    for name in ("featstore.repair", "trainer.evaluate", "trainer.fit", "trainer.trials"):
+    for name in ("featstore.care.repair", "trainer.evaluate", "trainer.fit", "trainer.trials"):
         importlib.import_module(name)
 
 

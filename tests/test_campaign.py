@@ -15,10 +15,10 @@ from PIL import Image
 from test_extract import BATCH, IDS, PIXEL_SPEC, run_pixels, shards
 from test_golden import golden_folder
 
+from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.data.images import index_images
 from featstore.store.store import read_manifest, read_quarantine, write_manifest, write_quarantine
-from featstore.verify import verify_folder
 
 TESTS = Path(__file__).resolve().parent
 

@@ -25,8 +25,8 @@ from PIL import Image
 from test_golden import GOLDEN, golden_folder
 from tiny_runs import SENTENCES, extracted, tiny_config
 
+from featstore.care.info import open_folder
 from featstore.extract.extract import bring_text
-from featstore.maintain import open_folder
 from featstore.store.store import VisionStore, read_quarantine
 
 # --- the reader -------------------------------------------------------------------------

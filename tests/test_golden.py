@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 import xxhash
 
+from featstore.care.info import open_folder
+from featstore.care.verify import verify_folder
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
-from featstore.maintain import open_folder
 from featstore.store.shard import ShardRows, shard_name, write_shard
 from featstore.store.store import read_quarantine, write_manifest, write_quarantine
-from featstore.verify import verify_folder
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TOKENS, WIDTH = 3, 5

@@ -22,11 +22,12 @@ from test_fit import Workspace
 from test_golden import SPECS, golden_folder
 from tiny_runs import extracted, tiny_config
 
+from featstore.care.info import Source, describe_folder, open_folder
+from featstore.care.repair import repair_folder
+from featstore.care.verify import sample_folder, verify_folder
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.encoders.spec import canonical_json
 from featstore.errors import ConfigError, FeatstoreError, RunError, StoreError
-from featstore.maintain import Source, describe_folder, open_folder
-from featstore.repair import repair_folder
 from featstore.store.shard import INDEX_DATASETS, _index_checksum, shard_name
 from featstore.store.store import (
     manifest_checksum,
@@ -36,7 +37,6 @@ from featstore.store.store import (
     salvage_quarantine,
     write_manifest,
 )
-from featstore.verify import sample_folder, verify_folder
 from trainer.checkpoint import load_best, load_state
 from trainer.config import load_config
 from trainer.run import Run, find_run

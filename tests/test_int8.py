@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from tiny_runs import extracted, tiny_config, with_train
 
 import cli
+from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.errors import CorruptShardError
 from featstore.store.numbers import dequantise, quantise
 from featstore.store.shard import ShardRows, digest_bytes, open_shard, row_checksum, write_shard
 from featstore.store.store import reconcile_manifest, shard_paths, write_manifest
-from featstore.verify import verify_folder
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import open_features
 from trainer.fit import Training

@@ -26,15 +26,15 @@ from unprivileged import forbidden
 
 import cli
 from featstore import encoders, extract, maintain
-from featstore.collect import compact, delete, find_garbage
+from featstore.care.dump import export_features
+from featstore.care.gc import compact, delete, find_garbage
+from featstore.care.info import Source, describe_store, open_folder
+from featstore.care.repair import RepairReport, repair_folder
+from featstore.care.verify import FolderReport, sample_folder, verify_folder, verify_store
 from featstore.config import DataConfig, EncodersConfig
 from featstore.errors import CorruptShardError, RunError, StoreError, UsageError
-from featstore.export import export_features
 from featstore.extract.extract import bring_images, bring_text, writing
-from featstore.maintain import Source, describe_store, open_folder
-from featstore.repair import RepairReport, repair_folder
 from featstore.store.store import LOST, open_store, read_manifest, read_quarantine, shard_paths
-from featstore.verify import FolderReport, sample_folder, verify_folder, verify_store
 from trainer.config import Config, render_config
 
 PHOTOS = sum(IMAGES_OF_SPLIT.values())
@@ -542,8 +542,8 @@ def test_another_dtype_of_the_same_encoder_is_mended(own: Own) -> None:
 REPAIRS = """
 import os, sys
 import campaign
-from featstore.maintain import Source
-from featstore.repair import repair_store
+from featstore.care.info import Source
+from featstore.care.repair import repair_store
 from trainer.config import load_config
 
 campaign.import_framework()
@@ -791,7 +791,7 @@ def test_text_as_npy_with_offsets(own: Own, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["vit", "text"])
 def test_parquet(own: Own, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featstore.export.GROUP_BYTES", 3000)
+    monkeypatch.setattr("featstore.care.dump.GROUP_BYTES", 3000)
     out = tmp_path / "rows.parquet"
     found = export_features(own.source, kind, out)
     table = pq.read_table(out)
@@ -978,6 +978,6 @@ def test_errors_are_one_line(
 def test_a_full_disk_is_said_before_the_export(
     own: Own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featstore.export.free_space", lambda folder: 10)
+    monkeypatch.setattr("featstore.care.dump.free_space", lambda folder: 10)
     with pytest.raises(StoreError, match="more than is free"):
         export_features(own.source, "vit", tmp_path / "x.npy")

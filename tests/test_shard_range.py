@@ -20,7 +20,7 @@ from PIL import Image
 from test_extract import BATCH, IDS, PIXEL_SPEC, PixelEncoder, bomb, check_rows, write_photos
 
 from cli import cli
-from featstore.collect import compact
+from featstore.care.gc import compact
 from featstore.config import StoreConfig
 from featstore.data.images import index_images
 from featstore.errors import StoreError, UsageError

@@ -40,7 +40,7 @@ def _kind_option(*choices: str) -> Callable[[Command], Command]:
 
 def _source(config_file: str | None, flags: dict[str, Any]) -> Any:
     config = read_config(config_file, flags)
-    from featstore.maintain import Source
+    from featstore.care.info import Source
 
     return Source(config.data, config.encoders, config.store, config.train.k_txt)
 
@@ -96,7 +96,7 @@ def _print_info(found: dict[str, Any]) -> None:
 def store_info(as_json: bool, config_file: str | None, **flags: Any) -> None:
     """Show what is stored, and what of it the configuration asks for."""
     source = _source(config_file, flags)
-    from featstore.maintain import describe_store
+    from featstore.care.info import describe_store
 
     found = describe_store(source)
     click.echo(json.dumps(found)) if as_json else _print_info(found)
@@ -121,7 +121,7 @@ def store_verify(
 ) -> None:
     """Check every byte of the stored features; exit 1 if any is not as it was written."""
     source = _source(config_file, flags)
-    from featstore.verify import verify_store
+    from featstore.care.verify import verify_store
 
     reports = verify_store(
         source,
@@ -169,7 +169,7 @@ def store_repair(
     source = _source(config_file, flags)
     if not dry_run:
         import_framework()
-    from featstore.repair import repair_store
+    from featstore.care.repair import repair_store
 
     reports = repair_store(source, _kinds(kind), lambda total: row_bar(total, " rows"), dry_run)
     if as_json:
@@ -206,7 +206,7 @@ def store_repair(
 def store_gc(yes: bool, runs: str, as_json: bool, config_file: str | None, **flags: Any) -> None:
     """List what neither the configuration nor a run needs; delete it with --yes."""
     source = _source(config_file, flags)
-    from featstore.collect import delete, find_garbage
+    from featstore.care.gc import delete, find_garbage
 
     found = find_garbage(source, Path(runs))
     if yes:
@@ -234,7 +234,7 @@ def store_export(
 ) -> None:
     """Write the configuration's features to one file for other tools."""
     source = _source(config_file, flags)
-    from featstore.export import export_features
+    from featstore.care.dump import export_features
 
     found = export_features(source, kind, Path(out), split, lambda total: row_bar(total, " rows"))
     if as_json:

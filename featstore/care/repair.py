@@ -30,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+from featstore.care.info import KINDS, Source, feature_folders, matching_spec
+from featstore.care.verify import FolderReport, Problem, verify_folder
 from featstore.encoders.spec import TextSpec, VisionSpec, differing_fields, read_spec, write_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import FeatstoreError, StoreError
@@ -45,7 +47,6 @@ from featstore.extract.extract import (
     writing,
 )
 from featstore.extract.plan import Plan, photo_digest, plan_images, plan_text
-from featstore.maintain import KINDS, Source, feature_folders, matching_spec
 from featstore.store.shard import Shard, open_shard, rewrite_shard
 from featstore.store.store import (
     LOST,
@@ -56,7 +57,6 @@ from featstore.store.store import (
     write_manifest,
     write_quarantine,
 )
-from featstore.verify import FolderReport, Problem, verify_folder
 
 ACTIONS = {
     "spec": "write it again from the configuration",

@@ -19,12 +19,12 @@ import h5py
 import numpy as np
 import xxhash
 
+from featstore.care.info import KINDS, Source, feature_folders, open_folder
 from featstore.data.images import ImageIndex
 from featstore.encoders.spec import read_spec
 from featstore.errors import CorruptShardError, StoreError
 from featstore.extract.extract import ProgressBar, no_progress
 from featstore.extract.plan import photo_digest
-from featstore.maintain import KINDS, Source, feature_folders, open_folder
 from featstore.store.publish import TEMPORARY, read_json
 from featstore.store.shard import (
     HDF5_ERRORS,

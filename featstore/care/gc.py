@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from featstore.care.info import KINDS, Source, disk_bytes, feature_folders, open_folder
 from featstore.encoders.spec import read_spec
 from featstore.errors import RunError, StoreError
 from featstore.extract.worklist import CLAIM, PLAN, writing
-from featstore.maintain import KINDS, Source, disk_bytes, feature_folders, open_folder
 from featstore.store.publish import TEMPORARY, read_json
 from featstore.store.shard import MAKE_READABLE, open_shard, rewrite_shard, shard_number
 from featstore.store.store import listed, reconcile_manifest, shard_paths, write_manifest

@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.care.info import Source
 from featstore.errors import DataError, FeatstoreError, MissingFeaturesError, StoreError, UsageError
 from featstore.extract.extract import ProgressBar, no_progress
 from featstore.extract.plan import free_space
-from featstore.maintain import Source
 from featstore.store.numbers import QUANTISED, dequantise
 from featstore.store.publish import command_line, package_versions, publish
 from featstore.store.store import IntArray, TextStore, VisionStore, open_store, read_quarantine
