@@ -316,7 +316,12 @@ def command(*args: str, attack: Callable[[], Any] = lambda: None) -> Running:
 def import_framework() -> None:
     """Import what every command needs, once, before anything is forked."""
     console.import_framework()
-    for name in ("featstore.care.repair", "trainer.evaluate", "trainer.fit", "trainer.trials"):
+    for name in (
+        "featstore.care.repair",
+        "trainer.evaluate",
+        "trainer.fit",
+        "trainer.tuning.trials",
+    ):
         importlib.import_module(name)
 
 
@@ -606,9 +611,9 @@ def search_worker(work: Work, name: str, attack: Callable[[], Any] = lambda: Non
 
     def run() -> int:
         from featstore.data.dataset import load_dataset
-        from trainer.search import start_search
-        from trainer.search_space import read_space
-        from trainer.trials import work as work_on
+        from trainer.tuning.space import read_space
+        from trainer.tuning.study import start_search
+        from trainer.tuning.trials import work as work_on
 
         attack()
         try:
@@ -641,8 +646,8 @@ def trials_of(work: Work, name: str) -> list[Any]:
     folder = work.folder / "runs" / name
 
     def read() -> None:
-        from trainer.leaderboard import trial_rows
-        from trainer.search import open_search
+        from trainer.tuning.study import open_search
+        from trainer.tuning.table import trial_rows
 
         rows = trial_rows(open_search(folder))
         # One that was killed while it was drawn leaves a number that is not used.

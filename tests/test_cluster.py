@@ -20,13 +20,13 @@ from tiny_runs import extracted, tiny_config
 
 from featstore.errors import RunError, StoppedError
 from featstore.ray_cluster import Actors
-from trainer import cluster as on_ray
-from trainer.cluster import TrialActor, run_on_ray
-from trainer.leaderboard import trial_rows
-from trainer.search import Search, start_search
-from trainer.search_space import Space
-from trainer.space_file import read_space
-from trainer.workers import Watched, run_workers
+from trainer.tuning import ray as on_ray
+from trainer.tuning.ray import TrialActor, run_on_ray
+from trainer.tuning.space import Space
+from trainer.tuning.space_file import read_space
+from trainer.tuning.study import Search, start_search
+from trainer.tuning.table import trial_rows
+from trainer.tuning.workers import Watched, run_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO = Actors(count=2, num_gpus=0, num_cpus=1)

@@ -29,7 +29,7 @@ from featstore.data.rows import read_examples
 from featstore.data.splits import read_split_file
 from featstore.errors import ConfigError, FeatstoreError, RowError, SplitError
 from trainer.config import SECTIONS, load_config, render_config
-from trainer.space_file import read_space
+from trainer.tuning.space_file import read_space
 
 anything = st.recursive(
     st.none()

@@ -20,14 +20,14 @@ from tiny_runs import extracted, tiny_config
 
 import trainer.fit
 import trainer.loop
-import trainer.trials
+import trainer.tuning.trials
 from featstore.errors import StoppedError, UsageError
-from trainer import search as searching
-from trainer.leaderboard import best_row, ranked, seconds_left, trial_rows, write_leaderboard
 from trainer.run import Run
-from trainer.search import Search, known_search, open_search, start_search
-from trainer.space_file import read_space
-from trainer.trials import work
+from trainer.tuning import study as searching
+from trainer.tuning.space_file import read_space
+from trainer.tuning.study import Search, known_search, open_search, start_search
+from trainer.tuning.table import best_row, ranked, seconds_left, trial_rows, write_leaderboard
+from trainer.tuning.trials import work
 
 SPACE = """
 [search]
@@ -333,7 +333,7 @@ def test_a_diverged_trial_is_recorded(place: Place) -> None:
 WORKER = """
 import os, signal, sys
 from pathlib import Path
-from trainer import trials
+from trainer.tuning import trials
 calls = iter(range(100))
 count = trials._count_attempt
 def die(trial, by):
@@ -362,7 +362,7 @@ def test_a_trial_that_always_ends_its_worker_is_given_up(place: Place) -> None:
         # As a process leaves it that dies in the trial's first epoch.
         (claim,) = search.claim(1)
         assert claim.trial.number == 0
-        trainer.trials._count_attempt(claim.trial, 1)
+        trainer.tuning.trials._count_attempt(claim.trial, 1)
         claim.held.close()
         search = place.again(search)
     (claim,) = search.claim(1)

@@ -13,8 +13,8 @@ import pytest
 from featstore.config import hints
 from featstore.errors import ConfigError
 from trainer.config import Config, TrainConfig
-from trainer.search_space import Space, space_from_json
-from trainer.space_file import read_space
+from trainer.tuning.space import Space, space_from_json
+from trainer.tuning.space_file import read_space
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "study-search.toml"
 

@@ -29,8 +29,8 @@ from trainer.commands.console import (
     split_option,
     stop_request,
 )
-from trainer.search_space import SearchConfig
-from trainer.space_file import read_space
+from trainer.tuning.space import SearchConfig
+from trainer.tuning.space_file import read_space
 
 
 def _search_options(command: Command) -> Command:
@@ -110,7 +110,7 @@ def search_group(
     if ray_address is None and (num_gpus, num_cpus) != (None, None):
         raise UsageError("--num-gpus and --num-cpus are of the workers on Ray; give --ray ADDRESS")
     from trainer.run import find_run, run_folder
-    from trainer.search import exists
+    from trainer.tuning.study import exists
 
     started = time.time()
     name = name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -125,7 +125,7 @@ def search_group(
     goes_on = space_file is None and config_file is None and init_from is None and not given
     source: Any
     if exists(folder) and goes_on:
-        from trainer.search import known_search
+        from trainer.tuning.study import known_search
 
         base, space, source = known_search(folder, search_flags)
     else:
@@ -139,8 +139,8 @@ def search_group(
 
         check_address(ray_address)
     from featstore.data.dataset import load_dataset
-    from trainer.leaderboard import best_row, trial_rows, write_leaderboard
-    from trainer.search import driver_url, masked, start_search
+    from trainer.tuning.study import driver_url, masked, start_search
+    from trainer.tuning.table import best_row, trial_rows, write_leaderboard
 
     dataset = load_dataset(base.data, Path(base.store.root), save=not dry_run)
     print_rows(dataset)
@@ -154,16 +154,16 @@ def search_group(
     _extract_for_search(dataset, configs, dry_run)
     deadline = float("inf") if timeout is None else started + timeout
     with stop_request() as stopping:
-        from trainer.live import live_view
+        from trainer.tuning.live import live_view
 
         with live_view(search) as watch:
             if ray_address is None:
-                from trainer.workers import run_workers
+                from trainer.tuning.workers import run_workers
 
                 watched = run_workers(search, workers or 1, deadline, stopping, watch)
             else:
                 from featstore.ray_cluster import Actors
-                from trainer.cluster import run_on_ray
+                from trainer.tuning.ray import run_on_ray
 
                 wanted = Actors(workers, num_gpus, num_cpus)
                 watched = run_on_ray(
@@ -203,7 +203,7 @@ def search_group(
 
 def _extract_for_search(dataset: Any, configs: list[Any], dry_run: bool) -> None:
     """Extract what the trials will read, with an estimate of all of it first."""
-    from trainer.search import missing_features
+    from trainer.tuning.study import missing_features
 
     found = missing_features(dataset, configs)
     if not found:
@@ -244,7 +244,7 @@ def _extract_for_search(dataset: Any, configs: list[Any], dry_run: bool) -> None
 
 
 def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
-    from trainer.leaderboard import ranked, shown
+    from trainer.tuning.table import ranked, shown
 
     names = [parameter.name for parameter in search.space.parameters]
     metric = search.space.search.metric
@@ -267,7 +267,7 @@ def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
 
 def _known_search(runs: str, name: str, storage: str | None) -> Any:
     from trainer.run import run_folder
-    from trainer.search import open_search
+    from trainer.tuning.study import open_search
 
     return open_search(run_folder(Path(runs), name), storage)
 
@@ -279,7 +279,7 @@ def _known_search(runs: str, name: str, storage: str | None) -> Any:
 @json_option
 def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> None:
     """Print a search's leaderboard, also while it runs; write its plots."""
-    from trainer.leaderboard import ranked, trial_rows, write_leaderboard
+    from trainer.tuning.table import ranked, trial_rows, write_leaderboard
 
     search = _known_search(runs, name, storage)
     rows = trial_rows(search)
@@ -314,7 +314,7 @@ def search_best(
 ) -> None:
     """Show the best trial; train it again with more epochs or seeds."""
     search = _known_search(runs, name, storage)
-    from trainer.leaderboard import best_row, shown, trial_rows
+    from trainer.tuning.table import best_row, shown, trial_rows
 
     best = best_row(search, trial_rows(search))
     if best is None:
@@ -332,7 +332,7 @@ def search_best(
         return
     import_framework()
     from trainer.fit import Reporter
-    from trainer.retrain import retrain
+    from trainer.tuning.again import retrain
 
     with stop_request() as stopping:
         found = retrain(

@@ -1,6 +1,6 @@
 """What a search varies: the space and the search's own settings.
 
-`trainer.space_file` reads them from TOML. Every value goes through the check of
+`trainer.tuning.space_file` reads them from TOML. Every value goes through the check of
 its setting, so a setting that a later version adds can be searched without a
 line here.
 """

@@ -28,7 +28,7 @@ from typing import Any
 from featstore.config import build_section, hints, read_toml, suggest
 from featstore.errors import ConfigError
 from trainer.config import SECTIONS
-from trainer.search_space import KINDS, Parameter, SearchConfig, Space
+from trainer.tuning.space import KINDS, Parameter, SearchConfig, Space
 
 STORE_KEYS = ("dtype", "tokens", "precision")
 LARGEST_INTEGER = 2**53

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from featstore.errors import FeatstoreError, RunError, StoppedError
 from trainer.config import Config
 from trainer.run import Run
-from trainer.search import Claim, Search, open_search
+from trainer.tuning.study import Claim, Search, open_search
 
 if TYPE_CHECKING:
     from featstore.data.dataset import Dataset

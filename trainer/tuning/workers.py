@@ -16,8 +16,8 @@ from typing import Any
 
 from featstore.errors import FeatstoreError, RunError, StoppedError
 from featstore.ray_cluster import limit_threads
-from trainer.search import Search
-from trainer.trials import anonymous_bytes, work_in
+from trainer.tuning.study import Search
+from trainer.tuning.trials import anonymous_bytes, work_in
 
 POLL_SECONDS = 0.5
 # Workers that die one after the other while no trial gets on.

@@ -12,8 +12,8 @@ from featstore.store.publish import command_line, package_versions, write_json
 from trainer.evaluate import evaluate
 from trainer.fit import Reporter, Training
 from trainer.run import Run
-from trainer.search import Search
-from trainer.trials import FeaturesOf
+from trainer.tuning.study import Search
+from trainer.tuning.trials import FeaturesOf
 
 
 def retrain(
@@ -31,7 +31,7 @@ def retrain(
 
     Args:
         search: The search.
-        best: The trial, from `trainer.leaderboard`.
+        best: The trial, from `trainer.tuning.table`.
         epochs: Epochs; None: as many as the trial had.
         seeds: Runs, with the trial's seed and those that follow it.
         split: "val" or "test", on which the runs are measured.

@@ -1,7 +1,7 @@
 """The workers of a search on a Ray cluster: one actor each, on any node that has room.
 
 Actors meet in the search's folder and its storage, as the processes of one
-machine do (`trainer.workers`), so the folders of the search, the store and the
+machine do (`trainer.tuning.workers`), so the folders of the search, the store and the
 photos must be the same on every node. What an actor, its process or its node
 was running when it ended is gone on with by the next that is free.
 """
@@ -31,9 +31,9 @@ from featstore.ray_cluster import (
     resources_of,
 )
 from featstore.store.publish import TEMPORARY, write_text
-from trainer.search import Search
-from trainer.trials import anonymous_bytes, work_in
-from trainer.workers import MEMORY_GROWTH, MOST_DEATHS, STOP_SECONDS, Watched, position
+from trainer.tuning.study import Search
+from trainer.tuning.trials import anonymous_bytes, work_in
+from trainer.tuning.workers import MEMORY_GROWTH, MOST_DEATHS, STOP_SECONDS, Watched, position
 
 POLL_SECONDS = 1.0
 UNPLACED_SECONDS = 30.0

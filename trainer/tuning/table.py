@@ -16,8 +16,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from featstore.store.publish import publish, write_text
-from trainer.search import Search
-from trainer.search_space import Parameter
+from trainer.tuning.space import Parameter
+from trainer.tuning.study import Search
 
 FIGURES = ("best_epoch", "val_loss", "val_accuracy", "val_macro_f1", "val_auc", "threshold")
 PLOT_DPI = 120
