@@ -318,7 +318,7 @@ def import_framework() -> None:
     console.import_framework()
     for name in (
         "featstore.care.repair",
-        "trainer.evaluate",
+        "trainer.results.evaluate",
         "trainer.fit",
         "trainer.tuning.trials",
     ):

@@ -20,9 +20,9 @@ from trainer.batches import other_images
 from trainer.checkpoint import load_best
 from trainer.config import Config, render_config
 from trainer.end_to_end import build_end_to_end, transfer_weights
-from trainer.evaluate import evaluate, open_run_features
 from trainer.features import open_features
 from trainer.fit import Training
+from trainer.results.evaluate import evaluate, open_run_features
 from trainer.run import Run
 
 

@@ -18,18 +18,18 @@ from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
 
 import cli
-import trainer.parity
+import trainer.results.parity
 from featstore.encoders.spec import read_spec
 from featstore.errors import RunError
 from featstore.store.shard import ShardRows, feature_dtype, open_shard, write_shard
 from featstore.store.store import reconcile_manifest, shard_paths, write_manifest
 from trainer.config import render_config
 from trainer.end_to_end import trained_weights, transfer_weights
-from trainer.evaluate import open_run_features
 from trainer.features import open_features
 from trainer.fit import Training
 from trainer.metrics import sigmoid
-from trainer.parity import check_parity, feature_tolerance
+from trainer.results.evaluate import open_run_features
+from trainer.results.parity import check_parity, feature_tolerance
 from trainer.run import Run
 
 ROWS = IMAGES_OF_SPLIT["test"] * len(SENTENCES)
@@ -286,7 +286,7 @@ def test_models_that_differ_are_found(run: Run, monkeypatch: pytest.MonkeyPatch)
         bias = trained_weights(target)["logit/bias"]
         bias.assign(np.asarray(bias) + 3e-4)
 
-    monkeypatch.setattr(trainer.parity, "transfer_weights", transfer)
+    monkeypatch.setattr(trainer.results.parity, "transfer_weights", transfer)
     result = measure(run, "test", 16)
     assert result["quantities"]["vision_features"]["met"]
     assert result["quantities"]["logits"]["largest"] == pytest.approx(3e-4, rel=0.1)

@@ -31,7 +31,7 @@ from trainer.features import Features, row_counts
 from trainer.loop import train_together
 from trainer.metrics import evaluate_logits
 from trainer.optimizer import make_optimizer
-from trainer.report import plot_learning_curves
+from trainer.results.report import plot_learning_curves
 from trainer.run import Run
 
 CURVES_SECONDS = 10.0

@@ -117,8 +117,8 @@ def evaluate(run: str, split: str, control: str | None, runs: str, as_json: bool
     remember_settings(("--config", found.config_path))
     control = control or found.config().train.control
     import_framework()
-    from trainer.evaluate import evaluate as measure
-    from trainer.evaluate import open_run_features
+    from trainer.results.evaluate import evaluate as measure
+    from trainer.results.evaluate import open_run_features
 
     features = open_run_features(found, lambda total: row_bar(total, " sentences"))
     result = measure(found, features, split, control)
@@ -195,7 +195,7 @@ def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool
     found = find_run(Path(runs), run)
     remember_settings(("--config", found.config_path))
     import_framework()
-    from trainer.parity import check_parity
+    from trainer.results.parity import check_parity
 
     result = check_parity(
         found,

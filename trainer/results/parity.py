@@ -35,11 +35,11 @@ from trainer.batches import CachedRows, IntArray
 from trainer.checkpoint import build_model, load_best
 from trainer.config import Config
 from trainer.end_to_end import VISION_NAME, build_end_to_end, transfer_weights
-from trainer.evaluate import open_run_features
 from trainer.features import Features, extract_command
 from trainer.loop import predict_logits
 from trainer.metrics import binary_metrics, log_loss, sigmoid
 from trainer.optimizer import make_optimizer
+from trainer.results.evaluate import open_run_features
 from trainer.run import Run
 from trainer.step import Stepper, make_stepper
 
