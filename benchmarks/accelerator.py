@@ -23,7 +23,7 @@ from benchmarks.steps import cached_stepper, end_to_end, random_batch, release
 from benchmarks.tables import table
 from featstore.errors import UsageError
 from trainer.batches import Batch
-from trainer.step import Stepper
+from trainer.run.step import Stepper
 
 POLICIES = {"float32": "float32", "mixed_bfloat16": "bfloat16"}
 BATCH_SIZES = (32, 128, 512)

@@ -28,7 +28,7 @@ from benchmarks.tables import table
 from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.store.store import open_store
 from trainer.batches import CachedRows, Prefetcher
-from trainer.step import Stepper
+from trainer.run.step import Stepper
 
 # 49 tokens of 192: 64k rows at the study's 196×768 would be 19 GB, and leave the page cache.
 SMALL_ROWS = Size("growth", 112, 16, 192, 3, 1, 6, 1000, 24, 128, 32)

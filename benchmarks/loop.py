@@ -16,8 +16,8 @@ from benchmarks.synthetic import SyntheticFeatures
 from benchmarks.tables import table
 from trainer.config import TrainConfig
 from trainer.features import Features
-from trainer.fit import Training
-from trainer.run import Run
+from trainer.run.folder import Run
+from trainer.run.training import Training
 
 
 def new_training(folder: Path, name: str, features: Features) -> Training:

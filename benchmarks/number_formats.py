@@ -26,13 +26,13 @@ from featstore.data.dataset import Dataset, load_dataset
 from featstore.extract.extract import bring_images
 from featstore.store.shard import token_bytes
 from featstore.store.store import VisionStore
-from trainer.checkpoint import build_model
 from trainer.config import Config, load_config
 from trainer.features import Features, open_features
-from trainer.loop import predict_logits
 from trainer.metrics import evaluate_logits
-from trainer.optimizer import make_optimizer
-from trainer.step import make_stepper
+from trainer.run.checkpoint import build_model
+from trainer.run.fit import predict_logits
+from trainer.run.optimizer import make_optimizer
+from trainer.run.step import make_stepper
 
 EXACT = "float32"
 USUAL = "float16"

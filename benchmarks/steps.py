@@ -30,8 +30,8 @@ from featstore.store.store import aligned_empty
 from trainer.batches import Batch
 from trainer.config import TrainConfig
 from trainer.end_to_end import build_end_to_end
-from trainer.optimizer import make_optimizer
-from trainer.step import Stepper, binary_cross_entropy, make_stepper
+from trainer.run.optimizer import make_optimizer
+from trainer.run.step import Stepper, binary_cross_entropy, make_stepper
 from trainer.tower import build_cached_model
 
 

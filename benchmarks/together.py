@@ -13,8 +13,8 @@ from benchmarks.sizes import STUDY, Size
 from benchmarks.steps import release
 from benchmarks.synthetic import SyntheticFeatures
 from benchmarks.tables import table
-from trainer.fit import Training
-from trainer.loop import train_together
+from trainer.run.fit import train_together
+from trainer.run.training import Training
 
 
 def measure(

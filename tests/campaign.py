@@ -319,7 +319,7 @@ def import_framework() -> None:
     for name in (
         "featstore.care.repair",
         "trainer.results.evaluate",
-        "trainer.fit",
+        "trainer.run.training",
         "trainer.tuning.trials",
     ):
         importlib.import_module(name)

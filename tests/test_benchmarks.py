@@ -32,7 +32,7 @@ from benchmarks.sizes import TINY
 from benchmarks.steps import cached_stepper, random_batch
 from benchmarks.tables import table
 from trainer.config import render_config
-from trainer.run import Run
+from trainer.run.folder import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 

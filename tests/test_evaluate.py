@@ -17,13 +17,13 @@ from featstore.data.images import decode_image
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import DataError, RunError
 from trainer.batches import other_images
-from trainer.checkpoint import load_best
 from trainer.config import Config, render_config
 from trainer.end_to_end import build_end_to_end, transfer_weights
 from trainer.features import open_features
-from trainer.fit import Training
 from trainer.results.evaluate import evaluate, open_run_features
-from trainer.run import Run
+from trainer.run.checkpoint import load_best
+from trainer.run.folder import Run
+from trainer.run.training import Training
 
 
 def trained(config: Config, folder: Path) -> Run:

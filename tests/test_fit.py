@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 from tiny_runs import extracted, tiny_config, with_train
 
-import trainer.loop
+import trainer.run.fit
 from featstore.data.dataset import Dataset, load_dataset
 from featstore.errors import ConfigError, RunError, StoppedError, UsageError
-from trainer.checkpoint import Progress, build_model, load_best
 from trainer.config import Config, TrainConfig, render_config
 from trainer.end_to_end import trained_weights
 from trainer.features import open_features
-from trainer.fit import Reporter, Training, judge, monitored
 from trainer.fusion import HEAD_LAYERS
-from trainer.run import Run
+from trainer.run.checkpoint import Progress, build_model, load_best
+from trainer.run.folder import Run
+from trainer.run.training import Reporter, Training, judge, monitored
 
 TIMES = {"seconds", "val_seconds", "wait_share"}
 STEPS = 8  # 32 photos × 4 sentences, 16 rows a step
@@ -108,7 +108,7 @@ def stop_after(steps: int) -> Reporter:
 def test_a_run_writes_every_file_that_it_promises(plain: Training) -> None:
     documented = [
         line.split()[0]
-        for line in (sys.modules["trainer.run"].__doc__ or "").splitlines()
+        for line in (sys.modules["trainer.run.folder"].__doc__ or "").splitlines()
         if line.startswith("    ") and not line.split()[0].startswith(("evaluate", "parity"))
     ]
     assert len(documented) >= 8
@@ -209,9 +209,9 @@ from pathlib import Path
 from featstore.data.dataset import load_dataset
 from trainer.config import load_config
 from trainer.features import open_features
-from trainer.fit import Reporter, Training
-from trainer.run import Run
-from trainer.step import make_stepper
+from trainer.run.training import Reporter, Training
+from trainer.run.folder import Run
+from trainer.run.step import make_stepper
 config = load_config(sys.argv[1])
 run = Run(Path(sys.argv[2]))
 features = open_features(config, load_dataset(config.data, Path(config.store.root)))
@@ -230,7 +230,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not(work: Workspace, plain: Training)
     config = work.folder / "killed.toml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(render_config(with_train(work.config, epochs=4)))
-    root = Path(trainer.loop.__file__).parent.parent
+    root = Path(trainer.run.fit.__file__).parent.parent
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(config), str(run.folder), "0.3"],
         cwd=root,
@@ -481,8 +481,8 @@ def test_heads_may_follow_from_the_width(work: Workspace) -> None:
 def test_losses_are_fetched_in_bounded_numbers(
     work: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer.loop, "LOSS_EVERY_STEPS", 3)
-    monkeypatch.setattr(trainer.loop, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer.run.fit, "LOSS_EVERY_STEPS", 3)
+    monkeypatch.setattr(trainer.run.fit, "CHECKPOINT_SECONDS", 0.0)
     whole = work.fit()
     monkeypatch.undo()
     assert json.dumps(history(whole)) == json.dumps(history(work.fit()))
@@ -500,7 +500,7 @@ def test_runs_trained_together_end_as_each_alone(work: Workspace) -> None:
     with pytest.raises(StoppedError):
         work.training(runs[2], reporter=stop_after(STEPS + 3), **changes[2]).fit()
     together = [work.training(run, **change) for run, change in zip(runs, changes, strict=True)]
-    assert trainer.loop.train_together(together) == [None, None, None]
+    assert trainer.run.fit.train_together(together) == [None, None, None]
     for expected, run in zip(alone, runs, strict=True):
         assert_same_run(expected.run, run)
         assert run.manifest()["status"] == "finished"
@@ -514,7 +514,7 @@ def test_what_ends_one_run_leaves_the_others(work: Workspace) -> None:
     healthy = work.training(epochs=2)
     diverging = work.training(epochs=2, lr=1e30, clipnorm=0.0)
     refused = work.training(epochs=2, reporter=Reporter(epoch=refuse))
-    failures = trainer.loop.train_together([diverging, healthy, refused])
+    failures = trainer.run.fit.train_together([diverging, healthy, refused])
     assert isinstance(failures[0], RunError)
     assert failures[1] is None
     assert isinstance(failures[2], ValueError)
@@ -531,10 +531,10 @@ def test_stopping_saves_every_run(work: Workspace) -> None:
         work.training(runs[1], epochs=2, lr=1e-2),
     ]
     with pytest.raises(StoppedError):
-        trainer.loop.train_together(stopped)
+        trainer.run.fit.train_together(stopped)
     assert [t.progress.step for t in stopped] == [5, 5]
     again = [work.training(runs[0], epochs=2), work.training(runs[1], epochs=2, lr=1e-2)]
-    trainer.loop.train_together(again)
+    trainer.run.fit.train_together(again)
     for expected, run in zip(alone, runs, strict=True):
         assert_same_run(expected.run, run)
 
@@ -552,9 +552,9 @@ def test_only_runs_of_the_same_batches_go_together(
     work: Workspace, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        trainer.loop.train_together([work.training(), work.training(**change)])
+        trainer.run.fit.train_together([work.training(), work.training(**change)])
 
 
 def test_text_layers_do_not_train_together(work: Workspace) -> None:
     with pytest.raises(UsageError, match="k_txt 0 only"):
-        trainer.loop.train_together([work.training(k_txt=1), work.training(k_txt=1)])
+        trainer.run.fit.train_together([work.training(k_txt=1), work.training(k_txt=1)])

@@ -37,9 +37,9 @@ from featstore.store.store import (
     salvage_quarantine,
     write_manifest,
 )
-from trainer.checkpoint import load_best, load_state
 from trainer.config import load_config
-from trainer.run import Run, find_run
+from trainer.run.checkpoint import load_best, load_state
+from trainer.run.folder import Run, find_run
 
 SHARD = shard_name(1)
 

@@ -26,11 +26,11 @@ from featstore.store.store import reconcile_manifest, shard_paths, write_manifes
 from trainer.config import render_config
 from trainer.end_to_end import trained_weights, transfer_weights
 from trainer.features import open_features
-from trainer.fit import Training
 from trainer.metrics import sigmoid
 from trainer.results.evaluate import open_run_features
 from trainer.results.parity import check_parity, feature_tolerance
-from trainer.run import Run
+from trainer.run.folder import Run
+from trainer.run.training import Training
 
 ROWS = IMAGES_OF_SPLIT["test"] * len(SENTENCES)
 

@@ -13,8 +13,8 @@ from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.data.dataset import Dataset
 from trainer.config import Config
 from trainer.features import open_features
-from trainer.fit import Reporter, Training
-from trainer.run import Run
+from trainer.run.folder import Run
+from trainer.run.training import Reporter, Training
 
 ROWS = 192
 

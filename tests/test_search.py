@@ -18,11 +18,11 @@ import pandas as pd
 import pytest
 from tiny_runs import extracted, tiny_config
 
-import trainer.fit
-import trainer.loop
+import trainer.run.fit
+import trainer.run.training
 import trainer.tuning.trials
 from featstore.errors import StoppedError, UsageError
-from trainer.run import Run
+from trainer.run.folder import Run
 from trainer.tuning import study as searching
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search, known_search, open_search, start_search
@@ -275,7 +275,7 @@ def test_trials_that_do_not_fit_together_run_alone(
     place: Place, whole: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = MemoryError("no room for both")
-    monkeypatch.setattr(trainer.loop, "train_together", failing({0: error}))
+    monkeypatch.setattr(trainer.run.fit, "train_together", failing({0: error}))
     search = place.run("apart", together=2, trials=2)
     assert results(search) == whole[:2]
     assert [row["together"] for row in trial_rows(search)] == [1, 1]
@@ -287,7 +287,7 @@ class ResourceExhaustedError(Exception):
 
 def failing(errors: dict[int, Exception]) -> Callable[..., Any]:
     """A `train_together` that fails in some of its calls."""
-    whole, calls = trainer.loop.train_together, iter(range(100))
+    whole, calls = trainer.run.fit.train_together, iter(range(100))
 
     def fail(members: Any, *args: Any, **kwargs: Any) -> Any:
         error = errors.get(next(calls))
@@ -307,7 +307,7 @@ def test_a_failed_trial_has_its_reason_and_the_rest_goes_on(
         RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 GB"),
         ValueError("odd\nmore"),
     ]
-    monkeypatch.setattr(trainer.loop, "train_together", failing(dict(enumerate(errors))))
+    monkeypatch.setattr(trainer.run.fit, "train_together", failing(dict(enumerate(errors))))
     search = place.run("failed")
     rows = trial_rows(search)
     assert [row["state"] for row in rows] == ["fail", "fail", "fail", "complete"]

@@ -19,9 +19,9 @@ from keras import ops
 
 from trainer.batches import Batch
 from trainer.config import TrainConfig
-from trainer.fit import _cut_learning_rate, learning_rate
-from trainer.optimizer import InPlaceAdamW, make_optimizer
-from trainer.step import binary_cross_entropy, make_stepper, padded
+from trainer.run.optimizer import InPlaceAdamW, make_optimizer
+from trainer.run.step import binary_cross_entropy, make_stepper, padded
+from trainer.run.training import _cut_learning_rate, learning_rate
 
 ROWS, TOKENS, WIDTH, LENGTH = 8, 3, 6, 4
 PLAIN = TrainConfig(lr=1e-2, weight_decay=0.1, clipnorm=0.5)

@@ -109,7 +109,7 @@ def search_group(
         return
     if ray_address is None and (num_gpus, num_cpus) != (None, None):
         raise UsageError("--num-gpus and --num-cpus are of the workers on Ray; give --ray ADDRESS")
-    from trainer.run import find_run, run_folder
+    from trainer.run.folder import find_run, run_folder
     from trainer.tuning.study import exists
 
     started = time.time()
@@ -266,7 +266,7 @@ def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _known_search(runs: str, name: str, storage: str | None) -> Any:
-    from trainer.run import run_folder
+    from trainer.run.folder import run_folder
     from trainer.tuning.study import open_search
 
     return open_search(run_folder(Path(runs), name), storage)
@@ -331,7 +331,7 @@ def search_best(
         )
         return
     import_framework()
-    from trainer.fit import Reporter
+    from trainer.run.training import Reporter
     from trainer.tuning.again import retrain
 
     with stop_request() as stopping:

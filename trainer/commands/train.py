@@ -69,7 +69,7 @@ def train(
     if plain:
         flags["train__fast_path"] = False
     config = read_config(config_file, flags)
-    from trainer.run import Run, find_run, run_folder
+    from trainer.run.folder import Run, find_run, run_folder
 
     source = find_run(Path(runs), init_from) if init_from else None
     run = Run(
@@ -83,7 +83,7 @@ def train(
     print_rows(dataset)
     import_framework()
     features = open_features(config, dataset, lambda total: row_bar(total, " sentences"))
-    from trainer.fit import Reporter, Training
+    from trainer.run.training import Reporter, Training
 
     with run.writing(), stop_request() as stopping:
         run.check_free_or_same(config)
@@ -111,7 +111,7 @@ def train(
 @json_option
 def evaluate(run: str, split: str, control: str | None, runs: str, as_json: bool) -> None:
     """Measure a run on a split, at its own threshold."""
-    from trainer.run import find_run
+    from trainer.run.folder import find_run
 
     found = find_run(Path(runs), run)
     remember_settings(("--config", found.config_path))
@@ -190,7 +190,7 @@ def _print_parity(result: dict[str, Any]) -> None:
 @json_option
 def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool) -> None:
     """Prove that a run equals the end-to-end model, from the photos' bytes on."""
-    from trainer.run import find_run
+    from trainer.run.folder import find_run
 
     found = find_run(Path(runs), run)
     remember_settings(("--config", found.config_path))

@@ -10,14 +10,14 @@ from featstore.errors import RunError
 from featstore.extract.extract import ProgressBar, no_progress
 from featstore.extract.plan import text_spec, vision_spec
 from featstore.store.publish import command_line, package_versions, write_json
-from trainer.checkpoint import load_best
 from trainer.config import Config
 from trainer.features import Features, open_features
-from trainer.loop import predict_logits
 from trainer.metrics import evaluate_logits
-from trainer.optimizer import make_optimizer
-from trainer.run import Run
-from trainer.step import make_stepper
+from trainer.run.checkpoint import load_best
+from trainer.run.fit import predict_logits
+from trainer.run.folder import Run
+from trainer.run.optimizer import make_optimizer
+from trainer.run.step import make_stepper
 
 
 def check_same_data(run: Run, dataset: Dataset) -> None:

@@ -32,16 +32,16 @@ from featstore.store.publish import command_line, package_versions, write_json
 from featstore.store.shard import digest_bytes, feature_dtype
 from featstore.store.store import open_store
 from trainer.batches import CachedRows, IntArray
-from trainer.checkpoint import build_model, load_best
 from trainer.config import Config
 from trainer.end_to_end import VISION_NAME, build_end_to_end, transfer_weights
 from trainer.features import Features, extract_command
-from trainer.loop import predict_logits
 from trainer.metrics import binary_metrics, log_loss, sigmoid
-from trainer.optimizer import make_optimizer
 from trainer.results.evaluate import open_run_features
-from trainer.run import Run
-from trainer.step import Stepper, make_stepper
+from trainer.run.checkpoint import build_model, load_best
+from trainer.run.fit import predict_logits
+from trainer.run.folder import Run
+from trainer.run.optimizer import make_optimizer
+from trainer.run.step import Stepper, make_stepper
 
 BATCH_ROWS = 8
 NAMED = 5

@@ -9,9 +9,9 @@ from typing import Any
 
 from featstore.data.dataset import load_dataset
 from featstore.store.publish import command_line, package_versions, write_json
-from trainer.fit import Reporter, Training
 from trainer.results.evaluate import evaluate
-from trainer.run import Run
+from trainer.run.folder import Run
+from trainer.run.training import Reporter, Training
 from trainer.tuning.study import Search
 from trainer.tuning.trials import FeaturesOf
 

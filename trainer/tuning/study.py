@@ -38,7 +38,7 @@ from featstore.errors import RunError, UsageError
 from featstore.extract.plan import plan_images, plan_text, text_spec, vision_spec
 from featstore.store.publish import PASSWORD, command_line, package_versions, write_json
 from trainer.config import Config, load_config, render_config
-from trainer.run import SEARCH_FILE, Run, find_run
+from trainer.run.folder import SEARCH_FILE, Run, find_run
 from trainer.tuning.space import Space, space_from_json
 
 if TYPE_CHECKING:

@@ -17,13 +17,13 @@ from optuna.trial import TrialState
 
 from featstore.errors import FeatstoreError, RunError, StoppedError
 from trainer.config import Config
-from trainer.run import Run
+from trainer.run.folder import Run
 from trainer.tuning.study import Claim, Search, open_search
 
 if TYPE_CHECKING:
     from featstore.data.dataset import Dataset
     from trainer.features import Features
-    from trainer.fit import Training
+    from trainer.run.training import Training
 
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -120,7 +120,7 @@ def _run_group(
     stopping: Callable[[], bool],
 ) -> None:
     """Run trials in one pass over the store and record how each ended."""
-    from trainer.loop import train_together
+    from trainer.run.fit import train_together
 
     pairs: list[tuple[Claim, Training]] = []
     alone: list[Claim] = []
@@ -167,7 +167,7 @@ def _training(
     features_of: FeaturesOf,
     stopping: Callable[[], bool],
 ) -> Training:
-    from trainer.fit import Reporter, Training
+    from trainer.run.training import Reporter, Training
 
     trial, config = claim.trial, search.config_of(claim.trial.params)
     trial.set_user_attr("worker", f"{socket.gethostname()} {os.getpid()}")

@@ -17,7 +17,11 @@ from numpy.typing import NDArray
 
 from featstore.errors import RunError
 from featstore.store.publish import command_line, package_versions, write_json, write_text
-from trainer.checkpoint import (
+from trainer.config import Config, TrainConfig, render_config
+from trainer.features import Features, row_counts
+from trainer.metrics import evaluate_logits
+from trainer.results.report import plot_learning_curves
+from trainer.run.checkpoint import (
     Progress,
     build_model,
     load_pretrained,
@@ -26,13 +30,9 @@ from trainer.checkpoint import (
     save_weights,
     start_from,
 )
-from trainer.config import Config, TrainConfig, render_config
-from trainer.features import Features, row_counts
-from trainer.loop import train_together
-from trainer.metrics import evaluate_logits
-from trainer.optimizer import make_optimizer
-from trainer.results.report import plot_learning_curves
-from trainer.run import Run
+from trainer.run.fit import train_together
+from trainer.run.folder import Run
+from trainer.run.optimizer import make_optimizer
 
 CURVES_SECONDS = 10.0
 

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from featstore.errors import RunError, StoppedError, UsageError
 from trainer.batches import CachedRows, Prefetcher
-from trainer.step import Stepper, make_stepper
+from trainer.run.step import Stepper, make_stepper
 
 if TYPE_CHECKING:
-    from trainer.fit import Training
+    from trainer.run.training import Training
 
 CHECKPOINT_SECONDS = 120.0
 LOSS_EVERY_STEPS = 50

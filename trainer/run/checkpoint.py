@@ -20,7 +20,7 @@ from featstore.store.publish import publish
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config
 from trainer.fusion import HEAD_LAYERS
-from trainer.run import Run
+from trainer.run.folder import Run
 from trainer.tower import (
     TAIL_NAME,
     build_cached_model,
