@@ -1,6 +1,6 @@
 """What one training step of the fast path computes and moves, counted from its algebra.
 
-`trainer.fastpath` in matrix products. A product of (m, k) by (k, n) takes
+`trainer.model.fastpath` in matrix products. A product of (m, k) by (k, n) takes
 2·m·k·n operations. Backwards there is one more for each operand that has a
 gradient: cached features and hidden states have none, so the products over
 them are cheaper than those over trained states. tests/test_benchmarks.py holds

@@ -29,10 +29,10 @@ from benchmarks.tables import table
 from featstore.store.store import aligned_empty
 from trainer.batches import Batch
 from trainer.config import TrainConfig
-from trainer.end_to_end import build_end_to_end
+from trainer.model.end_to_end import build_end_to_end
+from trainer.model.tails import build_cached_model
 from trainer.run.optimizer import make_optimizer
 from trainer.run.step import Stepper, binary_cross_entropy, make_stepper
-from trainer.tower import build_cached_model
 
 
 def random_batch(rows: int, length: int, seed: int = 0, size: Size = STUDY) -> Batch:

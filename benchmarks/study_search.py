@@ -70,7 +70,7 @@ def end_to_end_seconds(run: Path, ks: Sequence[int], rounds: int = 3) -> dict[in
 
     from featstore.encoders.presets import resolve_preset
     from featstore.encoders.tower import load_backbone
-    from trainer.end_to_end import build_end_to_end
+    from trainer.model.end_to_end import build_end_to_end
     from trainer.run.folder import Run
     from trainer.run.optimizer import make_optimizer
     from trainer.run.step import binary_cross_entropy

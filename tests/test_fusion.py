@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from featstore.errors import ConfigError
 from trainer.config import TrainConfig
-from trainer.fusion import HEAD_LAYERS, MultiHeadAttention, apply_head
+from trainer.model.head import HEAD_LAYERS, MultiHeadAttention, apply_head
 
 
 def pair(query_width: int, width: int, heads: int, **kwargs: Any) -> tuple[Any, Any]:

@@ -28,9 +28,9 @@ from featstore.store.shard import ShardRows, digest_bytes, open_shard, row_check
 from featstore.store.store import reconcile_manifest, shard_paths, write_manifest
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import open_features
+from trainer.model.tails import build_cached_model
 from trainer.run.folder import Run
 from trainer.run.training import Training
-from trainer.tower import build_cached_model
 
 FINGERPRINT = "f" * 32
 KEYS = ["a", "sub/é 图", "", "dog"]

@@ -14,14 +14,14 @@ from test_tower import STUDY_TEXT
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import PresetError, RunError
 from trainer.config import TrainConfig
-from trainer.end_to_end import (
+from trainer.model.end_to_end import (
     build_end_to_end,
     check_frozen,
     trained_weights,
     transfer_weights,
 )
-from trainer.fusion import HEAD_LAYERS
-from trainer.tower import build_cached_model, load_text_layers
+from trainer.model.head import HEAD_LAYERS
+from trainer.model.tails import build_cached_model, load_text_layers
 
 SENTENCES = [
     "a dog runs in the park.",

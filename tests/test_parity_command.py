@@ -24,9 +24,9 @@ from featstore.errors import RunError
 from featstore.store.shard import ShardRows, feature_dtype, open_shard, write_shard
 from featstore.store.store import reconcile_manifest, shard_paths, write_manifest
 from trainer.config import render_config
-from trainer.end_to_end import trained_weights, transfer_weights
 from trainer.features import open_features
 from trainer.metrics import sigmoid
+from trainer.model.end_to_end import trained_weights, transfer_weights
 from trainer.results.evaluate import open_run_features
 from trainer.results.parity import check_parity, feature_tolerance
 from trainer.run.folder import Run

@@ -16,7 +16,7 @@ from tiny_presets import tiny_text_backbone
 from featstore.encoders.presets import resolve_preset
 from featstore.errors import ConfigError, PresetError, RunError
 from trainer.config import TrainConfig
-from trainer.tower import (
+from trainer.model.tails import (
     TextTail,
     build_cached_model,
     load_text_layers,
@@ -193,7 +193,7 @@ def test_saved_model_reopens_in_a_fresh_process(config: dict[str, Any], tmp_path
     model.save(tmp_path / "model.keras")
     np.savez(tmp_path / "rows.npz", **rows)
     code = (
-        "import sys, keras, numpy as np, trainer.tower\n"
+        "import sys, keras, numpy as np, trainer.model.tails\n"
         "model = keras.models.load_model(sys.argv[1] + '/model.keras')\n"
         "out = model(dict(np.load(sys.argv[1] + '/rows.npz')))\n"
         "np.save(sys.argv[1] + '/out.npy', np.asarray(out))"

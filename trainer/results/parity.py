@@ -33,9 +33,9 @@ from featstore.store.shard import digest_bytes, feature_dtype
 from featstore.store.store import open_store
 from trainer.batches import CachedRows, IntArray
 from trainer.config import Config
-from trainer.end_to_end import VISION_NAME, build_end_to_end, transfer_weights
 from trainer.features import Features, extract_command
 from trainer.metrics import binary_metrics, log_loss, sigmoid
+from trainer.model.end_to_end import VISION_NAME, build_end_to_end, transfer_weights
 from trainer.results.evaluate import open_run_features
 from trainer.run.checkpoint import build_model, load_best
 from trainer.run.fit import predict_logits

@@ -19,9 +19,8 @@ from featstore.errors import RunError
 from featstore.store.publish import publish
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config
-from trainer.fusion import HEAD_LAYERS
-from trainer.run.folder import Run
-from trainer.tower import (
+from trainer.model.head import HEAD_LAYERS
+from trainer.model.tails import (
     TAIL_NAME,
     build_cached_model,
     copy_weights,
@@ -30,6 +29,7 @@ from trainer.tower import (
     random_state,
     set_random_state,
 )
+from trainer.run.folder import Run
 
 WEIGHTLESS = ("xattn_residual", "flatten_cls", "drop_1")
 

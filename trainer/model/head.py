@@ -9,7 +9,7 @@ from keras import ops
 
 from featstore.errors import ConfigError
 from trainer.config import TrainConfig
-from trainer.fastpath import apply_dense, single_query_attention
+from trainer.model.fastpath import apply_dense, single_query_attention
 
 HEAD_LAYERS = ("xattn", "xattn_residual", "xattn_norm", "flatten_cls", "mlp_1", "drop_1", "logit")
 
@@ -101,7 +101,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
 
 @keras.saving.register_keras_serializable(package="featstore")
 class Dense(keras.layers.Dense):
-    """`keras.layers.Dense` over a matrix, with the products of `trainer.fastpath`."""
+    """`keras.layers.Dense` over a matrix, with the products of `trainer.model.fastpath`."""
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         """Apply the layer.

@@ -15,8 +15,8 @@ from featstore.encoders.tower import check_k_txt, transformer_layers
 from featstore.errors import PresetError, RunError
 from featstore.store.numbers import QUANTISED
 from trainer.config import TrainConfig
-from trainer.fastpath import encoder_layer, first_token_layer
-from trainer.fusion import apply_head
+from trainer.model.fastpath import encoder_layer, first_token_layer
+from trainer.model.head import apply_head
 
 TAIL_NAME = "text_tail"
 SCALES_OF = {"features": "feature_scales", "hidden": "hidden_scales"}
@@ -30,7 +30,7 @@ class TextTail(keras.layers.Layer):
         layer_configs: `get_config()` of each keras-hub `TransformerEncoder`,
             in the order in which they run. None at all: the layer only picks
             the first token.
-        fast: Run the layers by `trainer.fastpath`, the last for the first
+        fast: Run the layers by `trainer.model.fastpath`, the last for the first
             token alone. Weights, draws and result are the plain layers'.
     """
 

@@ -10,8 +10,8 @@ import keras
 from featstore.encoders.tower import frozen_part, leading_tokens, text_inputs, transformer_layers
 from featstore.errors import PresetError
 from trainer.config import TrainConfig
-from trainer.fusion import HEAD_LAYERS, apply_head
-from trainer.tower import TAIL_NAME, copy_weights, layer_weights, seeded
+from trainer.model.head import HEAD_LAYERS, apply_head
+from trainer.model.tails import TAIL_NAME, copy_weights, layer_weights, seeded
 
 VISION_NAME = "vit_backbone"
 TEXT_NAME = "txt_backbone"
