@@ -27,7 +27,8 @@ from benchmarks.synthetic import (
 from benchmarks.tables import table
 from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.store.store import open_store
-from trainer.batches import CachedRows, Prefetcher
+from trainer.batches import CachedRows
+from trainer.prefetch import Prefetcher
 from trainer.run.step import Stepper
 
 # 49 tokens of 192: 64k rows at the study's 196×768 would be 19 GB, and leave the page cache.

@@ -29,8 +29,8 @@ from benchmarks.tables import table
 from featstore.store.store import aligned_empty
 from trainer.batches import Batch
 from trainer.config import TrainConfig
+from trainer.model.cached import build_cached_model
 from trainer.model.end_to_end import build_end_to_end
-from trainer.model.tails import build_cached_model
 from trainer.run.optimizer import make_optimizer
 from trainer.run.step import Stepper, binary_cross_entropy, make_stepper
 

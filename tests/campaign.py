@@ -49,9 +49,10 @@ from featstore.care.info import Source, open_folder
 from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.errors import FeatstoreError
+from featstore.store.folder import shard_paths, write_manifest
 from featstore.store.publish import TEMPORARY
 from featstore.store.shard import INDEX_DATASETS
-from featstore.store.store import VisionStore, publish, shard_paths, write_manifest
+from featstore.store.store import VisionStore, publish
 from trainer.commands import console
 from trainer.config import Config, render_config
 

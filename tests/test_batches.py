@@ -11,17 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featstore.errors import DataError
+from featstore.store.folder import write_manifest
 from featstore.store.shard import ShardRows, shard_name, write_shard
-from featstore.store.store import TextStore, VisionStore, write_manifest
-from trainer.batches import (
-    PREFETCHED,
-    WINDOW_BATCHES,
-    Batch,
-    CachedRows,
-    Prefetcher,
-    epoch_batches,
-    other_images,
-)
+from featstore.store.store import TextStore, VisionStore
+from trainer.batches import WINDOW_BATCHES, Batch, CachedRows, epoch_batches, other_images
+from trainer.prefetch import PREFETCHED, Prefetcher
 
 IMAGES, TOKENS, WIDTH, TEXT_WIDTH = 7, 3, 4, 5
 SENTENCE_LENGTHS = np.array([3, 9, 4, 24, 12, 8])

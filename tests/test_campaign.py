@@ -18,7 +18,7 @@ from test_golden import golden_folder
 from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.data.images import index_images
-from featstore.store.store import read_manifest, read_quarantine, write_manifest, write_quarantine
+from featstore.store.folder import read_manifest, read_quarantine, write_manifest, write_quarantine
 
 TESTS = Path(__file__).resolve().parent
 

@@ -22,7 +22,7 @@ from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, tiny_config
 
 import cli
-from featstore.config import hints, toml_value
+from featstore.settings import hints, toml_value
 from trainer.commands.console import read_config
 from trainer.config import DEFAULT_FILE, SECTIONS, Config, load_config, render_config
 

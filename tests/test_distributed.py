@@ -29,8 +29,8 @@ from featstore.extract.extract import ray as distributed
 from featstore.extract.plan import vision_spec
 from featstore.extract.ray import ShardActor, bring_images_on_ray
 from featstore.ray_cluster import Actors, connect, resources_of
+from featstore.store.folder import read_quarantine, shard_paths
 from featstore.store.publish import TEMPORARY
-from featstore.store.store import read_quarantine, shard_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = [f"p{number:02}" for number in range(40)]

@@ -19,7 +19,8 @@ from featstore.errors import DataError, RunError
 from trainer.batches import other_images
 from trainer.config import Config, render_config
 from trainer.features import open_features
-from trainer.model.end_to_end import build_end_to_end, transfer_weights
+from trainer.model.end_to_end import build_end_to_end
+from trainer.model.weights import transfer_weights
 from trainer.results.evaluate import evaluate, open_run_features
 from trainer.run.checkpoint import load_best
 from trainer.run.folder import Run

@@ -36,7 +36,8 @@ from featstore.extract.extract import (
     writing,
 )
 from featstore.extract.plan import Plan, plan_images, plan_text, text_spec, vision_spec
-from featstore.store.store import open_store, read_quarantine, shard_paths, write_manifest
+from featstore.store.folder import read_quarantine, shard_paths, write_manifest
+from featstore.store.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 4

@@ -24,8 +24,8 @@ from featstore.data.dataset import Dataset, load_dataset
 from featstore.errors import ConfigError, RunError, StoppedError, UsageError
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import open_features
-from trainer.model.end_to_end import trained_weights
 from trainer.model.head import HEAD_LAYERS
+from trainer.model.weights import trained_weights
 from trainer.run.checkpoint import Progress, build_model, load_best
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training, judge, monitored

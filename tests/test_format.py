@@ -27,7 +27,8 @@ from tiny_runs import SENTENCES, extracted, tiny_config
 
 from featstore.care.info import open_folder
 from featstore.extract.extract import bring_text
-from featstore.store.store import VisionStore, read_quarantine
+from featstore.store.folder import read_quarantine
+from featstore.store.store import VisionStore
 
 # --- the reader -------------------------------------------------------------------------
 

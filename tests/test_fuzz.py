@@ -24,10 +24,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import cli
-from featstore.config import toml_value
 from featstore.data.rows import read_examples
 from featstore.data.splits import read_split_file
 from featstore.errors import ConfigError, FeatstoreError, RowError, SplitError
+from featstore.settings import toml_value
 from trainer.config import SECTIONS, load_config, render_config
 from trainer.tuning.space_file import read_space
 

@@ -27,8 +27,8 @@ import xxhash
 from featstore.care.info import open_folder
 from featstore.care.verify import verify_folder
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
+from featstore.store.folder import read_quarantine, write_manifest, write_quarantine
 from featstore.store.shard import ShardRows, shard_name, write_shard
-from featstore.store.store import read_quarantine, write_manifest, write_quarantine
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TOKENS, WIDTH = 3, 5

@@ -28,8 +28,7 @@ from featstore.care.verify import sample_folder, verify_folder
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.encoders.spec import canonical_json
 from featstore.errors import ConfigError, FeatstoreError, RunError, StoreError
-from featstore.store.shard import INDEX_DATASETS, _index_checksum, shard_name
-from featstore.store.store import (
+from featstore.store.folder import (
     manifest_checksum,
     quarantine_checksum,
     read_manifest,
@@ -37,6 +36,7 @@ from featstore.store.store import (
     salvage_quarantine,
     write_manifest,
 )
+from featstore.store.shard import INDEX_DATASETS, _index_checksum, shard_name
 from trainer.config import load_config
 from trainer.run.checkpoint import load_best, load_state
 from trainer.run.folder import Run, find_run

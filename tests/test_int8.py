@@ -23,12 +23,12 @@ import cli
 from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.errors import CorruptShardError
+from featstore.store.folder import reconcile_manifest, shard_paths, write_manifest
 from featstore.store.numbers import dequantise, quantise
 from featstore.store.shard import ShardRows, digest_bytes, open_shard, row_checksum, write_shard
-from featstore.store.store import reconcile_manifest, shard_paths, write_manifest
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import open_features
-from trainer.model.tails import build_cached_model
+from trainer.model.cached import build_cached_model
 from trainer.run.folder import Run
 from trainer.run.training import Training
 

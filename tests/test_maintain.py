@@ -34,7 +34,8 @@ from featstore.care.verify import FolderReport, sample_folder, verify_folder, ve
 from featstore.config import DataConfig, EncodersConfig
 from featstore.errors import CorruptShardError, RunError, StoreError, UsageError
 from featstore.extract.extract import bring_images, bring_text, writing
-from featstore.store.store import LOST, open_store, read_manifest, read_quarantine, shard_paths
+from featstore.store.folder import LOST, read_manifest, read_quarantine, shard_paths
+from featstore.store.store import open_store
 from trainer.config import Config, render_config
 
 PHOTOS = sum(IMAGES_OF_SPLIT.values())

@@ -14,14 +14,10 @@ from test_tower import STUDY_TEXT
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import PresetError, RunError
 from trainer.config import TrainConfig
-from trainer.model.end_to_end import (
-    build_end_to_end,
-    check_frozen,
-    trained_weights,
-    transfer_weights,
-)
+from trainer.model.cached import build_cached_model, load_text_layers
+from trainer.model.end_to_end import build_end_to_end, check_frozen
 from trainer.model.head import HEAD_LAYERS
-from trainer.model.tails import build_cached_model, load_text_layers
+from trainer.model.weights import trained_weights, transfer_weights
 
 SENTENCES = [
     "a dog runs in the park.",

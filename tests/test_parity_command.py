@@ -19,16 +19,16 @@ from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
 
 import cli
 import trainer.results.parity
-from featstore.encoders.spec import read_spec
 from featstore.errors import RunError
+from featstore.store.folder import read_spec, reconcile_manifest, shard_paths, write_manifest
 from featstore.store.shard import ShardRows, feature_dtype, open_shard, write_shard
-from featstore.store.store import reconcile_manifest, shard_paths, write_manifest
 from trainer.config import render_config
 from trainer.features import open_features
 from trainer.metrics import sigmoid
-from trainer.model.end_to_end import trained_weights, transfer_weights
+from trainer.model.weights import trained_weights, transfer_weights
 from trainer.results.evaluate import open_run_features
-from trainer.results.parity import check_parity, feature_tolerance
+from trainer.results.parity import check_parity
+from trainer.results.tolerance import feature_tolerance
 from trainer.run.folder import Run
 from trainer.run.training import Training
 

@@ -10,8 +10,8 @@ from typing import Any
 import optuna
 import pytest
 
-from featstore.config import hints
 from featstore.errors import ConfigError
+from featstore.settings import hints
 from trainer.config import Config, TrainConfig
 from trainer.tuning.space import Space, space_from_json
 from trainer.tuning.space_file import read_space
@@ -173,7 +173,7 @@ def test_a_space_comes_back_from_json(tmp_path: Path) -> None:
 def test_every_setting_of_a_run_can_be_searched(
     tmp_path: Path, field: dataclasses.Field[Any]
 ) -> None:
-    from featstore.config import toml_value
+    from featstore.settings import toml_value
 
     kind = hints(TrainConfig)[field.name]
     default = field.default

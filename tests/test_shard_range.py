@@ -27,9 +27,10 @@ from featstore.errors import StoreError, UsageError
 from featstore.extract.extract import ALL, Summary, share_images, share_of_images
 from featstore.extract.plan import Plan
 from featstore.extract.worklist import PLAN, Publisher, read_plan, request_token, writing
+from featstore.store.folder import read_quarantine, shard_paths
 from featstore.store.publish import write_json
 from featstore.store.shard import ShardRows
-from featstore.store.store import open_store, read_quarantine, shard_paths
+from featstore.store.store import open_store
 from trainer.commands.extract import _shard_range
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,9 +20,9 @@ from featstore.encoders.spec import (
     VisionSpec,
     canonical_json,
     differing_fields,
-    read_spec,
 )
 from featstore.errors import CorruptShardError, StoreError
+from featstore.store.folder import read_spec
 
 VISION = VisionSpec(
     encoder="ViTBackbone",

@@ -20,17 +20,15 @@ from test_spec import TEXT, VISION
 
 from featstore.encoders.spec import FeatureSpec
 from featstore.errors import CorruptShardError, MissingFeaturesError, StaleFeaturesError
-from featstore.store.shard import ShardRows, digest_bytes, feature_dtype, shard_name, write_shard
-from featstore.store.store import (
-    TextStore,
-    VisionStore,
-    open_store,
+from featstore.store.folder import (
     read_manifest,
     read_quarantine,
     reconcile_manifest,
     shard_paths,
     write_manifest,
 )
+from featstore.store.shard import ShardRows, digest_bytes, feature_dtype, shard_name, write_shard
+from featstore.store.store import TextStore, VisionStore, open_store
 
 SHAPE = (1, 5, 4)
 COUNTS = (7, 1, 4)

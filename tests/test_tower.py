@@ -16,14 +16,9 @@ from tiny_presets import tiny_text_backbone
 from featstore.encoders.presets import resolve_preset
 from featstore.errors import ConfigError, PresetError, RunError
 from trainer.config import TrainConfig
-from trainer.model.tails import (
-    TextTail,
-    build_cached_model,
-    load_text_layers,
-    random_state,
-    set_random_state,
-    text_layer_configs,
-)
+from trainer.model.cached import build_cached_model, load_text_layers, text_layer_configs
+from trainer.model.tails import TextTail
+from trainer.model.weights import random_state, set_random_state
 
 STUDY_TEXT = {
     "class_name": "DistilBertBackbone",

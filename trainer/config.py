@@ -8,17 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featstore.config import (
-    DataConfig,
-    EncodersConfig,
-    StoreConfig,
-    build_section,
-    read_toml,
-    render_toml,
-    setting,
-    suggest,
-)
+from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.errors import ConfigError
+from featstore.settings import build_section, read_toml, render_toml, setting, suggest
 
 DEFAULT_FILE = "featstore.toml"
 CONTROLS = ("none", "hypothesis-only", "shuffled-images")

@@ -14,7 +14,8 @@ from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.errors import DataError, MissingFeaturesError
 from featstore.extract.extract import ProgressBar, bring_text, no_progress
 from featstore.extract.plan import text_spec, vision_spec
-from featstore.store.store import TextStore, VisionStore, open_store, read_quarantine
+from featstore.store.folder import read_quarantine
+from featstore.store.store import TextStore, VisionStore, open_store
 from trainer.batches import CachedRows, IntArray
 from trainer.config import Config
 

@@ -35,9 +35,10 @@ from featstore.care.info import Source
 from featstore.errors import DataError, FeatstoreError, MissingFeaturesError, StoreError, UsageError
 from featstore.extract.extract import ProgressBar, no_progress
 from featstore.extract.plan import free_space
+from featstore.store.folder import read_quarantine
 from featstore.store.numbers import QUANTISED, dequantise
 from featstore.store.publish import command_line, package_versions, publish
-from featstore.store.store import IntArray, TextStore, VisionStore, open_store, read_quarantine
+from featstore.store.store import IntArray, TextStore, VisionStore, open_store
 
 GROUP_BYTES = 64 << 20
 STORED = "stored"

@@ -18,12 +18,17 @@ from typing import Any
 import numpy as np
 
 from featstore.care.info import KINDS, Source, disk_bytes, feature_folders, open_folder
-from featstore.encoders.spec import read_spec
 from featstore.errors import RunError, StoreError
 from featstore.extract.worklist import CLAIM, PLAN, writing
+from featstore.store.folder import (
+    listed,
+    read_spec,
+    reconcile_manifest,
+    shard_paths,
+    write_manifest,
+)
 from featstore.store.publish import TEMPORARY, read_json
 from featstore.store.shard import MAKE_READABLE, open_shard, rewrite_shard, shard_number
-from featstore.store.store import listed, reconcile_manifest, shard_paths, write_manifest
 
 DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
 # The manifest goes first: a folder that is deleted in part is refused until this goes on.

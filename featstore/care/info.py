@@ -12,12 +12,13 @@ from typing import Any
 
 from featstore.config import SPLITS, DataConfig, EncodersConfig, StoreConfig
 from featstore.data.dataset import Dataset, load_dataset
-from featstore.encoders.spec import TextSpec, VisionSpec, read_spec
+from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import CorruptShardError, FeatstoreError, StoreError
 from featstore.extract.plan import text_spec, vision_spec
+from featstore.store.folder import listed, read_quarantine, read_spec, shard_paths
 from featstore.store.publish import TEMPORARY, read_json
-from featstore.store.store import TextStore, VisionStore, listed, read_quarantine, shard_paths
+from featstore.store.store import TextStore, VisionStore
 
 KINDS = ("vit", "text")
 FINGERPRINT = re.compile("[0-9a-f]{32}")

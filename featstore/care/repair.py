@@ -32,7 +32,7 @@ import numpy as np
 
 from featstore.care.info import KINDS, Source, feature_folders, matching_spec
 from featstore.care.verify import FolderReport, Problem, verify_folder
-from featstore.encoders.spec import TextSpec, VisionSpec, differing_fields, read_spec, write_spec
+from featstore.encoders.spec import TextSpec, VisionSpec, differing_fields
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import FeatstoreError, StoreError
 from featstore.extract.extract import (
@@ -47,16 +47,18 @@ from featstore.extract.extract import (
     writing,
 )
 from featstore.extract.plan import Plan, photo_digest, plan_images, plan_text
-from featstore.store.shard import Shard, open_shard, rewrite_shard
-from featstore.store.store import (
+from featstore.store.folder import (
     LOST,
     read_manifest,
+    read_spec,
     reconcile_manifest,
     salvage_quarantine,
     shard_paths,
     write_manifest,
     write_quarantine,
+    write_spec,
 )
+from featstore.store.shard import Shard, open_shard, rewrite_shard
 
 ACTIONS = {
     "spec": "write it again from the configuration",

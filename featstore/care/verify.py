@@ -21,10 +21,16 @@ import xxhash
 
 from featstore.care.info import KINDS, Source, feature_folders, open_folder
 from featstore.data.images import ImageIndex
-from featstore.encoders.spec import read_spec
 from featstore.errors import CorruptShardError, StoreError
 from featstore.extract.extract import ProgressBar, no_progress
 from featstore.extract.plan import photo_digest
+from featstore.store.folder import (
+    manifest_damage,
+    read_manifest,
+    read_quarantine,
+    read_spec,
+    shard_paths,
+)
 from featstore.store.publish import TEMPORARY, read_json
 from featstore.store.shard import (
     HDF5_ERRORS,
@@ -36,13 +42,7 @@ from featstore.store.shard import (
     salvage_keys,
     shard_number,
 )
-from featstore.store.store import (
-    VisionStore,
-    manifest_damage,
-    read_manifest,
-    read_quarantine,
-    shard_paths,
-)
+from featstore.store.store import VisionStore
 
 LISTS = ("spec.json", "manifest.json", "quarantine.json")
 BLOCK_BYTES = 4 << 20

@@ -14,8 +14,8 @@ from typing import Any
 
 import xxhash
 
-from featstore.config import suggest
 from featstore.errors import PresetError
+from featstore.settings import suggest
 
 WEIGHTS_FILE = "model.weights.h5"
 SHARDED_WEIGHTS_FILE = "model.weights.json"

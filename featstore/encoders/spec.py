@@ -16,15 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from featstore.errors import CorruptShardError, StoreError
+from featstore.errors import StoreError
 from featstore.store.numbers import QUANTISED
-from featstore.store.publish import command_line, read_json, write_json
 
 FORMAT = 1
 # Of quantised features: readers of format 1 know no scales, and would take the levels for numbers.
 QUANTISED_FORMAT = 2
-# What every reader of a spec relies on, and the type that it has.
-RELIED_ON = {"kind": str, "dtype": str, "boundary": int, "architecture": dict}
 
 
 def format_of(dtype: Any) -> int:
@@ -154,44 +151,3 @@ def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
             wanted, stored = (repr(s[key]) if key in s else "nothing" for s in (ours, theirs))
             lines.append(f"{key}: wanted {wanted}, stored {stored}")
     return lines
-
-
-def read_spec(folder: Path) -> dict[str, Any]:
-    """Read a features folder's `spec.json` and check it against the folder's name.
-
-    Raises:
-        CorruptShardError: The file is missing, is not JSON, or its fingerprint
-            is not the folder's name.
-    """
-    path = folder / "spec.json"
-    try:
-        spec = read_json(path)["spec"]
-        text = canonical_json(spec)
-    except (OSError, ValueError, KeyError, TypeError, StoreError) as error:
-        raise CorruptShardError(f"{path}: no readable spec ({error})") from error
-    found = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    if found != folder.name:
-        raise CorruptShardError(
-            f"{path}: fingerprint {found} does not match its folder; the file was changed"
-        )
-    if not isinstance(spec, dict):
-        raise CorruptShardError(f"{path}: no readable spec (found {type(spec).__name__})")
-    if spec.get("format") != (known := format_of(spec.get("dtype"))):
-        raise StoreError(
-            f"{path}: store format {spec.get('format')!r}; this version reads format {known}"
-        )
-    for name, kind in RELIED_ON.items():
-        if type(spec.get(name)) is not kind:
-            raise CorruptShardError(
-                f"{path}: no readable spec ({name} is {type(spec.get(name)).__name__}, expected"
-                f" {kind.__name__})"
-            )
-    return spec
-
-
-def write_spec(folder: Path, spec: FeatureSpec, names: dict[str, str]) -> None:
-    """Publish a features folder's `spec.json`, with the names that people know it by."""
-    write_json(
-        folder / "spec.json",
-        {"spec": spec.to_dict(), "names": names, "command": command_line()},
-    )

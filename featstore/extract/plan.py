@@ -21,8 +21,9 @@ from featstore.encoders.presets import (
 )
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.errors import ConfigError, ImageError, PresetError, StoreError
+from featstore.store.folder import read_quarantine, shard_paths
 from featstore.store.shard import digest_bytes, token_bytes
-from featstore.store.store import TextStore, VisionStore, read_quarantine, read_spec, shard_paths
+from featstore.store.store import TextStore, VisionStore, read_spec
 
 MAX_SHARD_BYTES = 4 << 30
 

@@ -48,9 +48,9 @@ from featstore.ray_cluster import (
     one_line,
     resources_of,
 )
+from featstore.store.folder import read_quarantine
 from featstore.store.publish import TEMPORARY, package_versions, write_text
 from featstore.store.shard import ShardRows, open_shard, shard_name, write_shard
-from featstore.store.store import read_quarantine
 
 # A photo that ends its process each time must not be tried without end.
 MOST_TRIES = 4

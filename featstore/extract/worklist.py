@@ -31,9 +31,19 @@ from typing import Any
 
 import filelock
 
-from featstore.encoders.spec import FORMAT, FeatureSpec, write_spec
+from featstore.encoders.spec import FORMAT, FeatureSpec
 from featstore.errors import StoreError
 from featstore.extract.plan import Plan
+from featstore.store.folder import (
+    manifest_damage,
+    read_manifest,
+    read_quarantine,
+    reconcile_manifest,
+    shard_paths,
+    write_manifest,
+    write_quarantine,
+    write_spec,
+)
 from featstore.store.publish import (
     package_versions,
     publish,
@@ -42,15 +52,6 @@ from featstore.store.publish import (
     write_json,
 )
 from featstore.store.shard import ShardRows, describe_file, open_shard, shard_name, write_shard
-from featstore.store.store import (
-    manifest_damage,
-    read_manifest,
-    read_quarantine,
-    reconcile_manifest,
-    shard_paths,
-    write_manifest,
-    write_quarantine,
-)
 
 PLAN = "plan.json"
 LOCK = ".lock"

@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
-from featstore.config import hints
 from featstore.errors import FeatstoreError, StoppedError, UsageError
+from featstore.settings import hints
 from trainer.config import DEFAULT_FILE, SECTIONS, Config, load_config
 
 Command = Callable[..., Any]

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from featstore.config import hints
 from featstore.errors import RunError, UsageError
+from featstore.settings import hints
 from trainer.commands.console import (
     Command,
     epoch_bar,
@@ -209,7 +209,7 @@ def _extract_for_search(dataset: Any, configs: list[Any], dry_run: bool) -> None
     if not found:
         return
     import_framework()
-    from featstore.extract.extract import extract
+    from featstore.extract import extract
 
     # Each boundary has a graph of its own, which TensorFlow would warn of as one traced again.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)

@@ -10,8 +10,8 @@ import keras
 from featstore.encoders.tower import frozen_part, leading_tokens, text_inputs, transformer_layers
 from featstore.errors import PresetError
 from trainer.config import TrainConfig
-from trainer.model.head import HEAD_LAYERS, apply_head
-from trainer.model.tails import TAIL_NAME, copy_weights, layer_weights, seeded
+from trainer.model.head import apply_head
+from trainer.model.weights import seeded, trained_weights
 
 VISION_NAME = "vit_backbone"
 TEXT_NAME = "txt_backbone"
@@ -224,30 +224,3 @@ def check_frozen(model: keras.Model) -> None:
             f" else; found {len(extra)} more ({', '.join(sorted(extra)[:3])}) and"
             f" {len(missing)} fewer ({', '.join(sorted(missing)[:3])}); leave `trainable` alone"
         )
-
-
-def trained_weights(model: keras.Model) -> dict[str, Any]:
-    """Return the weights that train, by `layer/path`, of a cached or an end-to-end model.
-
-    Both kinds of model give the same names, so this is also how weights go
-    from one to the other.
-    """
-    names = {layer.name for layer in model.layers}
-    tower = model.get_layer(TAIL_NAME if TAIL_NAME in names else TEXT_NAME)
-    text = tower.transformer_layers if TAIL_NAME in names else tower.trained_layers
-    layers = [*text, *(model.get_layer(name) for name in HEAD_LAYERS)]
-    return {
-        f"{layer.name}/{path}": weight
-        for layer in layers
-        for path, weight in layer_weights(layer).items()
-    }
-
-
-def transfer_weights(source: keras.Model, target: keras.Model) -> None:
-    """Copy the trained weights from one model to the other, cached or end to end.
-
-    Raises:
-        RunError: The models do not have the same trained layers, or a shape
-            differs. Nothing is copied then.
-    """
-    copy_weights(trained_weights(source), trained_weights(target))

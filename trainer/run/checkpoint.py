@@ -19,16 +19,10 @@ from featstore.errors import RunError
 from featstore.store.publish import publish
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config
+from trainer.model.cached import build_cached_model, load_text_layers
 from trainer.model.head import HEAD_LAYERS
-from trainer.model.tails import (
-    TAIL_NAME,
-    build_cached_model,
-    copy_weights,
-    layer_weights,
-    load_text_layers,
-    random_state,
-    set_random_state,
-)
+from trainer.model.tails import TAIL_NAME
+from trainer.model.weights import copy_weights, layer_weights, random_state, set_random_state
 from trainer.run.folder import Run
 
 WEIGHTLESS = ("xattn_residual", "flatten_cls", "drop_1")

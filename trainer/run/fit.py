@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import RunError, StoppedError, UsageError
-from trainer.batches import CachedRows, Prefetcher
+from trainer.batches import CachedRows
+from trainer.prefetch import Prefetcher
 from trainer.run.step import Stepper, make_stepper
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featstore.config import build_section, setting, toml_value
 from featstore.errors import ConfigError
+from featstore.settings import build_section, setting, toml_value
 from trainer.config import SECTIONS, Config, TrainConfig
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from featstore.config import build_section, hints, read_toml, suggest
 from featstore.errors import ConfigError
+from featstore.settings import build_section, hints, read_toml, suggest
 from trainer.config import SECTIONS
 from trainer.tuning.space import KINDS, Parameter, SearchConfig, Space
 

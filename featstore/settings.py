@@ -1,0 +1,235 @@
+"""Settings: typed sections, read from TOML, overridden by flags.
+
+A section is a frozen dataclass whose fields are made with `setting`. The same
+declaration gives the default, the check, the line in the file that `init`
+writes, the command-line flag, and (for `[train]`) the search space's key. An
+unknown section or key is an error that names the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from featstore.errors import ConfigError
+
+Section = TypeVar("Section")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[Any] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    path: bool = False,
+) -> Any:
+    """Declare one setting of a section.
+
+    Args:
+        default: The value when neither file nor flag names the setting.
+        help: One sentence, shown in the written file and in `--help`.
+        choices: The only values allowed, if any.
+        minimum, maximum: Inclusive bounds of a number.
+        above: Exclusive lower bound of a number.
+        path: The value is a file or folder, taken relative to the file that
+            names it.
+    """
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "path": path,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean X?)` for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def hints(section: type) -> dict[str, Any]:
+    """Return the resolved type of each field of a section."""
+    return typing.get_type_hints(section)
+
+
+def _matches(value: Any, hint: Any) -> tuple[bool, Any]:
+    """Tell whether `value` has the type of `hint`; return it, converted if it may be."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Union or origin is types.UnionType:
+        for option in typing.get_args(hint):
+            ok, converted = _matches(value, option)
+            if ok:
+                return True, converted
+        return False, value
+    if origin is tuple:
+        inner = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple):
+            return False, value
+        items = [_matches(item, inner) for item in value]
+        return all(ok for ok, _ in items), tuple(item for _, item in items)
+    if origin is dict:
+        ok = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+        return ok, value
+    if hint is bool:
+        return isinstance(value, bool), value
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False, value
+        try:
+            value = float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            return False, value
+        return math.isfinite(value), value
+    return isinstance(value, hint), value
+
+
+def _type_name(hint: Any) -> str:
+    return str(hint) if typing.get_origin(hint) else str(getattr(hint, "__name__", hint))
+
+
+def check(section: str, field: dataclasses.Field[Any], hint: Any, value: Any, where: str) -> Any:
+    """Return `value` as the setting's type.
+
+    Raises:
+        ConfigError: Wrong type, not one of the choices, or out of bounds.
+    """
+    name = f"[{section}] {field.name}"
+    ok, value = _matches(value, hint)
+    if not ok:
+        raise ConfigError(f"{where}: {name} must be {_type_name(hint)}, found {value!r}")
+    meta = field.metadata
+    if meta.get("choices") and value not in meta["choices"]:
+        allowed = ", ".join(map(str, meta["choices"]))
+        hint_text = suggest(str(value), map(str, meta["choices"]))
+        raise ConfigError(f"{where}: {name} must be one of {allowed}; found {value!r}{hint_text}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if not isinstance(number, int | float):
+            continue
+        low, high, above = meta.get("minimum"), meta.get("maximum"), meta.get("above")
+        if low is not None and number < low:
+            raise ConfigError(f"{where}: {name} must be at least {low}, found {number}")
+        if high is not None and number > high:
+            raise ConfigError(f"{where}: {name} must be at most {high}, found {number}")
+        if above is not None and number <= above:
+            raise ConfigError(f"{where}: {name} must be above {above}, found {number}")
+    return value
+
+
+def _anchor(value: Any, folder: Path) -> Any:
+    """Take a relative path relative to `folder`; leave preset names and URLs alone."""
+    if isinstance(value, dict):
+        return {key: _anchor(item, folder) for key, item in value.items()}
+    if not value or "://" in value or Path(value).is_absolute():
+        return value
+    if value.startswith("~"):
+        return os.path.expanduser(value)
+    return str(folder / value)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: The file cannot be read or is not TOML; the message has
+            the line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a TOML file of settings: nested too deep") from error
+    # Besides its own error, the parser passes on those of numbers and of characters.
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+
+
+def build_section(
+    name: str, section: type[Section], values: Mapping[str, Any], where: str, folder: Path
+) -> Section:
+    """Make one section from parsed values.
+
+    Args:
+        name: The section's name in the file.
+        section: The dataclass.
+        values: Key to value, as parsed.
+        where: What to call the source in an error.
+        folder: Relative paths are taken from here.
+
+    Raises:
+        ConfigError: Unknown key, wrong type, or a value out of its bounds.
+    """
+    fields = {field.name: field for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+    types_of = hints(section)
+    chosen: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(
+                f"{where}: unknown setting {key!r} in [{name}]{suggest(key, fields)};"
+                f" known: {', '.join(fields)}"
+            )
+        value = check(name, fields[key], types_of[key], value, where)
+        if fields[key].metadata.get("path"):
+            anchored = _anchor(value, folder)
+            is_preset = name == "encoders" and not Path(str(anchored)).exists()
+            value = value if is_preset else anchored
+        chosen[key] = value
+    return section(**chosen)
+
+
+def toml_value(value: Any) -> str:
+    """Return a value as TOML text."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        inner = ", ".join(f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items())
+        return "{" + inner + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def render_toml(config: Any, comments: bool = False, defaults: bool = True) -> str:
+    """Write a composite of sections as TOML.
+
+    Args:
+        config: The sections.
+        comments: Write each setting's help above it.
+        defaults: Set what has its default value; False writes it as a comment,
+            so that it still follows what a later version or the demo defaults to.
+    """
+    blocks = []
+    for part in dataclasses.fields(config):
+        lines = [f"[{part.name}]"]
+        section = getattr(config, part.name)
+        for field in dataclasses.fields(section):
+            if comments:
+                text = field.metadata["help"]
+                if field.metadata["choices"]:
+                    text += f" ({' | '.join(map(str, field.metadata['choices']))})"
+                lines.append(f"# {text}")
+            value = getattr(section, field.name)
+            mark = "" if defaults or value != field.default else "# "
+            lines.append(f"{mark}{field.name} = {toml_value(value)}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"

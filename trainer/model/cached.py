@@ -1,0 +1,132 @@
+"""The model that trains over cached features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from featstore.encoders.tower import check_k_txt, transformer_layers
+from featstore.errors import PresetError
+from featstore.store.numbers import QUANTISED
+from trainer.config import TrainConfig
+from trainer.model.head import apply_head
+from trainer.model.tails import TAIL_NAME, Dequantize, TextTail
+from trainer.model.weights import copy_weights, layer_weights, seeded
+
+SCALES_OF = {"features": "feature_scales", "hidden": "hidden_scales"}
+
+
+def _features_input(
+    name: str, shape: tuple[int | None, int], dtype: str, inputs: dict[str, Any]
+) -> Any:
+    """Add the input of some features, and of their scales if they are int8; return the features."""
+    inputs[name] = keras.Input(shape, dtype=dtype, name=name)
+    if dtype != QUANTISED:
+        return inputs[name]
+    scales = SCALES_OF[name]
+    inputs[scales] = keras.Input(shape[:1], dtype="float32", name=scales)
+    return Dequantize(name=f"dequantize_{name}")(inputs[name], inputs[scales])
+
+
+def text_layer_configs(text_config: Mapping[str, Any], k_txt: int) -> list[dict[str, Any]]:
+    """Return the configs of a text backbone's last `k_txt` layers, without its weights.
+
+    Args:
+        text_config: The text preset's parsed `config.json`.
+        k_txt: How many layers.
+
+    Returns:
+        `get_config()` of each layer, in the order in which they run.
+
+    Raises:
+        ConfigError: `k_txt` is outside 0..number of layers.
+        PresetError: The backbone cannot be cut.
+    """
+    import keras_hub
+
+    name = str(text_config["class_name"])
+    backbone_class = getattr(keras_hub.models, name, None)
+    if backbone_class is None or "num_layers" not in text_config["config"]:
+        raise PresetError(
+            f"text preset: unknown class {name} or no num_layers in its config.json; choose a"
+            " DistilBERT, BERT, RoBERTa or XLM-RoBERTa preset"
+        )
+    num_layers = int(text_config["config"]["num_layers"])
+    check_k_txt(k_txt, num_layers)
+    # keras-hub alone knows how its class sets up a layer: ask a backbone of that class, made small
+    # where size does not matter.
+    arguments = {**text_config["config"], "dtype": "float32", "num_layers": 1}
+    template_arguments = {**arguments, "vocabulary_size": 8, "max_sequence_length": 8}
+    layer = transformer_layers(backbone_class.from_config(template_arguments), name)[0]
+    config = {key: value for key, value in layer.get_config().items() if key != "dtype"}
+    stem = config["name"].removesuffix("0")
+    return [{**config, "name": f"{stem}{i}"} for i in range(num_layers - k_txt, num_layers)]
+
+
+def build_cached_model(
+    text_config: Mapping[str, Any],
+    vision_width: int,
+    num_tokens: int,
+    train: TrainConfig,
+    *,
+    feature_dtype: str = "float16",
+) -> keras.Model:
+    """Build the model that trains over cached features, with random weights.
+
+    Its variables are those of the head and of the last `train.k_txt` text
+    layers, nothing else; `load_text_layers` gives the latter the preset's
+    weights. Initial weights and dropout follow from `train.seed` alone, and
+    the head's do not depend on `k_txt`.
+
+    Args:
+        text_config: The text preset's parsed `config.json` (`Preset.config`).
+        vision_width: Numbers of one vision token.
+        num_tokens: Vision tokens of an image.
+        train: `k_txt`, the head's sizes, `seed`, `dtype_policy` and `fast_path`
+            are used.
+        feature_dtype: The store's dtype. Features enter the graph in it and
+            are cast inside, so that fewer bytes are moved.
+
+    Returns:
+        keras.Model from `features` (batch, num_tokens, vision_width), `hidden`
+        (batch, length, width) and `padding_mask` (bool, batch, length) to the
+        logit (float32, batch, 1). Where `feature_dtype` is "int8", also from
+        `feature_scales` (float32, batch, num_tokens) and `hidden_scales`
+        (float32, batch, length).
+
+    Raises:
+        ConfigError: `k_txt` or the heads do not fit the text encoder.
+        PresetError: The text encoder cannot be cut.
+    """
+    width = int(text_config["config"]["hidden_dim"])
+    inputs: dict[str, Any] = {}
+    features = _features_input("features", (num_tokens, vision_width), feature_dtype, inputs)
+    hidden = _features_input("hidden", (None, width), feature_dtype, inputs)
+    padding_mask = keras.Input((None,), dtype="bool", name="padding_mask")
+    inputs["padding_mask"] = padding_mask
+    configs = text_layer_configs(text_config, train.k_txt)
+    with seeded(f"text {train.seed}"):
+        tail = TextTail(configs, fast=train.fast_path, dtype=train.dtype_policy, name=TAIL_NAME)
+        cls = tail(hidden, padding_mask=padding_mask)
+    with seeded(f"head {train.seed}"):
+        logit = apply_head(cls, features, train, fast=train.fast_path)
+    return keras.Model(inputs, logit, name="cached")
+
+
+def load_text_layers(model: keras.Model, text_backbone: Any) -> None:
+    """Copy the last layers of a text backbone into a cached model.
+
+    Args:
+        model: From `build_cached_model`.
+        text_backbone: The keras-hub backbone with its weights; it must have
+            been built from the same `config.json`.
+
+    Raises:
+        RunError: A weight's shape differs.
+    """
+    tail = model.get_layer(TAIL_NAME).transformer_layers
+    source = transformer_layers(text_backbone, text_backbone.name)
+    for layer, pretrained in zip(tail, source[len(source) - len(tail) :], strict=True):
+        copy_weights(layer_weights(pretrained), layer_weights(layer))
