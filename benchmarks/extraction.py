@@ -18,9 +18,10 @@ from benchmarks.sizes import STUDY, Size
 from benchmarks.tables import table
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import index_images
+from featstore.encoders.spec import vision_spec
 from featstore.encoders.tower import VisionEncoder
 from featstore.extract.extract import extract_images, writing
-from featstore.extract.plan import plan_images, vision_spec
+from featstore.extract.plan import plan_images
 
 
 def write_photos(folder: Path, count: int, seed: int = 0) -> Path:

@@ -26,7 +26,7 @@ from benchmarks.synthetic import (
 )
 from benchmarks.tables import table
 from featstore.encoders.spec import TextSpec, VisionSpec
-from featstore.store.store import open_store
+from featstore.store.store import open_features_of
 from trainer.batches import CachedRows
 from trainer.prefetch import Prefetcher
 from trainer.run.step import Stepper
@@ -39,8 +39,8 @@ TINY_ROW = (1, 4)
 
 
 def _rows(root: Path, vision: VisionSpec, text: TextSpec, size: Size) -> CachedRows:
-    images = open_store(root, vision, "benchmarks")
-    sentences = open_store(root, text, "benchmarks")
+    images = open_features_of(root, vision)
+    sentences = open_features_of(root, text)
     generator = np.random.default_rng(0)
     return CachedRows(
         images,

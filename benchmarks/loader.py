@@ -37,7 +37,7 @@ from benchmarks.loader_cold import (
 from benchmarks.loader_peers import PEERS, Peer, StreamReader
 from benchmarks.synthetic import write_store
 from benchmarks.tables import table
-from featstore.store.store import VisionStore, aligned_empty, open_store
+from featstore.store.store import VisionStore, aligned_empty, open_features_of
 
 Read = Callable[[NDArray[np.int64]], Array]
 
@@ -265,11 +265,9 @@ def measure(
         cold = cold_figures(features, folder, batches, rounds, batch_size)
     with _folder(scratch) as root:
         spec = write_store(root, features)
-        warm = _Warm(features, open_store(root, spec, "benchmarks"), batch_size, batches, rounds)
+        warm = _Warm(features, open_features_of(root, spec), batch_size, batches, rounds)
 
-        warm.measure(
-            OURS_FIRST, "random", opened=lambda: open_store(root, spec, "benchmarks").gather
-        )
+        warm.measure(OURS_FIRST, "random", opened=lambda: open_features_of(root, spec).gather)
         for peer in peers:
             with _folder(scratch) as folder:
                 try:

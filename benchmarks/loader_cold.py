@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.synthetic import write_store
-from featstore.store.store import VisionStore, aligned_empty, open_store
+from featstore.store.store import VisionStore, aligned_empty, open_features_of
 
 Array = NDArray[Any]
 Batches = list[NDArray[np.int64]]
@@ -104,14 +104,14 @@ def cold_figures(
             return time.perf_counter() - started
 
     def ours(chosen: Batches) -> float:
-        store = open_store(folder, spec, "benchmarks")
+        store = open_features_of(folder, spec)
         started = time.perf_counter()
         for positions in chosen:
             store.gather(positions, out)
         return time.perf_counter() - started
 
     def ours_ahead(chosen: Batches) -> float:
-        store = open_store(folder, spec, "benchmarks")
+        store = open_features_of(folder, spec)
         started = time.perf_counter()
         _read_ahead(store, chosen, out)
         return time.perf_counter() - started

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from benchmarks.measuring import memory_bytes
 from featstore.encoders.spec import VisionSpec
-from featstore.store.store import open_store
+from featstore.store.store import open_features_of
 
 
 def open_and_look_up(root: Path, spec: VisionSpec, keys: Sequence[str]) -> dict[str, float]:
     """Return seconds and peak bytes of opening a store and of finding rows in it."""
     before = memory_bytes()["anonymous"]
     started = time.perf_counter()
-    store = open_store(root, spec, "benchmarks")
+    store = open_features_of(root, spec)
     opened = time.perf_counter()
     found = store.lookup(keys)
     ended = time.perf_counter()

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from featstore.store.publish import package_versions, write_json
+from featstore.publish import package_versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

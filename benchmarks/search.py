@@ -24,9 +24,10 @@ from benchmarks.steps import end_to_end, release
 from benchmarks.synthetic import SyntheticFeatures, encoders_of, random_sentences
 from benchmarks.tables import table
 from featstore.config import StoreConfig
+from featstore.encoders.spec import text_spec
 from featstore.encoders.tower import TextEncoder
 from featstore.extract.extract import extract_text, writing
-from featstore.extract.plan import plan_text, text_spec
+from featstore.extract.plan import plan_text
 from trainer.features import Features
 
 WAYS = {"end_to_end": "end to end", "end_to_end_xla": "end to end, XLA"}

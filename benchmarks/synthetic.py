@@ -16,12 +16,11 @@ from featstore.data.dataset import Dataset
 from featstore.data.examples import Examples
 from featstore.data.images import ImageIndex
 from featstore.data.splits import make_splits
-from featstore.encoders.spec import TextSpec, VisionSpec
+from featstore.encoders.spec import TextSpec, VisionSpec, text_spec
 from featstore.extract.extract import bring_text
-from featstore.extract.plan import text_spec
-from featstore.store.publish import write_json
+from featstore.publish import write_json
 from featstore.store.shard import ShardRows, digest_bytes, shard_name, write_shard
-from featstore.store.store import open_store
+from featstore.store.store import open_features_of
 from trainer.config import Config, TrainConfig
 from trainer.features import Features
 
@@ -189,6 +188,6 @@ class SyntheticFeatures:
             self.dataset,
             self.vision_spec,
             spec,
-            open_store(self.root, self.vision_spec, "benchmarks"),
-            open_store(self.root, spec, "benchmarks"),
+            open_features_of(self.root, self.vision_spec),
+            open_features_of(self.root, spec),
         )

@@ -1,10 +1,4 @@
-"""Settings: typed sections, read from TOML, overridden by flags.
-
-A section is a frozen dataclass whose fields are made with `setting`. The same
-declaration gives the default, the check, the line in the file that
-`cli.py init` writes, the command-line flag, and (for `[train]`) the search
-space's key. An unknown section or key is an error that names the nearest one.
-"""
+"""The sections of `featstore.toml` that decide rows, photos and features."""
 
 from __future__ import annotations
 
@@ -45,10 +39,10 @@ class EncodersConfig:
     """The two frozen encoders."""
 
     vit: str = setting(
-        STUDY_VIT, "vision encoder: keras-hub preset name, hf://… or preset folder", path=True
+        STUDY_VIT, "vision encoder: keras-hub preset name, hf://… or preset folder", preset=True
     )
     text: str = setting(
-        STUDY_TEXT, "text encoder: keras-hub preset name, hf://… or preset folder", path=True
+        STUDY_TEXT, "text encoder: keras-hub preset name, hf://… or preset folder", preset=True
     )
     sequence_length: int = setting(
         24, "tokens of a sentence, [CLS] and [SEP] included; longer ones are cut", minimum=3

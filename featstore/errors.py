@@ -15,15 +15,98 @@
     ├── RunError                   exit 1   a run folder that cannot be used
     └── StoppedError               exit 130 the user asked to stop; what was done is kept
 
-A message is one line: what failed, where, what was expected, what was found,
-and the command that mends it.
+A message is one line: what failed, where, what was expected, what was found.
+What mends it is a value beside the message (`mend`): the console writes its
+commands as the reader would type them, with the settings in force.
 """
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+
+PROGRAM = "featstore"
+
+
+class Command:
+    """A command that a reader may type.
+
+    Args:
+        *words: The command and its arguments, such as `"store", "repair"`.
+        bare: Only where things are (`--runs`) is added to it when it is shown,
+            none of the settings in force.
+        **options: Its options, by their names with `_` for `-`.
+    """
+
+    def __init__(self, *words: str, bare: bool = False, **options: object) -> None:
+        self.words, self.bare = words, bare
+        self.options = {name.replace("_", "-"): str(value) for name, value in options.items()}
+
+    def line(self, program: str = PROGRAM, *more: tuple[str, object]) -> str:
+        """Return it as typed in a shell.
+
+        Args:
+            program: How the reader calls this program.
+            *more: Options and values to add, those apart that it has already.
+        """
+        flags = {f"--{name}": value for name, value in self.options.items()}
+        flags = {flag: str(value) for flag, value in more} | flags
+        # Its own options first, in their order; then what is added.
+        own = [f"--{name}" for name in self.options]
+        order = own + [flag for flag in flags if flag not in own]
+        parts = [*self.words, *(part for flag in order for part in (flag, flags[flag]))]
+        return " ".join([program, *map(shlex.quote, parts)])
+
+    def __str__(self) -> str:
+        return f"`{self.line()}`"
+
+    def __repr__(self) -> str:
+        return f"Command({self.line()!r})"
+
+
+class Advice:
+    """What a reader can do, as text and commands: `Advice("run ", Command("train"))`."""
+
+    def __init__(self, *parts: str | Command) -> None:
+        self.parts = parts
+
+    def shown(self, show: Callable[[Command], str] = str) -> str:
+        """Return it as one phrase, its commands written by `show`."""
+        return "".join(show(part) if isinstance(part, Command) else part for part in self.parts)
+
+    def __str__(self) -> str:
+        return self.shown()
+
+
+def shown(remedy: Command | Advice, show: Callable[[Command], str] = Command.line) -> str:
+    """Return a remedy as text: a lone command as `show` writes it, without quotes."""
+    if isinstance(remedy, Command):
+        return show(remedy)
+    return remedy.shown(lambda command: f"`{show(command)}`")
 
 
 class FeatstoreError(Exception):
-    """Base of every error that is reported as one line instead of a traceback."""
+    """Base of every error that is reported as one line instead of a traceback.
+
+    Args:
+        message: What failed, where, what was expected and found.
+        mend: What to do about it: a command to run, or more in a phrase.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, mend: Command | Advice | None = None) -> None:
+        # All of it, so that an error can be sent from a worker's process.
+        super().__init__(message, mend)
+        self.message = message
+        self.mend = Advice("run ", mend) if isinstance(mend, Command) else mend
+
+    def shown(self, show: Callable[[Command], str] = str) -> str:
+        """Return the whole line, its commands written by `show`."""
+        return f"{self.message}; {self.mend.shown(show)}" if self.mend else self.message
+
+    def __str__(self) -> str:
+        return self.shown()
 
 
 class UsageError(FeatstoreError):

@@ -34,6 +34,7 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     path: bool = False,
+    preset: bool = False,
 ) -> Any:
     """Declare one setting of a section.
 
@@ -45,6 +46,7 @@ def setting(
         above: Exclusive lower bound of a number.
         path: The value is a file or folder, taken relative to the file that
             names it.
+        preset: The same, where it is there; another value is a preset's name.
     """
     metadata = {
         "help": help,
@@ -53,6 +55,7 @@ def setting(
         "maximum": maximum,
         "above": above,
         "path": path,
+        "preset": preset,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -187,10 +190,11 @@ def build_section(
                 f" known: {', '.join(fields)}"
             )
         value = check(name, fields[key], types_of[key], value, where)
-        if fields[key].metadata.get("path"):
-            anchored = _anchor(value, folder)
-            is_preset = name == "encoders" and not Path(str(anchored)).exists()
-            value = value if is_preset else anchored
+        meta = fields[key].metadata
+        if meta["path"]:
+            value = _anchor(value, folder)
+        elif meta["preset"] and Path(anchored := _anchor(value, folder)).exists():
+            value = anchored
         chosen[key] = value
     return section(**chosen)
 

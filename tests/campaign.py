@@ -49,8 +49,8 @@ from featstore.care.info import Source, open_folder
 from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.errors import FeatstoreError
+from featstore.publish import TEMPORARY
 from featstore.store.folder import shard_paths, write_manifest
-from featstore.store.publish import TEMPORARY
 from featstore.store.shard import INDEX_DATASETS
 from featstore.store.store import VisionStore, publish
 from trainer.commands import console
@@ -305,11 +305,11 @@ def start(work: Callable[[], Any]) -> Running:
 
 def command(*args: str, attack: Callable[[], Any] = lambda: None) -> Running:
     """Start a command of the product; `attack` runs in its process before it."""
-    import cli
+    from trainer.commands.main import cli
 
     def work() -> None:
         attack()
-        cli.cli.main(list(args), prog_name="cli.py")
+        cli.main(list(args), prog_name="python cli.py")
 
     return start(work)
 

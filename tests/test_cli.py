@@ -21,9 +21,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, tiny_config
 
-import cli
 from featstore.settings import hints, toml_value
 from trainer.commands.console import read_config
+from trainer.commands.main import cli
 from trainer.config import DEFAULT_FILE, SECTIONS, Config, load_config, render_config
 
 ROOT = Path(cli.__file__).resolve().parent
@@ -32,7 +32,7 @@ PHOTOS = sum(IMAGES_OF_SPLIT.values())
 
 
 def invoke(*args: str) -> Result:
-    return CliRunner().invoke(cli.cli, list(args), prog_name="cli.py")
+    return CliRunner().invoke(cli, list(args), prog_name="python cli.py")
 
 
 def succeed(*args: str) -> Result:
@@ -121,10 +121,10 @@ def test_plain_sets_what_the_run_keeps(project: Project, trained: Result) -> Non
 def test_help_imports_nothing_heavy() -> None:
     program = f"""
 import sys
-import cli
+from trainer.commands.main import cli
 from click.testing import CliRunner
-for name in [None, *cli.cli.commands]:
-    result = CliRunner().invoke(cli.cli, [*([name] if name else []), "--help"])
+for name in [None, *cli.commands]:
+    result = CliRunner().invoke(cli, [*([name] if name else []), "--help"])
     assert result.exit_code == 0, (name, result.output)
     assert "Usage:" in result.stdout, name
 print([name for name in {HEAVY!r} if name in sys.modules])
@@ -134,10 +134,10 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 
 
 def test_every_command_has_a_description_and_described_options() -> None:
-    for name, command in cli.cli.commands.items():
+    for name, command in cli.commands.items():
         assert command.get_short_help_str(), name
         text = succeed(name, "-h").stdout
-        assert text.startswith(f"Usage: cli.py {name}")
+        assert text.startswith(f"Usage: python cli.py {name}")
 
 
 def test_the_settings_flags_show_their_section() -> None:
@@ -468,7 +468,7 @@ def test_every_flag_overrides_the_file(
     in_file = getattr(getattr(project.config, section), field.name)
     wanted = other_value(field, kind, in_file)
     text = ",".join(map(str, wanted)) if isinstance(wanted, tuple) else str(wanted)
-    command = cli.cli.commands["train"]
+    command = cli.commands["train"]
     name = field.name.replace("_", "-")
     given = [f"--{name}" if wanted else f"--no-{name}"] if kind is bool else [f"--{name}", text]
     flags = ["--config", project.file, *given]

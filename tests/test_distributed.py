@@ -23,14 +23,14 @@ from tiny_runs import write_data
 
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import index_images
+from featstore.encoders.spec import vision_spec
 from featstore.errors import StoreError, UsageError
+from featstore.extract import ray as distributed
 from featstore.extract.extract import bring_images
-from featstore.extract.extract import ray as distributed
-from featstore.extract.plan import vision_spec
 from featstore.extract.ray import ShardActor, bring_images_on_ray
+from featstore.publish import TEMPORARY
 from featstore.ray_cluster import Actors, connect, resources_of
 from featstore.store.folder import read_quarantine, shard_paths
-from featstore.store.publish import TEMPORARY
 
 ROOT = Path(__file__).resolve().parent.parent
 IDS = [f"p{number:02}" for number in range(40)]

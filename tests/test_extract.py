@@ -22,7 +22,7 @@ from PIL import Image
 import featstore.extract.extract as extract_module
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import ImageIndex, decode_image, index_images
-from featstore.encoders.spec import VisionSpec
+from featstore.encoders.spec import VisionSpec, text_spec, vision_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ConfigError, FeatstoreError, StoreError
 from featstore.extract.extract import (
@@ -35,9 +35,9 @@ from featstore.extract.extract import (
     extract_text,
     writing,
 )
-from featstore.extract.plan import Plan, plan_images, plan_text, text_spec, vision_spec
+from featstore.extract.plan import Plan, plan_images, plan_text
 from featstore.store.folder import read_quarantine, shard_paths, write_manifest
-from featstore.store.store import open_store
+from featstore.store.store import open_features_of
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 4
@@ -153,7 +153,7 @@ def check_rows(
     store: StoreConfig, index: ImageIndex, ids: list[str], spec: Any = PIXEL_SPEC
 ) -> None:
     """Compare each key's row with its own photo, encoded alone."""
-    opened = open_store(Path(store.root), spec, "x")
+    opened = open_features_of(Path(store.root), spec)
     positions = opened.lookup(ids)
     assert (positions >= 0).all()
     found = opened.gather(positions)
@@ -210,7 +210,7 @@ def test_images_of_the_real_encoder(
     assert seen[0] == -40
     assert sum(seen[1:]) == 40
     spec = vision_spec(encoders, store)
-    opened = open_store(Path(store.root), spec, "x")
+    opened = open_features_of(Path(store.root), spec)
     assert [len(shard) for shard in opened.shards] == [7, 7, 7, 7, 7, 5]
     assert opened.keys() == IDS
     assert opened.row_shape == (16, 16)
@@ -275,7 +275,7 @@ def test_out_of_memory_halves_the_batch(
     summary = extract_images(plan, Small(vit), store, "x", on_halved=halved.append)  # type: ignore[arg-type]
     assert halved == [8, 4, 2]
     assert (summary.batch_size, summary.extracted) == (2, 40)
-    opened = open_store(Path(store.root), spec, "x")
+    opened = open_features_of(Path(store.root), spec)
     assert opened.keys() == IDS
     for image_id, row in zip(IDS, opened.gather(np.arange(40)), strict=True):
         assert np.array_equal(row, alone(vit, index, image_id, 2))
@@ -291,7 +291,7 @@ def test_out_of_memory_of_text_loses_no_sentence(
     summary = extract_text(plan, Small(bert), store, "x")  # type: ignore[arg-type]
     assert summary.extracted == len(sentences) == 90
     assert summary.batch_size == 2
-    opened = open_store(Path(store.root), spec, "x")
+    opened = open_features_of(Path(store.root), spec)
     assert opened.keys() == sentences
     ids, mask = bert.tokenize(sentences)
     for first in range(0, 90, 2):
@@ -327,7 +327,7 @@ def test_text_keeps_the_valid_tokens(
         plan, summary = bring_text(encoders, store, [*sentences, sentences[0]], k_txt)
         assert (plan.requested, summary.extracted) == (17, 17)
         folders.add(plan.folder)
-        opened = open_store(Path(store.root), text_spec(encoders, store, k_txt), "x")
+        opened = open_features_of(Path(store.root), text_spec(encoders, store, k_txt))
         assert [len(shard) for shard in opened.shards] == [7, 7, 3]
         ids, mask = bert.tokenize(sentences)
         assert opened.lengths(np.arange(17)).tolist() == mask.sum(1).tolist()
@@ -354,7 +354,7 @@ def test_variants(
     store = dataclasses.replace(store, tokens=tokens, dtype=dtype)
     index = index_images(photos)
     bring_images(encoders, store, IDS[:3], index)
-    opened = open_store(Path(store.root), vision_spec(encoders, store), "x")
+    opened = open_features_of(Path(store.root), vision_spec(encoders, store))
     assert opened.row_shape == shape
     encoder = VisionEncoder(encoders.vit, tokens, "float32")
     for image_id, row in zip(IDS, opened.gather(np.arange(3)), strict=False):
@@ -428,7 +428,7 @@ def test_kills_at_any_moment_give_the_same_bytes(photos: Path, tmp_path: Path) -
         ends.append(process.wait())
         process.stdout.close()
         if shard_paths(folder):
-            open_store(root, PIXEL_SPEC, "x").gather(np.arange(0))
+            open_features_of(root, PIXEL_SPEC).gather(np.arange(0))
         reached.append(len(shard_paths(folder)))
     assert ends[-1] == 0
     assert -9 in ends
@@ -482,7 +482,7 @@ def test_bad_photos_are_quarantined_and_shift_no_row(own: Path, store: StoreConf
     assert sorted(summary.failed) == bad
     assert summary.extracted == 36
     check_rows(store, index, good)
-    opened = open_store(Path(store.root), PIXEL_SPEC, "x")
+    opened = open_features_of(Path(store.root), PIXEL_SPEC)
     assert opened.keys() == good
     assert opened.lookup(bad).tolist() == [-1] * 4
     entries = read_quarantine(plan.folder)
@@ -508,7 +508,7 @@ def test_a_photo_that_changed_for_the_worse(own: Path, store: StoreConfig) -> No
     assert list(summary.failed) == ["p04"]
     again = plan_images(PIXEL_SPEC, store, IDS, index)
     assert (again.keys, again.quarantined, again.cached) == ([], 1, 39)
-    assert open_store(Path(store.root), PIXEL_SPEC, "x").lookup(["p04"]).tolist() == [-1]
+    assert open_features_of(Path(store.root), PIXEL_SPEC).lookup(["p04"]).tolist() == [-1]
     (own / "p04.png").write_bytes(content)
     run_pixels(store, IDS, index)
     check_rows(store, index, IDS)
@@ -537,7 +537,7 @@ def test_an_overflow_is_quarantined_and_not_stored(own: Path, store: StoreConfig
     _, summary = run_pixels(store, IDS, index, PixelEncoder(scale=300.0), spec)
     assert list(summary.failed) == ["p04"]
     assert "do not fit float16; use [store] dtype float32" in summary.failed["p04"]
-    opened = open_store(Path(store.root), spec, "x")
+    opened = open_features_of(Path(store.root), spec)
     rows = opened.gather(np.arange(len(opened)))
     assert np.isfinite(rows).all()
     assert len(rows) == 39
@@ -561,7 +561,7 @@ def test_a_sentence_that_overflows_is_not_tried_again(
     (failed,) = summary.failed
     again = plan_text(spec, store, sentences)
     assert (again.keys, again.quarantined, again.cached) == ([], 1, 3)
-    opened = open_store(Path(store.root), spec, "x")
+    opened = open_features_of(Path(store.root), spec)
     assert opened.keys() == [text for text in sentences if text != failed]
 
 
@@ -614,7 +614,7 @@ def test_two_at_once_share_the_work(
     for thread in threads:
         thread.join()
     assert sum(results) == 40
-    assert open_store(Path(store.root), vision_spec(encoders, store), "x").keys() == IDS
+    assert open_features_of(Path(store.root), vision_spec(encoders, store)).keys() == IDS
 
 
 def test_two_processes_at_once_do_the_work_once(photos: Path, tmp_path: Path) -> None:
@@ -627,7 +627,7 @@ def test_two_processes_at_once_do_the_work_once(photos: Path, tmp_path: Path) ->
         for _ in range(2)
     ]
     assert [process.wait() for process in processes] == [0, 0]
-    opened = open_store(tmp_path, PIXEL_SPEC, "x")
+    opened = open_features_of(tmp_path, PIXEL_SPEC)
     assert opened.keys() == IDS
     assert [len(shard) for shard in opened.shards] == [5] * 8
 
@@ -640,5 +640,5 @@ def test_text_shards_are_bounded(
     spec = text_spec(encoders, store, 2)
     plan = plan_text(spec, store, [f"a {word}" for word in WORDS[:8]])
     extract_text(plan, bert, store, "x")
-    opened = open_store(Path(store.root), spec, "x")
+    opened = open_features_of(Path(store.root), spec)
     assert [len(shard) for shard in opened.shards] == [3, 3, 2]

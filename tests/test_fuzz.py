@@ -23,11 +23,11 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import cli
 from featstore.data.rows import read_examples
 from featstore.data.splits import read_split_file
 from featstore.errors import ConfigError, FeatstoreError, RowError, SplitError
 from featstore.settings import toml_value
+from trainer.commands.main import cli
 from trainer.config import SECTIONS, load_config, render_config
 from trainer.tuning.space_file import read_space
 
@@ -221,7 +221,7 @@ def walk(group: click.Group, names: tuple[str, ...] = ()) -> Iterator[tuple[Any,
             yield from walk(command, (*names, name))
 
 
-COMMANDS = dict(walk(cli.cli))
+COMMANDS = dict(walk(cli))
 OPTIONS = sorted(
     {
         name
@@ -258,7 +258,7 @@ def run_command(arguments: list[str], place: Path) -> None:
     before = Path.cwd()
     os.chdir(place)
     try:
-        result = CliRunner().invoke(cli.cli, arguments, prog_name="cli.py")
+        result = CliRunner().invoke(cli, arguments, prog_name="python cli.py")
     finally:
         os.chdir(before)
     told = (arguments, result.output, result.exception)

@@ -19,13 +19,13 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from tiny_runs import extracted, tiny_config, with_train
 
-import cli
 from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.errors import CorruptShardError
 from featstore.store.folder import reconcile_manifest, shard_paths, write_manifest
 from featstore.store.numbers import dequantise, quantise
 from featstore.store.shard import ShardRows, digest_bytes, open_shard, row_checksum, write_shard
+from trainer.commands.main import cli
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import open_features
 from trainer.model.cached import build_cached_model
@@ -244,7 +244,7 @@ def folders(config: Config) -> dict[str, Path]:
 
 def command(config: Config, *arguments: str, code: int = 0) -> str:
     file = str(Path(config.store.root).parent / "featstore.toml")
-    done = CliRunner().invoke(cli.cli, [*arguments, "--config", file])
+    done = CliRunner().invoke(cli, [*arguments, "--config", file])
     assert done.exit_code == code, (done.stdout, done.stderr, done.exception)
     return str(done.stdout)
 
@@ -303,9 +303,9 @@ def test_runs_on_int8_features(project: Config) -> None:
         training = Training(Run(root / name), open_features(config, dataset))
         training.fit()
         losses[name] = [record["val_loss"] for record in training.progress.history]
-        shown = CliRunner().invoke(cli.cli, ["parity", str(root / name), "--rows", "30"])
+        shown = CliRunner().invoke(cli, ["parity", str(root / name), "--rows", "30"])
         assert shown.exit_code == 0, (shown.stdout, shown.stderr, shown.exception)
-        done = CliRunner().invoke(cli.cli, ["evaluate", str(root / name), "--split", "test"])
+        done = CliRunner().invoke(cli, ["evaluate", str(root / name), "--split", "test"])
         assert done.exit_code == 0, done.stderr
     assert losses["fast"] == pytest.approx(losses["plain"], abs=1e-4)
     assert losses["head"] != losses["fast"]
@@ -332,7 +332,7 @@ def test_a_scale_that_no_encoder_gives_fails_parity(project: Config, tmp_path: P
         path.unlink()
         write_shard(path, "vit", vit.name, "int8", rows, shard.versions)
     write_manifest(vit, vit.name, reconcile_manifest(vit))
-    done = CliRunner().invoke(cli.cli, ["parity", str(folder / "runs" / "x"), "--rows", "30"])
+    done = CliRunner().invoke(cli, ["parity", str(folder / "runs" / "x"), "--rows", "30"])
     assert done.exit_code == 1, done.stdout
 
 

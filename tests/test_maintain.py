@@ -24,18 +24,20 @@ from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
 from unprivileged import forbidden
 
-import cli
-from featstore import encoders, extract, maintain
+from featstore.care import info as maintain
 from featstore.care.dump import export_features
 from featstore.care.gc import compact, delete, find_garbage
 from featstore.care.info import Source, describe_store, open_folder
 from featstore.care.repair import RepairReport, repair_folder
 from featstore.care.verify import FolderReport, sample_folder, verify_folder, verify_store
 from featstore.config import DataConfig, EncodersConfig
+from featstore.encoders import tower as encoders
 from featstore.errors import CorruptShardError, RunError, StoreError, UsageError
+from featstore.extract import extract
 from featstore.extract.extract import bring_images, bring_text, writing
 from featstore.store.folder import LOST, read_manifest, read_quarantine, shard_paths
-from featstore.store.store import open_store
+from featstore.store.store import open_features_of
+from trainer.commands.main import cli
 from trainer.config import Config, render_config
 
 PHOTOS = sum(IMAGES_OF_SPLIT.values())
@@ -86,7 +88,7 @@ class Own:
 
     def gathered(self, kind: str = "vit") -> Any:
         source = self.source
-        opened = open_store(source.root, source.asked[kind], "x")
+        opened = open_features_of(source.root, source.asked[kind])
         positions = opened.lookup(source.keys(kind))
         assert (positions >= 0).all()
         return opened.gather(positions) if kind == "vit" else opened.gather(positions, 24)[0]
@@ -849,7 +851,9 @@ def test_damage_leaves_no_export(own: Own, tmp_path: Path) -> None:
 
 
 def invoke(own: Own, *args: str) -> Result:
-    return CliRunner().invoke(cli.cli, ["store", *args, "--config", own.file()], prog_name="cli.py")
+    return CliRunner().invoke(
+        cli, ["store", *args, "--config", own.file()], prog_name="python cli.py"
+    )
 
 
 def test_info_counts(own: Own) -> None:
@@ -886,7 +890,8 @@ def test_info_counts(own: Own) -> None:
 @pytest.mark.parametrize("command", ["info", "verify", "gc"])
 def test_looking_needs_no_tensorflow(own: Own, command: str) -> None:
     program = (
-        "import sys, cli\n"
+        "import sys\n"
+        "from trainer.commands import main as cli\n"
         "try: cli.main()\n"
         "except SystemExit as end: print(end.code, 'keras' in sys.modules,"
         " 'tensorflow' in sys.modules)"
@@ -967,7 +972,7 @@ def test_errors_are_one_line(
     ]
     for code, args, expected in cases:
         result = invoke(own, *args) if "--config" not in args else CliRunner().invoke(
-            cli.cli, ["store", *args], prog_name="cli.py"
+            cli, ["store", *args], prog_name="python cli.py"
         )  # fmt: skip
         assert result.exit_code == code, (args, result.output)
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
 
-import cli
 import trainer.results.parity
 from featstore.errors import RunError
 from featstore.store.folder import read_spec, reconcile_manifest, shard_paths, write_manifest
 from featstore.store.shard import ShardRows, feature_dtype, open_shard, write_shard
+from trainer.commands.main import cli
 from trainer.config import render_config
 from trainer.features import open_features
 from trainer.metrics import sigmoid
@@ -100,7 +100,7 @@ def assert_sound_by_its_checksums(run: Run) -> None:
 
 
 def test_a_run_equals_the_end_to_end_model(run: Run) -> None:
-    done = CliRunner().invoke(cli.cli, ["parity", str(run.folder), "--rows", "1000"])
+    done = CliRunner().invoke(cli, ["parity", str(run.folder), "--rows", "1000"])
     assert done.exit_code == 0, (done.stderr, done.exception)
     result = json.loads((run.folder / "parity-test.json").read_text())
     assert result["command"]
@@ -166,7 +166,7 @@ def shift(rows: ShardRows) -> None:
 def test_features_stored_under_the_next_key_are_found(run: Run) -> None:
     rewrite(run, "vit", shift)
     assert_sound_by_its_checksums(run)
-    done = CliRunner().invoke(cli.cli, ["parity", str(run.folder), "--rows", "16", "--json"])
+    done = CliRunner().invoke(cli, ["parity", str(run.folder), "--rows", "16", "--json"])
     assert done.exit_code == 1
     result = json.loads(done.stdout)
     figures = result["quantities"]["vision_features"]
@@ -325,7 +325,7 @@ def test_a_control_is_refused(run: Run) -> None:
     ],
 )
 def test_usage(args: list[str], code: int, words: str) -> None:
-    done = CliRunner().invoke(cli.cli, ["parity", *args])
+    done = CliRunner().invoke(cli, ["parity", *args])
     assert done.exit_code == code
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from featstore.errors import FeatstoreError
-from featstore.store.publish import (
+from featstore.publish import (
     TEMPORARY,
     command_line,
     package_versions,
@@ -53,7 +53,7 @@ def test_a_disk_that_fills_up_keeps_the_old_file(tmp_path: Path) -> None:
     script = (
         "import resource, signal, sys\n"
         "from featstore.errors import FeatstoreError\n"
-        "from featstore.store.publish import write_bytes\n"
+        "from featstore.publish import write_bytes\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"
@@ -167,7 +167,7 @@ def test_threads_that_publish_one_path_do_not_mix(tmp_path: Path) -> None:
 
 def test_processes_that_publish_one_path_do_not_mix(tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom featstore.store.publish import write_bytes\n"
+        "import sys\nfrom featstore.publish import write_bytes\n"
         "for _ in range(40): write_bytes(sys.argv[1], sys.argv[2].encode() * 50_000)\n"
     )
     path = tmp_path / "x"
@@ -186,7 +186,7 @@ def test_a_killed_writer_leaves_the_old_file_and_a_removable_leftover(tmp_path: 
     path = tmp_path / "x"
     write_bytes(path, b"old")
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom featstore.store.publish import publish\n"
+        "import sys, time\nfrom pathlib import Path\nfrom featstore.publish import publish\n"
         "with publish(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half')\n"
         "    print('written', flush=True)\n"
@@ -217,7 +217,7 @@ def test_remove_leftovers_touches_nothing_else(tmp_path: Path) -> None:
 def test_what_an_output_records(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"python", "numpy", "h5py"} <= package_versions().keys()
     monkeypatch.setattr(sys, "argv", ["/somewhere/cli.py", "train", "--name", "a b"])
-    assert command_line() == "cli.py train --name 'a b'"
+    assert command_line() == "python cli.py train --name 'a b'"
 
 
 @pytest.mark.parametrize(
@@ -233,4 +233,4 @@ def test_a_recorded_command_has_no_password(
     monkeypatch: pytest.MonkeyPatch, given: str, kept: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/x/cli.py", "search", given, "--name", "a b"])
-    assert command_line() == f"cli.py search {kept} --name 'a b'"
+    assert command_line() == f"python cli.py search {kept} --name 'a b'"

@@ -24,7 +24,7 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 from tiny_runs import extracted, tiny_config
 
-from cli import cli
+from trainer.commands.main import cli
 from trainer.config import render_config
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,6 @@ from click.testing import CliRunner
 from PIL import Image
 from test_extract import BATCH, IDS, PIXEL_SPEC, PixelEncoder, bomb, check_rows, write_photos
 
-from cli import cli
 from featstore.care.gc import compact
 from featstore.config import StoreConfig
 from featstore.data.images import index_images
@@ -27,11 +26,12 @@ from featstore.errors import StoreError, UsageError
 from featstore.extract.extract import ALL, Summary, share_images, share_of_images
 from featstore.extract.plan import Plan
 from featstore.extract.worklist import PLAN, Publisher, read_plan, request_token, writing
+from featstore.publish import write_json
 from featstore.store.folder import read_quarantine, shard_paths
-from featstore.store.publish import write_json
 from featstore.store.shard import ShardRows
-from featstore.store.store import open_store
+from featstore.store.store import open_features_of
 from trainer.commands.extract import _shard_range
+from trainer.commands.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 BAD = ["p00", "p07", "p09", "p20", *(f"p{i:02}" for i in range(28, 35))]
@@ -117,7 +117,7 @@ def test_a_failed_row_shortens_its_shard_and_shifts_no_other(
     photos: Path, single: dict[str, Any], tmp_path: Path
 ) -> None:
     share(tmp_path, photos)
-    opened = open_store(tmp_path, PIXEL_SPEC, "x")
+    opened = open_features_of(tmp_path, PIXEL_SPEC)
     rows = {shard.path.name: shard.keys() for shard in opened.shards}
     good = [key for key in IDS if key not in BAD]
     assert rows == {
@@ -146,7 +146,7 @@ def test_ranges_in_any_order_give_the_bytes_of_one_process(
         extracted += summary.extracted
         made = {int(p.stem[6:]) for p in set(shard_paths(folder_of(tmp_path))) - before}
         assert made == {job * 2, job * 2 + 1} - {4}
-        open_store(tmp_path, PIXEL_SPEC, "x").gather(np.arange(0))
+        open_features_of(tmp_path, PIXEL_SPEC).gather(np.arange(0))
     assert extracted == 40 - len(BAD)
     assert contents(tmp_path) == single
     # A job that is started again, and one whose range lies beyond the plan, do nothing.
@@ -252,7 +252,7 @@ def test_rows_of_other_requests_do_not_mix(photos: Path, tmp_path: Path) -> None
     assert read_plan(folder_of(tmp_path)) is None
     share(tmp_path, photos)
     check_rows(store_in(tmp_path), index_images(photos), [key for key in IDS if key not in BAD])
-    opened = open_store(tmp_path, PIXEL_SPEC, "x")
+    opened = open_features_of(tmp_path, PIXEL_SPEC)
     assert len(opened) == 40 - len(BAD)
 
 
@@ -273,7 +273,7 @@ def test_who_extracts_other_rows_waits(photos: Path, tmp_path: Path) -> None:
     owner.kill()
     owner.wait()
     other.join()
-    assert open_store(tmp_path, PIXEL_SPEC, "x").keys() == IDS[1:3]
+    assert open_features_of(tmp_path, PIXEL_SPEC).keys() == IDS[1:3]
 
 
 def test_a_photo_that_changes_while_a_plan_is_open_is_not_left_stale(
@@ -292,7 +292,7 @@ def test_another_shard_size_makes_another_plan(photos: Path, tmp_path: Path) -> 
     share(tmp_path, photos, range(1))
     store = dataclasses.replace(store_in(tmp_path), shard_rows=10)
     share_images(PIXEL_SPEC, PixelEncoder, "x", store, IDS, index_images(photos))
-    counts = [len(shard) for shard in open_store(tmp_path, PIXEL_SPEC, "x").shards]
+    counts = [len(shard) for shard in open_features_of(tmp_path, PIXEL_SPEC).shards]
     assert counts == [6, 8, 9, 3, 3]
 
 

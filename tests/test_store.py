@@ -28,7 +28,7 @@ from featstore.store.folder import (
     write_manifest,
 )
 from featstore.store.shard import ShardRows, digest_bytes, feature_dtype, shard_name, write_shard
-from featstore.store.store import TextStore, VisionStore, open_store
+from featstore.store.store import TextStore, VisionStore, open_features_of
 
 SHAPE = (1, 5, 4)
 COUNTS = (7, 1, 4)
@@ -77,12 +77,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vision(root: Path) -> VisionStore:
-    return open_store(root, VISION, "extract")
+    return open_features_of(root, VISION)
 
 
 @pytest.fixture(scope="module")
 def text(root: Path) -> TextStore:
-    return open_store(root, TEXT, "extract")
+    return open_features_of(root, TEXT)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def store_of_views(
     root = tmp_path_factory.mktemp("views")
     make(root, spec, parts)
     rows = [row[0].tobytes() for part in parts for row in part.features]
-    return open_store(root, spec, "extract"), rows
+    return open_features_of(root, spec), rows
 
 
 @settings(deadline=None)
@@ -168,7 +168,7 @@ def test_read_ahead_names_the_bytes_of_the_rows(
 ) -> None:
     parts = [vision_shard(keys, i, shape=(2, 5, 4)) for i, keys in enumerate(key_lists())]
     make(tmp_path, dataclasses.replace(VISION, views=2), parts)
-    store = open_store(tmp_path, dataclasses.replace(VISION, views=2), "x")
+    store = open_features_of(tmp_path, dataclasses.replace(VISION, views=2))
     advise, found = os.posix_fadvise, []
 
     def recorded(descriptor: int, start: int, length: int, advice: int) -> None:
@@ -233,14 +233,14 @@ def test_dtypes(tmp_path: Path, dtype: str) -> None:
     parts = [vision_shard(["a", "b"], 0, dtype), vision_shard(["c"], 1, dtype)]
     spec = dataclasses.replace(VISION, dtype=dtype)
     make(tmp_path, spec, parts)
-    found = open_store(tmp_path, spec, "x").gather(np.array([2, 0]))
+    found = open_features_of(tmp_path, spec).gather(np.array([2, 0]))
     assert found.dtype == feature_dtype(dtype)
     assert found[0].tobytes() == parts[1].features[0, 0].tobytes()
     assert found[1].tobytes() == parts[0].features[0, 0].tobytes()
     words = dataclasses.replace(TEXT, dtype=dtype)
     sentence = text_shard(["a"], 0, dtype)
     make(tmp_path, words, [sentence])
-    hidden, mask = open_store(tmp_path, words, "x").gather(np.array([0]), 10)
+    hidden, mask = open_features_of(tmp_path, words).gather(np.array([0]), 10)
     assert hidden[mask].tobytes() == sentence.features.tobytes()
 
 
@@ -257,7 +257,7 @@ def test_lookup(vision: VisionStore) -> None:
 def test_the_newest_of_equal_keys_counts(tmp_path: Path) -> None:
     parts = [vision_shard(keys, i) for i, keys in enumerate((["a", "b"], ["b", "c"], ["b"]))]
     make(tmp_path, VISION, parts)
-    store = open_store(tmp_path, VISION, "x")
+    store = open_features_of(tmp_path, VISION)
     assert store.lookup(["a", "b", "c"]).tolist() == [0, 4, 3]
     assert len(store) == 5
     assert store.source_digests(np.array([4, 1])).tolist() == [
@@ -272,7 +272,7 @@ def test_a_photo_that_changed_and_failed_is_absent(own: Path) -> None:
         "k2": {"reason": "cannot be read", "source_digest": None},
     }
     (own / "quarantine.json").write_text(json.dumps(entries))
-    store = open_store(own.parent.parent, VISION, "x")
+    store = open_features_of(own.parent.parent, VISION)
     assert store.lookup(["k0", "k1", "k2"]).tolist() == [0, -1, 2]
 
 
@@ -301,7 +301,7 @@ def test_a_flipped_feature_byte_is_never_returned(own: Path) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 16
     path.write_bytes(content)
-    store = open_store(own.parent.parent, VISION, "x")
+    store = open_features_of(own.parent.parent, VISION)
     out = np.zeros((2, *SHAPE[1:]), np.float16)
     for _ in range(2):
         with pytest.raises(CorruptShardError, match=r"shard-00002.h5: row 2 \('k10'\)"):
@@ -369,27 +369,27 @@ def test_a_broken_quarantine_list(own: Path, content: bytes) -> None:
 
 def test_what_open_store_says(own: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingFeaturesError, match=r"no text features .* run `extract`"):
-        open_store(tmp_path, TEXT, "extract")
+        open_features_of(tmp_path, TEXT)
     other = dataclasses.replace(VISION, tokens="all", dtype="float32")
     wanted = "dtype: wanted 'float32', stored 'float16'; tokens: wanted 'all', stored 'patches'"
     with pytest.raises(StaleFeaturesError, match=wanted):
-        open_store(tmp_path, other, "extract")
+        open_features_of(tmp_path, other)
     empty = other.folder(tmp_path)
     empty.mkdir()
     (empty / "spec.json").write_text(json.dumps({"spec": other.to_dict()}))
     with pytest.raises(StaleFeaturesError, match=wanted):
-        open_store(tmp_path, other, "extract")
+        open_features_of(tmp_path, other)
     (own / "spec.json").write_text("{}")
     with pytest.raises(CorruptShardError, match="no readable spec"):
-        open_store(tmp_path, VISION, "extract")
+        open_features_of(tmp_path, VISION)
     with pytest.raises(MissingFeaturesError):
-        open_store(tmp_path, other, "extract")
+        open_features_of(tmp_path, other)
 
 
 def test_gather_copies_no_more_than_the_batch(tmp_path: Path) -> None:
     keys = [f"k{i}" for i in range(64)]
     make(tmp_path, VISION, [vision_shard(keys, 0, shape=(1, 64, 64))])
-    store = open_store(tmp_path, VISION, "x")
+    store = open_features_of(tmp_path, VISION)
     chosen = np.arange(0, 64, 8)
     out = np.empty((8, 64, 64), np.float16)
     tracemalloc.start()
@@ -404,7 +404,7 @@ def test_gather_copies_no_more_than_the_batch(tmp_path: Path) -> None:
 
 
 def test_threads(root: Path, text: TextStore) -> None:
-    store = open_store(root, VISION, "x")
+    store = open_features_of(root, VISION)
     wanted = plain_vision(VISION.folder(root))
 
     def work(seed: int) -> bool:
@@ -418,7 +418,7 @@ def test_threads(root: Path, text: TextStore) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_after_a_fork(root: Path) -> None:
-    store = open_store(root, VISION, "x")
+    store = open_features_of(root, VISION)
     wanted = plain_vision(VISION.folder(root))
     child = os.fork()
     if not child:

@@ -10,19 +10,18 @@ import numpy as np
 from featstore.config import SPLITS
 from featstore.data.dataset import Dataset
 from featstore.data.examples import require_both_classes
-from featstore.encoders.spec import TextSpec, VisionSpec
-from featstore.errors import DataError, MissingFeaturesError
+from featstore.encoders.spec import TextSpec, VisionSpec, text_spec, vision_spec
+from featstore.errors import Command, DataError, MissingFeaturesError
 from featstore.extract.extract import ProgressBar, bring_text, no_progress
-from featstore.extract.plan import text_spec, vision_spec
 from featstore.store.folder import read_quarantine
-from featstore.store.store import TextStore, VisionStore, open_store
+from featstore.store.store import TextStore, VisionStore, open_features_of
 from trainer.batches import CachedRows, IntArray
 from trainer.config import Config
 
 
-def extract_command(what: str, split: str) -> str:
+def extract_command(what: str, split: str) -> Command:
     """Return the command that makes missing features."""
-    return f"python cli.py extract-{what} --split {split}"
+    return Command(f"extract-{what}", split=split)
 
 
 def usable_rows(
@@ -40,8 +39,8 @@ def usable_rows(
     if missing:
         raise MissingFeaturesError(
             f"{vision.folder}: {len(missing)} of {len(set(ids))} photos of split"
-            f" {split!r} have no features (first: {missing[0]!r}); run"
-            f" `{extract_command('vit', split)}`"
+            f" {split!r} have no features (first: {missing[0]!r})",
+            extract_command("vit", split),
         )
     if not present.any():
         raise DataError(f"split {split!r} has no row whose photo could be read")
@@ -88,7 +87,8 @@ class Features:
             missing = examples.hypotheses[rows][sentences < 0][0]
             raise MissingFeaturesError(
                 f"{self.text.folder}: {(sentences < 0).sum()} sentences of split {split!r} have"
-                f" no features (first: {missing!r}); run `{extract_command('text', split)}`"
+                f" no features (first: {missing!r})",
+                extract_command("text", split),
             )
         return CachedRows(
             self.vision,
@@ -124,13 +124,13 @@ def open_features(config: Config, dataset: Dataset, bar: ProgressBar = no_progre
     for split in ("train", "val"):
         rows = dataset.rows(split)
         require_both_classes(dataset.examples.select(rows), f"split {split!r}")
-    vision = open_store(root, image_spec, extract_command("vit", "all"))
+    vision = open_features_of(root, image_spec, extract_command("vit", "all"))
     for split in ("train", "val"):
         # Before the sentences are encoded, which would be for nothing.
         usable_rows(dataset, vision, split)
     sentences = dataset.examples.hypotheses.tolist()
     bring_text(config.encoders, config.store, sentences, config.train.k_txt, bar)
-    text = open_store(root, sentence_spec, extract_command("text", "all"))
+    text = open_features_of(root, sentence_spec, extract_command("text", "all"))
     return Features(config, dataset, image_spec, sentence_spec, vision, text)
 
 

@@ -32,13 +32,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.care.info import Source
-from featstore.errors import DataError, FeatstoreError, MissingFeaturesError, StoreError, UsageError
+from featstore.encoders.spec import QUANTISED
+from featstore.errors import (
+    Command,
+    DataError,
+    FeatstoreError,
+    MissingFeaturesError,
+    StoreError,
+    UsageError,
+)
 from featstore.extract.extract import ProgressBar, no_progress
 from featstore.extract.plan import free_space
+from featstore.publish import command_line, package_versions, publish
 from featstore.store.folder import read_quarantine
-from featstore.store.numbers import QUANTISED, dequantise
-from featstore.store.publish import command_line, package_versions, publish
-from featstore.store.store import IntArray, TextStore, VisionStore, open_store
+from featstore.store.numbers import dequantise
+from featstore.store.store import IntArray, TextStore, VisionStore, open_features_of
 
 GROUP_BYTES = 64 << 20
 STORED = "stored"
@@ -60,7 +68,8 @@ def _positions(
     if missing:
         raise MissingFeaturesError(
             f"{opened.folder}: {len(missing)} of {len(wanted)} inputs of split {split!r} have no"
-            f" features (first: {missing[0]!r}); run `python cli.py extract-{kind} --split {split}`"
+            f" features (first: {missing[0]!r})",
+            Command(f"extract-{kind}", split=split),
         )
     stored = [key for key, found in zip(wanted, positions.tolist(), strict=True) if found >= 0]
     return positions[positions >= 0], stored, len(absent)
@@ -199,7 +208,7 @@ def export_features(
     if write is None:
         raise UsageError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}")
     spec = source.asked[kind]
-    opened = open_store(source.root, spec, f"python cli.py extract-{kind}")
+    opened = open_features_of(source.root, spec, Command(f"extract-{kind}"))
     positions, keys, quarantined = _positions(source, opened, kind, split)
     if not len(positions):
         raise DataError(f"{opened.folder}: no row to write")

@@ -20,6 +20,7 @@ import numpy as np
 from featstore.care.info import KINDS, Source, disk_bytes, feature_folders, open_folder
 from featstore.errors import RunError, StoreError
 from featstore.extract.worklist import CLAIM, PLAN, writing
+from featstore.publish import TEMPORARY, read_json
 from featstore.store.folder import (
     listed,
     read_spec,
@@ -27,7 +28,6 @@ from featstore.store.folder import (
     shard_paths,
     write_manifest,
 )
-from featstore.store.publish import TEMPORARY, read_json
 from featstore.store.shard import MAKE_READABLE, open_shard, rewrite_shard, shard_number
 
 DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
@@ -121,7 +121,8 @@ def _records(runs: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise RunError(
             f"{error.filename}: cannot be listed ({error.strerror}), so the features that its"
-            f" runs need are not known; {MAKE_READABLE}"
+            f" runs need are not known",
+            MAKE_READABLE,
         ) from error
 
     found, seen = [], set[str]()

@@ -12,12 +12,11 @@ from typing import Any
 
 from featstore.config import SPLITS, DataConfig, EncodersConfig, StoreConfig
 from featstore.data.dataset import Dataset, load_dataset
-from featstore.encoders.spec import TextSpec, VisionSpec
+from featstore.encoders.spec import TextSpec, VisionSpec, text_spec, vision_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
-from featstore.errors import CorruptShardError, FeatstoreError, StoreError
-from featstore.extract.plan import text_spec, vision_spec
+from featstore.errors import Advice, Command, CorruptShardError, FeatstoreError, StoreError
+from featstore.publish import TEMPORARY, read_json
 from featstore.store.folder import listed, read_quarantine, read_spec, shard_paths
-from featstore.store.publish import TEMPORARY, read_json
 from featstore.store.store import TextStore, VisionStore
 
 KINDS = ("vit", "text")
@@ -32,8 +31,8 @@ def feature_folders(root: Path, kinds: Sequence[str] = KINDS) -> list[Path]:
     """
     if not root.is_dir():
         raise StoreError(
-            f"{root}: no store there; name it with --root or [store] root, or run"
-            " `python cli.py extract-vit`"
+            f"{root}: no store there",
+            Advice("name it with --root or [store] root, or run ", Command("extract-vit")),
         )
     return [
         path

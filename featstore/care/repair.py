@@ -1,4 +1,4 @@
-"""Mend what `verify` finds, without losing what is intact.
+"""Advice what `verify` finds, without losing what is intact.
 
 A shard is immutable, so a damaged one is replaced whole: its intact rows are
 kept as they are, the damaged ones are computed again from their photo or
@@ -34,7 +34,7 @@ from featstore.care.info import KINDS, Source, feature_folders, matching_spec
 from featstore.care.verify import FolderReport, Problem, verify_folder
 from featstore.encoders.spec import TextSpec, VisionSpec, differing_fields
 from featstore.encoders.tower import TextEncoder, VisionEncoder
-from featstore.errors import FeatstoreError, StoreError
+from featstore.errors import Advice, Command, FeatstoreError, StoreError
 from featstore.extract.extract import (
     Batched,
     ProgressBar,
@@ -99,14 +99,14 @@ class RepairReport:
     dropped: list[str] = field(default_factory=list)
     extracted: int = 0
     failed: dict[str, str] = field(default_factory=dict)
-    left: list[str] = field(default_factory=list)
+    left: list[StoreError] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-able."""
-        return {**vars(self), "folder": str(self.folder)}
+        return {**vars(self), "folder": str(self.folder), "left": list(map(str, self.left))}
 
 
-def _no_match(folder: Path, source: Source) -> str:
+def _no_match(folder: Path, source: Source) -> StoreError:
     """Say which configuration a folder's repair needs."""
     kind = folder.parent.name
     try:
@@ -114,10 +114,12 @@ def _no_match(folder: Path, source: Source) -> str:
         differs = f" ({'; '.join(fields)})"
     except StoreError:
         differs = ""
-    return (
-        f"{folder}: the configuration's encoder cannot make these features again{differs}; run"
-        f" `python cli.py store repair` with the --{kind} (and --config) that they were extracted"
-        " with, or remove them with `python cli.py store gc`"
+    return StoreError(
+        f"{folder}: the configuration's encoder cannot make these features again{differs}",
+        Advice(
+            f"give the --{kind} and --config that they were extracted with, or remove them with ",
+            Command("store", "gc"),
+        ),
     )
 
 
@@ -131,7 +133,8 @@ class _Repair:
         self.result = RepairReport(report.folder)
         # Nothing is known of a file that may not be read: it must not be replaced.
         self.result.left += [
-            f"{problem.path}: {problem.detail}; {problem.mend}" for problem in self.of("no access")
+            StoreError(f"{problem.path}: {problem.detail}", problem.mend)
+            for problem in self.of("no access")
         ]
         needed = self.of(*NEEDS_ENCODER)
         self.spec = None
@@ -200,7 +203,7 @@ class _Repair:
             known = now is not None or keys is not None
             if known and now != digest and not entries.get(key, {}).get("source_digest"):
                 entries[key] = {
-                    "reason": "its newest features were damaged; run `python cli.py extract-vit`",
+                    "reason": "its newest features were damaged; extract it again",
                     "source_digest": LOST,
                 }
         if entries or (self.folder / "quarantine.json").exists():
@@ -347,7 +350,7 @@ class _Repair:
         return self.result
 
     def run(self, bar: ProgressBar) -> RepairReport:
-        """Mend everything, in an order in which a kill never makes it worse.
+        """Advice everything, in an order in which a kill never makes it worse.
 
         Raises:
             StoreError: A folder stands in a shard's place; nothing was changed.
@@ -398,7 +401,7 @@ class _Repair:
 def repair_folder(
     folder: Path, source: Source, bar: ProgressBar = no_progress, dry_run: bool = False
 ) -> RepairReport:
-    """Mend one feature folder.
+    """Advice one feature folder.
 
     Args:
         folder: Of the features.
@@ -433,7 +436,7 @@ def repair_store(
     bar: ProgressBar = no_progress,
     dry_run: bool = False,
 ) -> list[RepairReport]:
-    """Mend the feature folders of a store; see `repair_folder`."""
+    """Advice the feature folders of a store; see `repair_folder`."""
     return [
         repair_folder(folder, source, bar, dry_run)
         for folder in feature_folders(source.root, kinds)

@@ -21,9 +21,10 @@ import xxhash
 
 from featstore.care.info import KINDS, Source, feature_folders, open_folder
 from featstore.data.images import ImageIndex
-from featstore.errors import CorruptShardError, StoreError
+from featstore.errors import Advice, Command, CorruptShardError, StoreError, shown
 from featstore.extract.extract import ProgressBar, no_progress
 from featstore.extract.plan import photo_digest
+from featstore.publish import TEMPORARY, read_json
 from featstore.store.folder import (
     manifest_damage,
     read_manifest,
@@ -31,11 +32,10 @@ from featstore.store.folder import (
     read_spec,
     shard_paths,
 )
-from featstore.store.publish import TEMPORARY, read_json
 from featstore.store.shard import (
     HDF5_ERRORS,
     MAKE_READABLE,
-    VERIFY,
+    REPAIR,
     Shard,
     digest_keys,
     open_shard,
@@ -46,7 +46,6 @@ from featstore.store.store import VisionStore
 
 LISTS = ("spec.json", "manifest.json", "quarantine.json")
 BLOCK_BYTES = 4 << 20
-MEND = "python cli.py store repair"
 
 
 @dataclass(frozen=True)
@@ -70,17 +69,17 @@ class Problem:
     detail: str
     rows: tuple[int, ...] = ()
     keys: tuple[str, ...] = ()
-    mend: str = MEND
+    mend: Command | Advice = REPAIR
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it JSON-able."""
+    def to_dict(self, show: Callable[[Command], str] = Command.line) -> dict[str, Any]:
+        """Return it JSON-able, its remedy's commands written by `show`."""
         return {
             "what": self.what,
             "path": str(self.path),
             "detail": self.detail,
             "rows": list(self.rows),
             "keys": list(self.keys),
-            "mend": self.mend,
+            "mend": shown(self.mend, show),
         }
 
 
@@ -102,10 +101,10 @@ class FolderReport:
     rows: int = 0
     checked_rows: int = 0
     problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[Advice] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it JSON-able."""
+    def to_dict(self, show: Callable[[Command], str] = Command.line) -> dict[str, Any]:
+        """Return it JSON-able, the commands of remedies and notes written by `show`."""
         return {
             "folder": str(self.folder),
             "kind": self.folder.parent.name,
@@ -113,8 +112,8 @@ class FolderReport:
             "shards": self.shards,
             "rows": self.rows,
             "checked_rows": self.checked_rows,
-            "problems": [problem.to_dict() for problem in self.problems],
-            "notes": self.notes,
+            "problems": [problem.to_dict(show) for problem in self.problems],
+            "notes": [shown(note, show) for note in self.notes],
         }
 
 
@@ -145,9 +144,9 @@ def folder_dtype(folder: Path) -> str:
         raise
 
 
-def _short(error: Exception, path: Path) -> str:
-    """Return an error without its path and without the advice to run what is running."""
-    return str(error).removeprefix(f"{path}: ").removesuffix(f"; {VERIFY}")
+def _short(error: StoreError, path: Path) -> str:
+    """Return an error without its path and without its remedy."""
+    return error.message.removeprefix(f"{path}: ")
 
 
 def _check_bytes(
@@ -243,8 +242,11 @@ def _no_access(folder: Path) -> list[Problem]:
     try:
         paths = [folder / name for name in LISTS] + shard_paths(folder)
     except StoreError as error:
-        detail = _short(error, folder).removesuffix(f"; {MAKE_READABLE}")
-        return [Problem("no access", folder, f"{detail}; not checked", mend=MAKE_READABLE)]
+        return [
+            Problem(
+                "no access", folder, f"{_short(error, folder)}; not checked", mend=MAKE_READABLE
+            )
+        ]
     problems = []
     for path in paths:
         try:
@@ -287,7 +289,11 @@ def _check_lists(report: FolderReport) -> None:
     leftovers = list(folder.glob(f"{TEMPORARY}*"))
     if leftovers:
         report.notes.append(
-            f"{len(leftovers)} leftover temporary files; `python cli.py store gc` removes them"
+            Advice(
+                f"{len(leftovers)} leftover temporary files; ",
+                Command("store", "gc"),
+                " removes them",
+            )
         )
 
 
@@ -423,8 +429,12 @@ def compare_sources(
             progress(1)
     problems = []
     for verdict, detail, mend in (
-        ("changed", "photos have other bytes than their features were made from", "extract-vit"),
-        ("vanished", "stored photos are not there or cannot be read", "store info"),
+        (
+            "changed",
+            "photos have other bytes than their features were made from",
+            Command("extract-vit"),
+        ),
+        ("vanished", "stored photos are not there or cannot be read", Command("store", "info")),
     ):
         named = tuple(key for key, found in zip(ids, verdicts, strict=True) if found == verdict)
         if named:
@@ -434,7 +444,7 @@ def compare_sources(
                     index.folder,
                     f"{len(named)} of {len(ids)} {detail}",
                     keys=named,
-                    mend=f"python cli.py {mend}",
+                    mend=mend,
                 )
             )
     return problems
@@ -483,7 +493,7 @@ def verify_store(
     for report in reports if photos else []:
         if report.folder.parent.name == "vit":
             if report.problems:
-                report.notes.append("the photos were not compared; mend the folder first")
+                report.notes.append(Advice("the photos were not compared; mend the folder first"))
                 continue
             with photo_bar(report.rows) as progress:
                 report.problems += compare_sources(

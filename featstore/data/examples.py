@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import DataError
-from featstore.store.publish import write_bytes
+from featstore.publish import write_bytes
 
 LABELS = {"contradiction": 0, "entailment": 1}
 """The polarity of the whole project: entailment is 1, the positive class."""

@@ -26,7 +26,7 @@ from featstore.config import SPLITS
 from featstore.data.examples import Examples, short
 from featstore.data.images import IMAGE_SUFFIXES
 from featstore.errors import SplitError
-from featstore.store.publish import write_bytes
+from featstore.publish import write_bytes
 
 FORMAT = 1
 Source = Literal["grouped", "file", "rows"]

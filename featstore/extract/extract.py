@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import ImageIndex, decode_image, read_bytes
-from featstore.encoders.spec import FeatureSpec, VisionSpec
+from featstore.encoders.spec import QUANTISED, FeatureSpec, VisionSpec, text_spec, vision_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError, StoreError
-from featstore.extract.plan import Plan, plan_images, plan_text, text_spec, vision_spec
+from featstore.extract.plan import Plan, plan_images, plan_text
 from featstore.extract.worklist import (
     Failed,
     PlannedShard,
@@ -37,7 +37,7 @@ from featstore.extract.worklist import (
     sharing,
     writing,
 )
-from featstore.store.numbers import QUANTISED, SCALE_DTYPE, quantise
+from featstore.store.numbers import SCALE_DTYPE, quantise
 from featstore.store.shard import ShardRows, digest_bytes, feature_dtype
 
 TEXT_SHARD_TOKENS = 1 << 18

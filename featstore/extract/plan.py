@@ -11,98 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from featstore.config import EncodersConfig, StoreConfig
-from featstore.data.images import DECODER, ImageIndex, read_bytes
-from featstore.encoders.presets import (
-    Preset,
-    image_converter_fields,
-    resolve_preset,
-    tokenizer_digest,
-)
-from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
-from featstore.errors import ConfigError, ImageError, PresetError, StoreError
+from featstore.config import StoreConfig
+from featstore.data.images import ImageIndex, read_bytes
+from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, vision_row_shape
+from featstore.errors import ConfigError, ImageError, StoreError
 from featstore.store.folder import read_quarantine, shard_paths
 from featstore.store.shard import digest_bytes, token_bytes
 from featstore.store.store import TextStore, VisionStore, read_spec
 
 MAX_SHARD_BYTES = 4 << 30
-
-
-def architecture(preset: Preset, *needed: str) -> dict[str, Any]:
-    """Return what a backbone was built with, less its name and its dtype.
-
-    Raises:
-        PresetError: One of `needed` is not there: another kind of encoder.
-    """
-    config = preset.config["config"]
-    for key in needed:
-        if key not in config:
-            raise PresetError(
-                f"{preset.name}: a {preset.class_name} has no {key!r}; expected an encoder"
-                f" with {', '.join(needed)}"
-            )
-    return {k: v for k, v in config.items() if k not in ("name", "dtype", "trainable")}
-
-
-def vision_row_shape(fields: dict[str, Any], tokens: str) -> tuple[int, int]:
-    """Return (tokens, width) of an image's features, from the backbone's configuration."""
-    patch = fields["patch_size"]
-    patch_h, patch_w = (patch, patch) if isinstance(patch, int) else patch
-    height, width = fields["image_shape"][:2]
-    patches = (height // patch_h) * (width // patch_w)
-    return patches + (1 if tokens == "all" else 0), int(fields["hidden_dim"])
-
-
-def vision_spec(encoders: EncodersConfig, store: StoreConfig) -> VisionSpec:
-    """Return the spec of the image features that a configuration asks for.
-
-    Reads the preset's files, not the model: no framework is imported for a
-    preset folder.
-
-    Raises:
-        PresetError: The preset cannot be found or is not a vision encoder.
-    """
-    preset = resolve_preset(encoders.vit)
-    fields = architecture(preset, "num_layers", "image_shape", "patch_size", "hidden_dim")
-    return VisionSpec(
-        encoder=preset.class_name,
-        weights=preset.weights_digest,
-        architecture=fields,
-        boundary=int(fields["num_layers"]),
-        dtype=store.dtype,
-        precision=store.precision,
-        final_norm=True,
-        converter=image_converter_fields(preset),
-        decoder=DECODER,
-        tokens=store.tokens,
-    )
-
-
-def text_spec(encoders: EncodersConfig, store: StoreConfig, k_txt: int) -> TextSpec:
-    """Return the spec of the hidden states that enter the last `k_txt` text layers.
-
-    Raises:
-        PresetError: The preset cannot be found or is not a text encoder.
-        ConfigError: The encoder has fewer than `k_txt` layers.
-    """
-    preset = resolve_preset(encoders.text)
-    fields = architecture(preset, "num_layers", "hidden_dim", "vocabulary_size")
-    layers = int(fields["num_layers"])
-    if k_txt > layers:
-        raise ConfigError(
-            f"[train] k_txt = {k_txt}: {encoders.text} has {layers} transformer layers;"
-            f" choose 0 to {layers}"
-        )
-    return TextSpec(
-        encoder=preset.class_name,
-        weights=preset.weights_digest,
-        architecture=fields,
-        boundary=layers - k_txt,
-        dtype=store.dtype,
-        precision=store.precision,
-        tokenizer=tokenizer_digest(preset),
-        sequence_length=encoders.sequence_length,
-    )
 
 
 @dataclass

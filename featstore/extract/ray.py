@@ -25,7 +25,7 @@ from typing import Any
 
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import ImageIndex
-from featstore.encoders.spec import VisionSpec
+from featstore.encoders.spec import VisionSpec, vision_spec
 from featstore.encoders.tower import VisionEncoder
 from featstore.errors import FeatstoreError, StoreError
 from featstore.extract.extract import (
@@ -38,8 +38,9 @@ from featstore.extract.extract import (
     no_progress,
     share_of_images,
 )
-from featstore.extract.plan import Plan, vision_spec
+from featstore.extract.plan import Plan
 from featstore.extract.worklist import PlannedShard, Publisher, WorkList
+from featstore.publish import TEMPORARY, package_versions, write_text
 from featstore.ray_cluster import (
     ENVIRONMENT,
     Actors,
@@ -49,7 +50,6 @@ from featstore.ray_cluster import (
     resources_of,
 )
 from featstore.store.folder import read_quarantine
-from featstore.store.publish import TEMPORARY, package_versions, write_text
 from featstore.store.shard import ShardRows, open_shard, shard_name, write_shard
 
 # A photo that ends its process each time must not be tried without end.

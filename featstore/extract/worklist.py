@@ -34,6 +34,13 @@ import filelock
 from featstore.encoders.spec import FORMAT, FeatureSpec
 from featstore.errors import StoreError
 from featstore.extract.plan import Plan
+from featstore.publish import (
+    package_versions,
+    publish,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from featstore.store.folder import (
     manifest_damage,
     read_manifest,
@@ -43,13 +50,6 @@ from featstore.store.folder import (
     write_manifest,
     write_quarantine,
     write_spec,
-)
-from featstore.store.publish import (
-    package_versions,
-    publish,
-    read_json,
-    remove_leftovers,
-    write_json,
 )
 from featstore.store.shard import ShardRows, describe_file, open_shard, shard_name, write_shard
 

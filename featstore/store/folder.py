@@ -1,4 +1,15 @@
-"""The lists of a features folder: its spec, its manifest and its quarantine."""
+"""The lists of a features folder, each with what tells whether it was changed.
+
+<root>/<kind>/<fingerprint>/
+    spec.json         the spec, and the names it was known by
+    shard-00000.h5 …  immutable (see `shard.py`)
+    manifest.json     name, rows, bytes and digest of each shard; can be
+                      rebuilt from the shards, and is needed: without it
+                      nobody could tell that the newest shard is lost
+    quarantine.json   inputs that could not be encoded, each with its reason
+    plan.json .claim-* .lock   of the processes that extract (see
+                      `featstore/extract/worklist.py`)
+"""
 
 from __future__ import annotations
 
@@ -12,12 +23,14 @@ import xxhash
 
 from featstore.encoders.spec import FORMAT, FeatureSpec, canonical_json, format_of
 from featstore.errors import (
+    Advice,
     CorruptShardError,
     StoreError,
 )
-from featstore.store.publish import command_line, package_versions, read_json, write_json
+from featstore.publish import command_line, package_versions, read_json, write_json
 from featstore.store.shard import (
     MAKE_READABLE,
+    REPAIR,
     VERIFY,
     describe_file,
     open_shard,
@@ -26,8 +39,7 @@ from featstore.store.shard import (
 
 # In place of a photo's digest: its newest features were lost, and older ones are stale.
 LOST = [0, 0]
-MEND_QUARANTINE = "run `python cli.py store repair`, or delete it and extract again"
-MEND_MANIFEST = "run `python cli.py store repair`"
+MEND_QUARANTINE = Advice("run ", REPAIR, ", or delete it and extract again")
 FIRST_FIELDS = {"format", "fingerprint", "command", "versions", "quarantine", "shards"}
 
 
@@ -43,9 +55,7 @@ def listed(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise StoreError(
-            f"{folder}: cannot be listed ({error.strerror}); {MAKE_READABLE}"
-        ) from error
+        raise StoreError(f"{folder}: cannot be listed ({error.strerror})", MAKE_READABLE) from error
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -138,7 +148,7 @@ def _manifest_lines(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
             gone or has another size.
     """
     if damage := manifest_damage(folder):
-        raise CorruptShardError(f"{folder / 'manifest.json'}: {damage}; {MEND_MANIFEST}")
+        raise CorruptShardError(f"{folder / 'manifest.json'}: {damage}", REPAIR)
     # The manifest first: a shard that is published meanwhile has no line, and no line is lost.
     known = {line["name"]: line for line in read_manifest(folder)}
     found = []
@@ -147,12 +157,12 @@ def _manifest_lines(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise CorruptShardError(f"{path}: {error.strerror}; {VERIFY}") from error
+            raise CorruptShardError(f"{path}: {error.strerror}", VERIFY) from error
         if line is not None and line["bytes"] != size:
-            raise CorruptShardError(f"{path}: {size} bytes, expected {line['bytes']}; {VERIFY}")
+            raise CorruptShardError(f"{path}: {size} bytes, expected {line['bytes']}", VERIFY)
         found.append((path, line))
     if known:
-        raise CorruptShardError(f"{folder}: shard {next(iter(known))} is missing; {VERIFY}")
+        raise CorruptShardError(f"{folder}: shard {next(iter(known))} is missing", VERIFY)
     return found
 
 
@@ -256,21 +266,21 @@ def read_quarantine(folder: Path, with_lost: bool = False) -> dict[str, dict[str
     except FileNotFoundError:
         if _manifest(folder).get("quarantine"):
             raise CorruptShardError(
-                f"{path}: is missing, the manifest says that there is one;"
-                " run `python cli.py store repair`"
+                f"{path}: is missing, the manifest says that there is one",
+                REPAIR,
             ) from None
         return {}
     except (OSError, ValueError) as error:
-        raise CorruptShardError(f"{path}: cannot be read ({error}); {MEND_QUARANTINE}") from error
+        raise CorruptShardError(f"{path}: cannot be read ({error})", MEND_QUARANTINE) from error
     if not isinstance(entries, dict):
         raise CorruptShardError(
-            f"{path}: expected key to reason and source_digest; {MEND_QUARANTINE}"
+            f"{path}: expected key to reason and source_digest", MEND_QUARANTINE
         )
     for key, entry in entries.items():
         if not _is_sound(key, entry):
             raise CorruptShardError(
-                f"{path}: the entry of {key!r} was changed, or has no reason and source_digest;"
-                f" {MEND_QUARANTINE}"
+                f"{path}: the entry of {key!r} was changed, or has no reason and source_digest",
+                MEND_QUARANTINE,
             )
     return {
         key: {"reason": entry["reason"], "source_digest": entry["source_digest"]}

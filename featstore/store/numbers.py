@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-QUANTISED = "int8"
 SCALE_DTYPE = np.dtype(np.float32)
 LEVELS = 127
 

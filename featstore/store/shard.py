@@ -46,14 +46,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from featstore.encoders.spec import format_of
-from featstore.errors import CorruptShardError, StoreError
-from featstore.store.numbers import QUANTISED, SCALE_DTYPE
-from featstore.store.publish import publish
+from featstore.encoders.spec import QUANTISED, format_of
+from featstore.errors import Advice, Command, CorruptShardError, StoreError
+from featstore.publish import publish
+from featstore.store.numbers import SCALE_DTYPE
 
 PAGE_BYTES = 4096
-VERIFY = "run `python cli.py store verify`"
-MAKE_READABLE = "make it readable for you, then run the command again"
+VERIFY = Command("store", "verify")
+REPAIR = Command("store", "repair")
+MAKE_READABLE = Advice("make it readable for you, then run the command again")
 
 INDEX_DATASETS: dict[str, dict[str, tuple[str, int]]] = {
     "vit": {
@@ -359,7 +360,7 @@ class Shard:
         try:
             return [data[a:b].decode() for a, b in itertools.pairwise(offsets)]
         except UnicodeDecodeError as error:
-            raise CorruptShardError(f"{self.path}: a key is not UTF-8; {VERIFY}") from error
+            raise CorruptShardError(f"{self.path}: a key is not UTF-8", VERIFY) from error
 
     def row_is_intact(self, row: int) -> bool:
         """Tell whether a row's features still have their checksum. Reads the row."""
@@ -380,8 +381,8 @@ class Shard:
         """
         if not self.row_is_intact(row):
             raise CorruptShardError(
-                f"{self.path}: row {row} ({self.keys()[row]!r}) does not have its checksum;"
-                " run `python cli.py store repair`"
+                f"{self.path}: row {row} ({self.keys()[row]!r}) does not have its checksum",
+                REPAIR,
             )
 
     def row_ends(self) -> NDArray[np.int64]:
@@ -594,9 +595,9 @@ def open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: boo
     try:
         return _open_shard(path, kind, fingerprint, dtype, private)
     except PermissionError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror}); {MAKE_READABLE}") from error
+        raise StoreError(f"{path}: cannot be read ({error.strerror})", MAKE_READABLE) from error
     except CorruptShardError as error:
-        raise CorruptShardError(f"{error}; {VERIFY}") from error
+        raise CorruptShardError(error.message, VERIFY) from error
 
 
 def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bool) -> Shard:

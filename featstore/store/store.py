@@ -1,14 +1,5 @@
 """Open the features of one spec, find rows by key, gather them.
 
-    <root>/<kind>/<fingerprint>/
-        spec.json         the spec, and the names it was known by
-        shard-00000.h5 …  immutable (see `shard.py`)
-        manifest.json     name, rows, bytes and digest of each shard; can be
-                          rebuilt from the shards, and is needed: without it
-                          nobody could tell that the newest shard is lost
-        quarantine.json   inputs that could not be encoded, each with its reason
-        plan.json .claim-* .lock   of the processes that extract (see `worklist.py`)
-
 A key may stand in several shards (its photo changed): the last one counts.
 """
 
@@ -26,15 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.encoders.spec import FeatureSpec, canonical_json, differing_fields
+from featstore.encoders.spec import QUANTISED, FeatureSpec, canonical_json, differing_fields
 from featstore.errors import (
+    Command,
     CorruptShardError,
     MissingFeaturesError,
     StaleFeaturesError,
     StoreError,
 )
 from featstore.store.folder import _manifest_lines, read_quarantine, read_spec, shard_paths
-from featstore.store.numbers import QUANTISED, SCALE_DTYPE
+from featstore.store.numbers import SCALE_DTYPE
 from featstore.store.shard import (
     VERIFY,
     digest_keys,
@@ -85,7 +77,8 @@ class Store:
             if shard.features.shape[1:] != expected:
                 raise CorruptShardError(
                     f"{shard.path}: a row has shape {shard.features.shape[1:]}, expected"
-                    f" {expected} as in {self.shards[0].path.name}; {VERIFY}"
+                    f" {expected} as in {self.shards[0].path.name}",
+                    VERIFY,
                 )
         counts = [len(shard) for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -395,13 +388,36 @@ class TextStore(Store):
         return scales
 
 
-def open_store(root: Path, spec: FeatureSpec, command: str) -> Any:
+def open_store(folder: str | os.PathLike[str]) -> VisionStore | TextStore:
+    """Open a features folder, whatever its spec; neither its preset nor a framework is needed.
+
+    Args:
+        folder: `<root>/vit/<fingerprint>` or `<root>/text/<fingerprint>`.
+
+    Raises:
+        MissingFeaturesError: There are no features.
+        CorruptShardError: It is damaged.
+    """
+    folder = Path(folder)
+    if not shard_paths(folder):
+        raise MissingFeaturesError(
+            f"{folder}: no features there; expected a folder such as cache/vit/<fingerprint>,"
+            " which extraction makes"
+        )
+    spec = read_spec(folder)
+    kinds: dict[str, type[VisionStore | TextStore]] = {"vit": VisionStore, "text": TextStore}
+    if spec["kind"] not in kinds:
+        raise CorruptShardError(f"{folder}: holds features of kind {spec['kind']!r}")
+    return kinds[spec["kind"]](folder, spec)
+
+
+def open_features_of(root: Path, spec: FeatureSpec, command: Command | None = None) -> Any:
     """Open the features of a spec.
 
     Args:
         root: The store's root.
         spec: What the configuration asks for.
-        command: What the user types to extract them, for the error.
+        command: What the user types to extract them, if not all of them, for the error.
 
     Returns:
         A `VisionStore` or a `TextStore`.
@@ -412,6 +428,7 @@ def open_store(root: Path, spec: FeatureSpec, command: str) -> Any:
             message lists the fields in which the nearest differs.
         CorruptShardError: The folder is damaged.
     """
+    command = command or Command(f"extract-{spec.kind}")
     folder = spec.folder(root)
     if shard_paths(folder):
         found = read_spec(folder)
@@ -425,11 +442,10 @@ def open_store(root: Path, spec: FeatureSpec, command: str) -> Any:
             if shard_paths(path.parent):
                 others.append(differing_fields(spec.to_dict(), read_spec(path.parent)))
     if not others:
-        raise MissingFeaturesError(
-            f"{root}: no {spec.kind} features have been extracted; run `{command}`"
-        )
+        raise MissingFeaturesError(f"{root}: no {spec.kind} features have been extracted", command)
     nearest = min(others, key=len)
     raise StaleFeaturesError(
         f"{root}: the {spec.kind} features there do not match the configuration"
-        f" ({'; '.join(nearest)}); run `{command}`"
+        f" ({'; '.join(nearest)})",
+        command,
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
-import shlex
 import signal
 import sys
 import tempfile
@@ -15,15 +13,14 @@ from typing import Any
 
 import click
 
-from featstore.errors import FeatstoreError, StoppedError, UsageError
+from featstore.errors import Command, FeatstoreError, StoppedError, UsageError
 from featstore.settings import hints
 from trainer.config import DEFAULT_FILE, SECTIONS, Config, load_config
 
-Command = Callable[..., Any]
+Function = Callable[..., Any]
 
-# A command that a message has people type, and the key of the settings to type with it.
-TOLD = re.compile(r"python cli\.py (extract-vit|extract-text|store [a-z]+)([^`]*)")
-SETTINGS = "featstore.settings"
+# Keys of what a command that a message names is typed with.
+SETTINGS, PLACES = "featstore.settings", "featstore.places"
 
 BAR_SECONDS, LOGGED_BAR_SECONDS = 0.1, 30.0
 
@@ -58,28 +55,43 @@ def remember_settings(*settings: tuple[str, Any]) -> None:
         context.meta[SETTINGS] = settings
 
 
-def with_settings(text: str) -> str:
-    """Give the commands that a text has people type the settings of this one.
+def _remember_place(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """Keep where things are, if elsewhere than by default, for what people type next."""
+    if value != option.default:
+        context.meta[PLACES] = (*context.meta.get(PLACES, ()), (option.opts[0], value))
+    return value
 
-    Without them `extract-vit` would make features of other settings than are missing.
+
+def typed(command: Command) -> str:
+    """Return a command as the reader of a message would type it.
+
+    It has the name by which this program was called, and those settings in
+    force that it takes: without them `extract-vit` would make features of other
+    settings than are missing.
     """
     context = click.get_current_context(silent=True)
-    settings = context.meta.get(SETTINGS, ()) if context is not None else ()
+    if context is None:
+        return command.line()
+    root = context.find_root()
+    target: click.Command = root.command
+    for word in command.words:
+        if isinstance(target, click.Group):
+            target = target.commands.get(word, target)
+    known = {flag for option in target.params for flag in option.opts}
+    force = context.meta.get(PLACES, ())
+    force = force if command.bare else (*context.meta.get(SETTINGS, ()), *force)
+    return command.line(str(root.info_name), *(pair for pair in force if pair[0] in known))
 
-    def told(match: re.Match[str]) -> str:
-        flags = [
-            f" {flag} {shlex.quote(str(value))}"
-            for flag, value in settings
-            if flag not in match[2].split() and (flag, match[1]) != ("--k-txt", "extract-vit")
-        ]
-        return match[0] + "".join(flags)
 
-    return TOLD.sub(told, text)
+def quoted(command: Command) -> str:
+    """Return a command as `typed`, in a sentence."""
+    return f"`{typed(command)}`"
 
 
-def print_error(message: str) -> None:
+def print_error(error: FeatstoreError | str) -> None:
     """Print an expected error as one line."""
-    click.echo(f"error: {' '.join(with_settings(message).split())}", err=True)
+    line = error.shown(quoted) if isinstance(error, FeatstoreError) else error
+    click.echo(f"error: {' '.join(line.split())}", err=True)
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -112,7 +124,7 @@ class Commands(click.Group):
             click.echo(str(error), err=True)
             ctx.exit(error.exit_code)
         except FeatstoreError as error:
-            print_error(str(error))
+            print_error(error)
             ctx.exit(error.exit_code)
         except BrokenPipeError:
             # The reader of our output has seen enough; click leaves quietly.
@@ -128,10 +140,10 @@ class Commands(click.Group):
             signal.signal(signal.SIGTERM, earlier)
 
 
-def settings(*sections: str) -> Callable[[Command], Command]:
+def settings(*sections: str) -> Callable[[Function], Function]:
     """Give a command `--config` and one flag for each setting of some sections."""
 
-    def add(command: Command) -> Command:
+    def add(command: Function) -> Function:
         for name in reversed(sections):
             section = SECTIONS[name]
             types = hints(section)
@@ -165,8 +177,7 @@ def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
         if value is None:
             continue
         section, _, name = key.partition("__")
-        if section != "train" or name == "k_txt":
-            given.append((f"--{name.replace('_', '-')}", value))
+        given.append((f"--{name.replace('_', '-')}", value))
         if name == "fractions":
             try:
                 value = [float(part) for part in value.split(",")]
@@ -186,22 +197,27 @@ def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
     return config
 
 
-def split_option(*choices: str) -> Callable[[Command], Command]:
+def split_option(*choices: str) -> Callable[[Function], Function]:
     """Give a command `--split`; the first choice is what it is without."""
     return click.option(
         "--split", type=click.Choice(choices), default=choices[0], show_default=True
     )
 
 
-def json_option(command: Command) -> Command:
+def json_option(command: Function) -> Function:
     """Give a command `--json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
 
 
-def runs_option(command: Command) -> Command:
+def runs_option(command: Function) -> Function:
     """Give a command `--runs`."""
     return click.option(
-        "--runs", "runs", default="runs", show_default=True, help="Folder of the runs."
+        "--runs",
+        "runs",
+        default="runs",
+        show_default=True,
+        callback=_remember_place,
+        help="Folder of the runs.",
     )(command)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import click
 
-from featstore.errors import RunError, UsageError
+from featstore.errors import Command, RunError, UsageError
 from featstore.settings import hints
 from trainer.commands.console import (
-    Command,
+    Function,
     epoch_bar,
     import_framework,
     json_option,
@@ -22,6 +22,7 @@ from trainer.commands.console import (
     print_halved,
     print_note,
     print_rows,
+    quoted,
     read_config,
     row_bar,
     runs_option,
@@ -33,7 +34,7 @@ from trainer.tuning.space import SearchConfig
 from trainer.tuning.space_file import read_space
 
 
-def _search_options(command: Command) -> Command:
+def _search_options(command: Function) -> Function:
     """Give a command one flag for each setting of `[search]`."""
     types = hints(SearchConfig)
     for field in reversed(dataclasses.fields(SearchConfig)):
@@ -192,8 +193,8 @@ def search_group(
         if search.unfinished:
             ended = sum(row["state"] != "running" for row in rows)
             click.echo(
-                f"{ended} of {space.trials} trials ended; `python cli.py search --name {name}`"
-                " goes on with the rest",
+                f"{ended} of {space.trials} trials ended;"
+                f" {quoted(Command('search', name=name, bare=True))} goes on with the rest",
                 err=True,
             )
     if best_row(search, rows) is None and rows:

@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from featstore.config import SPLITS
+from featstore.errors import shown
 from trainer.commands.console import (
-    Command,
+    Function,
     import_framework,
     json_option,
     print_error,
@@ -20,7 +21,7 @@ from trainer.commands.console import (
     runs_option,
     settings,
     split_option,
-    with_settings,
+    typed,
 )
 
 
@@ -29,12 +30,12 @@ def store_group() -> None:
     """Look after the stored features: what is there, is it whole, what can go."""
 
 
-def _store_options(command: Command) -> Command:
+def _store_options(command: Function) -> Function:
     k_txt = click.option("--k-txt", "train__k_txt", type=int, help="last text layers that train")
     return json_option(k_txt(settings("data", "encoders", "store")(command)))
 
 
-def _kind_option(*choices: str) -> Callable[[Command], Command]:
+def _kind_option(*choices: str) -> Callable[[Function], Function]:
     return click.option("--kind", type=click.Choice(choices), default=choices[0], show_default=True)
 
 
@@ -134,9 +135,7 @@ def store_verify(
     )
     if as_json:
         sound = not any(report.problems for report in reports)
-        found = [report.to_dict() for report in reports]
-        for problem in (problem for folder in found for problem in folder["problems"]):
-            problem["mend"] = with_settings(problem["mend"])
+        found = [report.to_dict(typed) for report in reports]
         click.echo(json.dumps({"sound": sound, "sample": sample, "folders": found}))
     else:
         for report in reports:
@@ -149,9 +148,9 @@ def store_verify(
             for problem in report.problems:
                 click.echo(f"  {problem.path}: {problem.what}: {problem.detail}")
                 _print_keys(list(problem.keys))
-                click.echo(f"    mend: {with_settings(problem.mend)}")
+                click.echo(f"    mend: {shown(problem.mend, typed)}")
             for note in report.notes:
-                click.echo(f"  note: {with_settings(note)}")
+                click.echo(f"  note: {shown(note, typed)}")
         if not reports:
             click.echo("no features are stored")
     if any(report.problems for report in reports):
@@ -192,9 +191,9 @@ def store_repair(
             click.echo(f"quarantined {key}: {reason}", err=True)
     if not as_json and not any(report.actions or report.left for report in reports):
         click.echo("nothing to mend")
-    left = [line for report in reports for line in report.left]
-    for line in left:
-        print_error(line)
+    left = [error for report in reports for error in report.left]
+    for error in left:
+        print_error(error)
     if left:
         click.get_current_context().exit(1)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from featstore.errors import RunError
 from trainer.commands.console import (
     epoch_bar,
     import_framework,
@@ -197,7 +196,7 @@ def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool
     import_framework()
     from trainer.results.parity import check_parity
 
-    result = check_parity(
+    result, failure = check_parity(
         found,
         split,
         count,
@@ -209,5 +208,5 @@ def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool
         click.echo(json.dumps(result))
     else:
         _print_parity(result)
-    if result["failure"]:
-        raise RunError(result["failure"])
+    if failure is not None:
+        raise failure

@@ -7,9 +7,9 @@ from typing import Any
 
 import keras
 
+from featstore.encoders.spec import QUANTISED
 from featstore.encoders.tower import check_k_txt, transformer_layers
 from featstore.errors import PresetError
-from featstore.store.numbers import QUANTISED
 from trainer.config import TrainConfig
 from trainer.model.head import apply_head
 from trainer.model.tails import TAIL_NAME, Dequantize, TextTail

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from featstore.data.dataset import Dataset, load_dataset
+from featstore.encoders.spec import text_spec, vision_spec
 from featstore.errors import RunError
 from featstore.extract.extract import ProgressBar, no_progress
-from featstore.extract.plan import text_spec, vision_spec
-from featstore.store.publish import command_line, package_versions, write_json
+from featstore.publish import command_line, package_versions, write_json
 from trainer.config import Config
 from trainer.features import Features, open_features
 from trainer.metrics import evaluate_logits

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from featstore.data.dataset import load_dataset
 from featstore.data.examples import NO_PHOTO
 from featstore.data.images import decode_image, read_bytes
+from featstore.encoders.spec import QUANTISED, vision_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
-from featstore.errors import ImageError, RunError
+from featstore.errors import Advice, Command, ImageError, RunError
 from featstore.extract.extract import ProgressBar, no_progress
-from featstore.extract.plan import vision_spec
-from featstore.store.numbers import QUANTISED, dequantise
-from featstore.store.publish import command_line, package_versions, write_json
+from featstore.publish import command_line, package_versions, write_json
+from featstore.store.numbers import dequantise
 from featstore.store.shard import digest_bytes
-from featstore.store.store import open_store
+from featstore.store.store import open_features_of
 from trainer.batches import CachedRows, IntArray
 from trainer.config import Config
 from trainer.features import Features, extract_command
@@ -295,62 +295,65 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:NAMED]) + more
 
 
-def _failure(run: Run, features: Features, split: str, result: dict[str, Any]) -> str | None:
-    """Return the error's line, for the first cause found from the photo to the metric."""
+def _failure(run: Run, features: Features, split: str, result: dict[str, Any]) -> RunError | None:
+    """Return the error, for the first cause found from the photo to the metric."""
     photos, found = result["photos"], result["quantities"]
-    again = f"`{extract_command('vit', split)}`"
+    again = extract_command("vit", split)
     if photos["unreadable"]:
         reason = next(iter(photos["unreadable"].values()))
-        return (
+        return RunError(
             f"{run.folder}: {len(photos['unreadable'])} of the photos drawn cannot be read any more"
             f" ({_some(list(photos['unreadable']))}): {reason}; put them back as they were"
         )
     if photos["changed"]:
-        return (
+        return RunError(
             f"{run.folder}: {len(photos['changed'])} of the photos drawn changed since their"
-            f" features were extracted ({_some(photos['changed'])}); put them back as they were,"
-            f" or run {again} and train again"
+            f" features were extracted ({_some(photos['changed'])})",
+            Advice("put them back as they were, or run ", again, " and train again"),
         )
 
-    def line(figures: dict[str, Any], mend: str) -> str:
+    def error(figures: dict[str, Any], mend: Advice) -> RunError:
         worst, over = figures["worst"], figures["largest_over_tolerance"]
         times = "beyond any" if over is None else f"{over:.3g} times the"
-        return (
+        return RunError(
             f"{run.folder}: {figures['name']} of the cached and the end-to-end model differ in"
             f" {figures['rows_beyond']} of {result['rows']} rows; worst: image"
             f" {worst['image_id']!r}, hypothesis {worst['hypothesis']!r}: expected"
-            f" {_shown(worst['expected'])}, found {_shown(worst['found'])}, {times} tolerance;"
-            f" {mend}"
+            f" {_shown(worst['expected'])}, found {_shown(worst['found'])}, {times} tolerance",
+            mend,
         )
 
-    verify = "run `python cli.py store verify`; if the store is sound by its checksums, it was"
-    if not found["vision_features"]["met"]:
-        folder = features.vision.folder
-        return line(
-            found["vision_features"],
-            f"{verify} filled wrongly: move {folder} away, run {again} and train again",
-        )
-    if not found["text_hidden_states"]["met"]:
-        folder = features.text.folder
-        return line(
-            found["text_hidden_states"],
-            f"{verify} filled wrongly: move {folder} away, run"
-            f" `{extract_command('text', split)} --k-txt {features.config.train.k_txt}`"
+    def filled_wrongly(folder: Path, command: Command) -> Advice:
+        return Advice(
+            "run ",
+            Command("store", "verify"),
+            "; if the store is sound by its checksums, it was filled wrongly: move"
+            f" {folder} away, run ",
+            command,
             " and train again",
         )
+
+    if not found["vision_features"]["met"]:
+        return error(found["vision_features"], filled_wrongly(features.vision.folder, again))
+    if not found["text_hidden_states"]["met"]:
+        command = Command("extract-text", split=split, k_txt=features.config.train.k_txt)
+        return error(found["text_hidden_states"], filled_wrongly(features.text.folder, command))
     if not found["logits"]["met"]:
-        return line(
+        return error(
             found["logits"],
-            "the features agree, so the two models do not: compare the installed packages with"
-            f" those in {run.manifest_path}",
+            Advice(
+                "the features agree, so the two models do not: compare the installed packages with"
+                f" those in {run.manifest_path}"
+            ),
         )
     recorded = result["recorded_loss"]
     if not recorded["met"]:
-        return (
+        return RunError(
             f"{run.folder}: the val loss of {run.weights_path.name} is not the one that the run"
             f" wrote down: expected {_shown(recorded['expected'])}, found"
             f" {_shown(recorded['found'])}; these are the weights of another run, or the val"
-            " features changed: restore the file, run `python cli.py store verify`, or train again"
+            " features changed",
+            Advice("restore the file, run ", Command("store", "verify"), ", or train again"),
         )
     return None
 
@@ -377,7 +380,7 @@ def _open_features(run: Run, bar: ProgressBar) -> Features:
         absent = [issue.image_id for issue in dataset.issues if issue.reason == NO_PHOTO]
         absent = list(dict.fromkeys(absent))
         spec = vision_spec(config.encoders, config.store)
-        store = open_store(Path(config.store.root), spec, extract_command("vit", "all"))
+        store = open_features_of(Path(config.store.root), spec, extract_command("vit", "all"))
         extracted = store.lookup(absent) >= 0
         gone = [image_id for image_id, was in zip(absent, extracted, strict=True) if was]
         if not gone:
@@ -396,7 +399,7 @@ def check_parity(
     seed: int = 0,
     sentences_bar: ProgressBar = no_progress,
     rows_bar: ProgressBar = no_progress,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], RunError | None]:
     """Compare a run with the end-to-end model on rows drawn from a split.
 
     Both models run in float32 with the weights of the run's best epoch. The
@@ -414,8 +417,8 @@ def check_parity(
         `quantities` (largest and mean difference, tolerance and whether it is
         met, the worst row), `predictions` that differ at the run's threshold,
         `metrics` on both paths, `recorded_loss`, `photos` that changed or
-        cannot be read, `notes`, and `failure`: None, or one line. Also written
-        into the run's folder.
+        cannot be read, `notes`, and `failure`: None, or one line; also written
+        into the run's folder. Beside it the failure as an error, or None.
 
     Raises:
         RunError: The run has a control, its photos or rows are not those it
@@ -466,9 +469,10 @@ def check_parity(
             "unreadable": comparison.unreadable,
         },
     }
-    result["failure"] = _failure(run, features, split, result)
+    failure = _failure(run, features, split, result)
+    result["failure"] = None if failure is None else str(failure)
     write_json(
         run.folder / f"parity-{split}.json",
         {"command": command_line(), "versions": package_versions(), **result},
     )
-    return result
+    return result, failure

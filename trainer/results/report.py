@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featstore.errors import RunError
-from featstore.store.publish import write_bytes
+from featstore.publish import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from featstore.store.numbers import LEVELS, QUANTISED
+from featstore.encoders.spec import QUANTISED
+from featstore.store.numbers import LEVELS
 from featstore.store.shard import feature_dtype
 from trainer.results.parity import Floats
 

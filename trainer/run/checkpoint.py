@@ -16,7 +16,7 @@ import numpy as np
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.tower import load_backbone
 from featstore.errors import RunError
-from featstore.store.publish import publish
+from featstore.publish import publish
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config
 from trainer.model.cached import build_cached_model, load_text_layers

@@ -25,8 +25,8 @@ from typing import Any
 import filelock
 
 from featstore.encoders.spec import differing_fields
-from featstore.errors import RunError, UsageError
-from featstore.store.publish import read_json, write_json, write_text
+from featstore.errors import Advice, Command, RunError, UsageError
+from featstore.publish import read_json, write_json, write_text
 from trainer.config import Config, load_config
 
 # What the readers of a run's manifest rely on.
@@ -110,8 +110,8 @@ class Run:
             value = read_json(path)
         except FileNotFoundError as error:
             raise RunError(
-                f"{path}: not there; is {self.folder} a finished run? train one with"
-                " `python cli.py train`"
+                f"{path}: not there; is {self.folder} a finished run?",
+                Advice("train one with ", Command("train")),
             ) from error
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: cannot be read ({error})") from error
@@ -197,4 +197,6 @@ def find_run(runs: Path, name: str) -> Run:
             return Run(folder)
     known = sorted(path.parent.name for path in runs.glob("*/manifest.json"))
     shown = f"; runs there: {', '.join(known[-5:])}" if known else "; no runs yet"
-    raise RunError(f"{name}: no such run in {runs}{shown}; train one with `python cli.py train`")
+    raise RunError(
+        f"{name}: no such run in {runs}{shown}", Advice("train one with ", Command("train"))
+    )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import RunError
-from featstore.store.publish import command_line, package_versions, write_json, write_text
+from featstore.publish import command_line, package_versions, write_json, write_text
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import Features, row_counts
 from trainer.metrics import evaluate_logits

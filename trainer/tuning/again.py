@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.data.dataset import load_dataset
-from featstore.store.publish import command_line, package_versions, write_json
+from featstore.publish import command_line, package_versions, write_json
 from trainer.results.evaluate import evaluate
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training

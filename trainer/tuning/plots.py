@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import optuna
 
-from featstore.store.publish import publish
+from featstore.publish import publish
 from trainer.tuning.space import Parameter
 from trainer.tuning.study import Search
 from trainer.tuning.table import shown

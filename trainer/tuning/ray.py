@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.errors import FeatstoreError, RunError, StoppedError
+from featstore.publish import TEMPORARY, write_text
 from featstore.ray_cluster import (
     ENVIRONMENT,
     Actors,
@@ -30,7 +31,6 @@ from featstore.ray_cluster import (
     one_line,
     resources_of,
 )
-from featstore.store.publish import TEMPORARY, write_text
 from trainer.tuning.study import Search
 from trainer.tuning.trials import anonymous_bytes, work_in
 from trainer.tuning.workers import MEMORY_GROWTH, MOST_DEATHS, STOP_SECONDS, Watched, position

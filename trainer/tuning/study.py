@@ -33,10 +33,10 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from featstore.encoders.spec import differing_fields
-from featstore.errors import RunError, UsageError
-from featstore.extract.plan import plan_images, plan_text, text_spec, vision_spec
-from featstore.store.publish import PASSWORD, command_line, package_versions, write_json
+from featstore.encoders.spec import differing_fields, text_spec, vision_spec
+from featstore.errors import Advice, Command, RunError, UsageError
+from featstore.extract.plan import plan_images, plan_text
+from featstore.publish import PASSWORD, command_line, package_versions, write_json
 from trainer.config import Config, load_config, render_config
 from trainer.run.folder import SEARCH_FILE, Run, find_run
 from trainer.tuning.space import Space, space_from_json
@@ -419,7 +419,8 @@ def _read(folder: Path) -> dict[str, Any]:
         space_from_json(content["space"])
     except FileNotFoundError as error:
         raise RunError(
-            f"{folder}: no search there; start one with `python cli.py search --name NAME`"
+            f"{folder}: no search there",
+            Advice("start one with ", Command("search", name=folder.name)),
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: cannot be read ({error})") from error
@@ -483,9 +484,12 @@ def start_search(
             # Of lists, such as the whole space, the name says enough.
             told = [c if len(c) <= LONGEST_CHANGE else c.partition(":")[0] for c in changed]
             raise UsageError(
-                f"{folder}: a search of something else ({'; '.join(told)}); choose another"
-                " --name, or go on with `python cli.py search --name"
-                f" {folder.name}` and no other settings"
+                f"{folder}: a search of something else ({'; '.join(told)})",
+                Advice(
+                    "choose another --name, or go on with ",
+                    Command("search", name=folder.name, bare=True),
+                    " and no other settings",
+                ),
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)

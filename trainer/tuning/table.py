@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
-from featstore.store.publish import write_text
+from featstore.publish import write_text
 from trainer.tuning.plots import _plots
 from trainer.tuning.study import Search
 

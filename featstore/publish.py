@@ -48,10 +48,17 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def program() -> str:
+    """Return what the running program was called by, as its user typed it."""
+    path = Path(sys.argv[0])
+    if path.name == "__main__.py":
+        return f"python -m {path.parent.name}"
+    return f"python {path.name}" if path.suffix == ".py" else path.name
+
+
 def command_line() -> str:
     """Return the command that is running, as it could be typed again; a URL's password is not."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return PASSWORD.sub(r"\1***@", command)
+    return PASSWORD.sub(r"\1***@", " ".join([program(), shlex.join(sys.argv[1:])]).strip())
 
 
 def _sync(path: Path) -> None:

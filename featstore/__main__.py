@@ -1,0 +1,6 @@
+"""`python -m featstore …`: the same commands as the installed `featstore`."""
+
+from trainer.commands.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The command line's entry: `featstore`, `python -m featstore`, `python cli.py`.
+
+Heavy packages are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from featstore.errors import Command, UsageError
+from featstore.publish import program
+from trainer.commands.console import Commands, quoted
+from trainer.commands.extract import extract_text, extract_vit
+from trainer.commands.search import search_group
+from trainer.commands.store import store_group
+from trainer.commands.train import evaluate, parity, train
+from trainer.config import DEFAULT_FILE, Config, render_config
+
+# Said before TensorFlow is imported: it reads them then.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="featstore", message="%(package)s %(version)s")
+def cli() -> None:
+    """Pay for the frozen encoders once, then search fast on their features."""
+
+
+@cli.command()
+@click.option("--config", "config_file", default=DEFAULT_FILE, show_default=True)
+@click.option("--force", is_flag=True, help="Replace the file if there is one.")
+def init(config_file: str, force: bool) -> None:
+    """Write a commented settings file."""
+    from featstore.publish import write_text
+
+    path = Path(config_file)
+    if path.exists() and not force:
+        raise UsageError(f"{path}: there already; --force replaces it")
+    write_text(path, render_config(Config(), comments=True, defaults=False))
+    click.echo(f"{path}: set rows and images in [data], then run {quoted(Command('extract-vit'))}")
+
+
+for command in (extract_vit, extract_text, train, evaluate, parity, search_group, store_group):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli.main(prog_name=program())
