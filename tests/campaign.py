@@ -52,7 +52,7 @@ from featstore.errors import FeatstoreError
 from featstore.publish import TEMPORARY
 from featstore.store.folder import shard_paths, write_manifest
 from featstore.store.shard import INDEX_DATASETS
-from featstore.store.store import VisionStore, publish
+from featstore.store.store import VisionStore
 from trainer.commands import console
 from trainer.config import Config, render_config
 

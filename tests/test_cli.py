@@ -26,7 +26,7 @@ from trainer.commands.console import read_config
 from trainer.commands.main import cli
 from trainer.config import DEFAULT_FILE, SECTIONS, Config, load_config, render_config
 
-ROOT = Path(cli.__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("tensorflow", "keras", "keras_hub", "numpy", "pandas", "h5py", "matplotlib")
 PHOTOS = sum(IMAGES_OF_SPLIT.values())
 

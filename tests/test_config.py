@@ -177,8 +177,10 @@ def values_of(section: str, field: dataclasses.Field[Any], hint: Any) -> st.Sear
         return paths | st.dictionaries(letters, paths, min_size=1, max_size=3)
     if field.name == "root":
         return st.just("/none/root")
+    if meta["preset"]:
+        return paths | st.just("a_preset_name")
     if meta["path"]:
-        return paths | (st.just("a_preset_name") if section == "encoders" else st.nothing())
+        return paths
     if field.name == "fractions":
         return st.lists(st.floats(0, 1), max_size=4).map(tuple)
     low = meta["minimum"] if meta["minimum"] is not None else meta["above"]

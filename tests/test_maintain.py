@@ -222,7 +222,7 @@ def test_a_damaged_index_is_found_with_the_keys_that_can_be_told(
     assert (problem.what, problem.path) == ("unreadable shard", path)
     assert set(problem.keys) <= set(keys)
     assert len(problem.keys) >= len(keys) - 2
-    with pytest.raises(CorruptShardError, match=r"python cli\.py store verify"):
+    with pytest.raises(CorruptShardError, match=r"store verify"):
         open_folder(own.features(kind))
 
 
@@ -458,7 +458,7 @@ def test_damaged_rows_come_back_bit_for_bit(own: Own, kind: str) -> None:
     shard, found = own.shard(1, kind), (0, 1) if kind == "text" else (0, 7, 19)
     for row in found:
         flip_row(shard, row)
-    with pytest.raises(CorruptShardError, match=r"python cli\.py store repair"):
+    with pytest.raises(CorruptShardError, match=r"store repair"):
         own.gathered(kind)
     planned = repair_folder(own.features(kind), own.source, dry_run=True)
     assert planned.actions

@@ -11,8 +11,8 @@ from featstore.encoders.spec import QUANTISED
 from featstore.encoders.tower import check_k_txt, transformer_layers
 from featstore.errors import PresetError
 from trainer.config import TrainConfig
-from trainer.model.head import apply_head
-from trainer.model.tails import TAIL_NAME, Dequantize, TextTail
+from trainer.model.head import TAIL_NAME, apply_head
+from trainer.model.tails import Dequantize, TextTail
 from trainer.model.weights import copy_weights, layer_weights, seeded
 
 SCALES_OF = {"features": "feature_scales", "hidden": "hidden_scales"}

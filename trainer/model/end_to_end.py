@@ -10,11 +10,8 @@ import keras
 from featstore.encoders.tower import frozen_part, leading_tokens, text_inputs, transformer_layers
 from featstore.errors import PresetError
 from trainer.config import TrainConfig
-from trainer.model.head import apply_head
+from trainer.model.head import TEXT_NAME, VISION_NAME, apply_head
 from trainer.model.weights import seeded, trained_weights
-
-VISION_NAME = "vit_backbone"
-TEXT_NAME = "txt_backbone"
 
 
 @keras.saving.register_keras_serializable(package="featstore")

@@ -11,6 +11,8 @@ from featstore.errors import ConfigError
 from trainer.config import TrainConfig
 from trainer.model.fastpath import apply_dense, single_query_attention
 
+VISION_NAME, TEXT_NAME = "vit_backbone", "txt_backbone"
+TAIL_NAME = "text_tail"
 HEAD_LAYERS = ("xattn", "xattn_residual", "xattn_norm", "flatten_cls", "mlp_1", "drop_1", "logit")
 
 

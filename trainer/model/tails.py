@@ -9,8 +9,6 @@ from keras import ops
 
 from trainer.model.fastpath import encoder_layer, first_token_layer
 
-TAIL_NAME = "text_tail"
-
 
 @keras.saving.register_keras_serializable(package="featstore")
 class TextTail(keras.layers.Layer):

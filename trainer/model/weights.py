@@ -11,9 +11,7 @@ import keras
 import numpy as np
 
 from featstore.errors import RunError
-from trainer.model.end_to_end import TEXT_NAME
-from trainer.model.head import HEAD_LAYERS
-from trainer.model.tails import TAIL_NAME
+from trainer.model.head import HEAD_LAYERS, TAIL_NAME, TEXT_NAME
 
 
 def layer_weights(layer: Any) -> dict[str, Any]:

@@ -35,7 +35,8 @@ from trainer.batches import CachedRows, IntArray
 from trainer.config import Config
 from trainer.features import Features, extract_command
 from trainer.metrics import binary_metrics, log_loss, sigmoid
-from trainer.model.end_to_end import VISION_NAME, build_end_to_end
+from trainer.model.end_to_end import build_end_to_end
+from trainer.model.head import VISION_NAME
 from trainer.model.weights import transfer_weights
 from trainer.results.evaluate import open_run_features
 from trainer.results.tolerance import arithmetic_noise, feature_tolerance, logit_tolerance

@@ -20,8 +20,7 @@ from featstore.publish import publish
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config
 from trainer.model.cached import build_cached_model, load_text_layers
-from trainer.model.head import HEAD_LAYERS
-from trainer.model.tails import TAIL_NAME
+from trainer.model.head import HEAD_LAYERS, TAIL_NAME
 from trainer.model.weights import copy_weights, layer_weights, random_state, set_random_state
 from trainer.run.folder import Run
 
