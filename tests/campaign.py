@@ -45,6 +45,7 @@ import numpy as np
 from PIL import Image
 from tiny_runs import tiny_config
 
+from featstore import publish
 from featstore.care.info import Source, open_folder
 from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig

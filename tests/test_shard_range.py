@@ -23,9 +23,10 @@ from featstore.care.gc import compact
 from featstore.config import StoreConfig
 from featstore.data.images import index_images
 from featstore.errors import StoreError, UsageError
+from featstore.extract.claims import writing
 from featstore.extract.extract import ALL, Summary, share_images, share_of_images
 from featstore.extract.plan import Plan
-from featstore.extract.worklist import PLAN, Publisher, read_plan, request_token, writing
+from featstore.extract.publisher import PLAN, Publisher, read_plan, request_token
 from featstore.publish import write_json
 from featstore.store.folder import read_quarantine, shard_paths
 from featstore.store.shard import ShardRows

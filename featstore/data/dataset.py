@@ -22,13 +22,12 @@ from featstore.data.images import ImageIndex, index_images
 from featstore.data.rows import read_examples
 from featstore.data.splits import (
     Splits,
-    load_splits,
     make_splits,
     read_split_file,
     save_splits,
     splits_from_parts,
 )
-from featstore.errors import ConfigError, DataError, SplitError
+from featstore.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,36 @@ class Dataset:
         splits: Their split by image.
         images: Where the photos are.
         issues: Rows dropped, and rows kept with a warning.
-        report: The CSV that names them; None where there are none.
-        splits_path: The split on disk.
+        root: The store's root: splits and reports are kept below it.
     """
 
     examples: Examples
     splits: Splits
     images: ImageIndex
     issues: list[RowIssue]
-    report: Path | None
-    splits_path: Path
+    root: Path
+
+    @property
+    def splits_path(self) -> Path:
+        """The split on disk, once it is saved."""
+        return self.root / "splits" / f"{self.splits.digest()}.json"
+
+    @property
+    def report(self) -> Path | None:
+        """The CSV that names the issues, once it is saved; None where there are none."""
+        if not self.issues:
+            return None
+        return self.root / "reports" / f"rows-{self.examples.digest()[:16]}.csv"
+
+    def save(self) -> None:
+        """Write the split and the report.
+
+        Raises:
+            FeatstoreError: They cannot be written.
+        """
+        save_splits(self.splits_path, self.splits)
+        if self.report is not None:
+            write_report(self.report, self.issues)
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Return the rows of a split, or of all splits for "all"."""
@@ -79,14 +98,13 @@ def _read(path: str, data: DataConfig, images: ImageIndex) -> tuple[Examples, li
     return examples, [*result.issues, *missing]
 
 
-def load_dataset(data: DataConfig, root: Path, save: bool = True) -> Dataset:
-    """Read the rows, find the photos, make or load the split.
+def load_dataset(data: DataConfig, root: Path) -> Dataset:
+    """Read the rows, find the photos, make or read the split.
 
     Args:
         data: The `[data]` settings; without rows, the built-in demo is used
             (and made on first use).
         root: The store's root: splits and reports are kept below it.
-        save: Write the split and the report; False for a dry run.
 
     Raises:
         ConfigError: No folder of photos is named.
@@ -116,17 +134,4 @@ def load_dataset(data: DataConfig, root: Path, save: bool = True) -> Dataset:
             if data.split_file
             else make_splits(examples, data.fractions, data.split_seed)
         )
-    splits_path = root / "splits" / f"{splits.digest()}.json"
-    if splits_path.exists():
-        splits = load_splits(splits_path, examples)
-        if splits.digest() != splits_path.stem:
-            raise SplitError(
-                f"{splits_path}: its content does not match its name; it was changed: delete it to"
-                " split again, or name your own split with [data] split_file"
-            )
-    elif save:
-        save_splits(splits_path, splits)
-    report = root / "reports" / f"rows-{examples.digest()[:16]}.csv" if issues else None
-    if report is not None and save:
-        write_report(report, issues)
-    return Dataset(examples, splits, images, issues, report, splits_path)
+    return Dataset(examples, splits, images, issues, root)

@@ -13,9 +13,10 @@ from typing import Any
 
 import click
 
+from featstore.config import DEFAULT_FILE
 from featstore.errors import Command, FeatstoreError, StoppedError, UsageError
 from featstore.settings import hints
-from trainer.config import DEFAULT_FILE, SECTIONS, Config, load_config
+from trainer.config import SECTIONS, Config, load_config
 
 Function = Callable[..., Any]
 
