@@ -22,13 +22,12 @@ from featstore.data.images import ImageIndex, index_images
 from featstore.data.rows import read_examples
 from featstore.data.splits import (
     Splits,
-    load_splits,
     make_splits,
     read_split_file,
     save_splits,
     splits_from_parts,
 )
-from featstore.errors import ConfigError, DataError, SplitError
+from featstore.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _read(path: str, data: DataConfig, images: ImageIndex) -> tuple[Examples, li
 
 
 def load_dataset(data: DataConfig, root: Path, save: bool = True) -> Dataset:
-    """Read the rows, find the photos, make or load the split.
+    """Read the rows, find the photos, make or read the split.
 
     Args:
         data: The `[data]` settings; without rows, the built-in demo is used
@@ -91,7 +90,7 @@ def load_dataset(data: DataConfig, root: Path, save: bool = True) -> Dataset:
     Raises:
         ConfigError: No folder of photos is named.
         RowError, DataError: Rows or photos cannot be used.
-        SplitError: A split leaks, or belongs to other rows.
+        SplitError: A split leaks, or does not cover the rows.
     """
     rows, folder = data.rows, data.images
     if not rows:
@@ -117,14 +116,7 @@ def load_dataset(data: DataConfig, root: Path, save: bool = True) -> Dataset:
             else make_splits(examples, data.fractions, data.split_seed)
         )
     splits_path = root / "splits" / f"{splits.digest()}.json"
-    if splits_path.exists():
-        splits = load_splits(splits_path, examples)
-        if splits.digest() != splits_path.stem:
-            raise SplitError(
-                f"{splits_path}: its content does not match its name; it was changed: delete it to"
-                " split again, or name your own split with [data] split_file"
-            )
-    elif save:
+    if save:
         save_splits(splits_path, splits)
     report = root / "reports" / f"rows-{examples.digest()[:16]}.csv" if issues else None
     if report is not None and save:

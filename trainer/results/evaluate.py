@@ -14,10 +14,8 @@ from trainer.config import Config
 from trainer.features import Features, open_features
 from trainer.metrics import evaluate_logits
 from trainer.run.checkpoint import load_best
-from trainer.run.fit import predict_logits
 from trainer.run.folder import Run
-from trainer.run.optimizer import make_optimizer
-from trainer.run.step import make_stepper
+from trainer.run.step import make_predictor, predict_logits
 
 
 def check_same_data(run: Run, dataset: Dataset) -> None:
@@ -97,11 +95,9 @@ def evaluate(run: Run, features: Features, split: str, control: str = "none") ->
     check_same_data(run, features.dataset)
     check_same_features(run, features.config)
     threshold = float(run.metrics()["threshold"])
-    model = load_best(run)
-    train = features.config.train
-    stepper = make_stepper([(model, make_optimizer(train))])
+    predictor = make_predictor([load_best(run)])
     rows = features.rows(split, control)
-    logits = predict_logits(stepper, rows, train.batch_size)[0]
+    logits = predict_logits(predictor, rows, features.config.train.batch_size)[0]
     _, unread = features.usable(split)
     result = {
         "run": run.name,
