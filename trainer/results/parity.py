@@ -41,10 +41,8 @@ from trainer.model.weights import transfer_weights
 from trainer.results.evaluate import open_run_features
 from trainer.results.tolerance import arithmetic_noise, feature_tolerance, logit_tolerance
 from trainer.run.checkpoint import build_model, load_best
-from trainer.run.fit import predict_logits
 from trainer.run.folder import Run
-from trainer.run.optimizer import make_optimizer
-from trainer.run.step import Stepper, make_stepper
+from trainer.run.step import Predictor, make_predictor, predict_logits
 
 BATCH_ROWS = 8
 NAMED = 5
@@ -113,7 +111,7 @@ def _shown(value: float | None) -> str:
 class _Models:
     """Both models, with one run's weights, in float32."""
 
-    cached: Stepper
+    cached: Predictor
     end_to_end: keras.Model
     vision: VisionEncoder
     text: TextEncoder
@@ -134,8 +132,7 @@ def _load_models(config: Config, features: Features, best: keras.Model) -> _Mode
     outputs = {"features": model.get_layer(VISION_NAME).output, "logits": model.output}
     both = keras.Model(model.input, outputs)
     both.compile(jit_compile=False)
-    stepper = make_stepper([(cached, make_optimizer(train))])
-    return _Models(stepper, both, vision, text)
+    return _Models(make_predictor([cached]), both, vision, text)
 
 
 class _Comparison:
@@ -275,8 +272,7 @@ def _recorded_loss(run: Run, features: Features, best: keras.Model) -> dict[str,
     """
     train = features.config.train
     rows = features.rows("val")
-    stepper = make_stepper([(best, make_optimizer(train))])
-    logits = predict_logits(stepper, rows, train.batch_size)[0]
+    logits = predict_logits(make_predictor([best]), rows, train.batch_size)[0]
     found = log_loss(rows.labels, logits) if np.isfinite(logits).all() else np.nan
     expected = float(run.metrics()["loss"])
     policy = train.dtype_policy.removeprefix("mixed_")

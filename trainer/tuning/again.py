@@ -10,6 +10,7 @@ from typing import Any
 from featstore.data.dataset import load_dataset
 from featstore.publish import command_line, package_versions, write_json
 from trainer.results.evaluate import evaluate
+from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training
 from trainer.tuning.study import Search
@@ -34,7 +35,8 @@ def retrain(
         best: The trial, from `trainer.tuning.table`.
         epochs: Epochs; None: as many as the trial had.
         seeds: Runs, with the trial's seed and those that follow it.
-        split: "val" or "test", on which the runs are measured.
+        split: "val" or "test", on which the runs are measured, under the
+            control that they are trained with.
         reporter: How they are shown.
 
     Returns:
@@ -60,8 +62,8 @@ def retrain(
         if not (run.exists and run.manifest()["status"] == "finished"):
             with run.writing():
                 run.check_free_or_same(config)
-                Training(run, features, search.init_from, reporter).fit()
-        at = evaluate(run, features, split)["at_threshold"]
+                fit(Training(run, features, search.init_from, reporter))
+        at = evaluate(run, features, split, config.train.control)["at_threshold"]
         figures.append(
             {
                 "run": str(run.folder),

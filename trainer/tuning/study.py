@@ -20,8 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +28,16 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import numpy as np
 import optuna
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from featstore.encoders.spec import differing_fields, text_spec, vision_spec
 from featstore.errors import Advice, Command, RunError, UsageError
 from featstore.extract.plan import plan_images, plan_text
-from featstore.publish import PASSWORD, command_line, package_versions, write_json
+from featstore.publish import command_line, package_versions, write_json
 from trainer.config import Config, load_config, render_config
 from trainer.run.folder import SEARCH_FILE, Run, find_run
 from trainer.tuning.space import Space, space_from_json
+from trainer.tuning.storage import masked, open_storage, quiet_optuna
 
 if TYPE_CHECKING:
     from featstore.data.dataset import Dataset
@@ -48,90 +46,6 @@ FORMAT = 1
 # A trial that ends its worker as often as this without finishing an epoch is given up.
 MOST_ATTEMPTS = 3
 LONGEST_CHANGE = 80
-
-
-def masked(url: str) -> str:
-    """Return a storage URL without its password."""
-    return PASSWORD.sub(r"\1***@", url)
-
-
-def driver_url(url: str) -> str:
-    """Return a PostgreSQL URL with the driver that the project installs, others as they are."""
-    for scheme in ("postgresql://", "postgres://"):
-        if url.startswith(scheme):
-            return f"postgresql+psycopg://{url.removeprefix(scheme)}"
-    return url
-
-
-def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
-    """Return where a study is kept: a journal in its folder, or a database.
-
-    Args:
-        folder: The search's folder, on a file system that all workers see.
-        url: Such as `postgresql://user:password@host/database`; None: the
-            journal.
-
-    Raises:
-        UsageError: The database cannot be reached, its driver is missing, or the
-            password is where it would be written down with the command.
-    """
-    if url is not None and "password=" in url:
-        raise UsageError(
-            "--storage: its password is not looked for after the ?; expected a URL such as"
-            " postgresql://user:password@host/database"
-        )
-    if url is None:
-        path = folder / "study.journal"
-        # Optuna names no public type for it; it asks for these two methods.
-        lock: Any = _JournalLock(path)
-        return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock))
-    try:
-        return optuna.storages.RDBStorage(driver_url(url), engine_kwargs={"pool_pre_ping": True})
-    except ImportError as error:
-        raise UsageError(
-            f"--storage {masked(url)}: its driver is not installed ({error.name or error});"
-            " for PostgreSQL: pip install -e '.[postgresql]'"
-        ) from error
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UsageError(
-            f"--storage {masked(url)}: cannot be opened ({reason[0] if reason else error});"
-            " expected a URL such as postgresql://user:password@host/database"
-        ) from error
-
-
-class _JournalLock:
-    """The journal's lock, held by the process: the system takes it back when that dies.
-
-    A line that a killed writer or a full disk cut short is taken away before
-    the next one is written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = filelock.FileLock(f"{path}.lock")
-
-    def acquire(self) -> bool:
-        """Take the lock, waiting for it."""
-        self._lock.acquire()
-        _cut_torn_line(self._path)
-        return True
-
-    def release(self) -> None:
-        """Give it back."""
-        self._lock.release()
-
-
-def _cut_torn_line(path: Path) -> None:
-    with path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if not size:
-            return
-        file.seek(size - 1)
-        if file.read(1) == b"\n":
-            return
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 @dataclass
@@ -163,13 +77,12 @@ class Search:
     def __init__(
         self, folder: Path, base: Config, space: Space, init_from: Run | None, url: str | None
     ) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.folder, self.name = folder, folder.name
         self.base, self.space, self.init_from, self.url = base, space, init_from, url
-        self.storage = open_storage(folder, url)
         directions = optuna.study.StudyDirection
-        with self._deciding():
+        with quiet_optuna():
+            self.storage = open_storage(folder, url)
+        with self._deciding(), quiet_optuna():
             self.study = optuna.create_study(
                 storage=self.storage,
                 study_name=self.name,
@@ -269,8 +182,9 @@ class Search:
         return claims
 
     def _draw(self, ordinal: int) -> Claim:
-        self.study.sampler = self._sampler(ordinal)
-        trial = self.study.ask({p.name: p.distribution() for p in self.space.parameters})
+        with quiet_optuna():
+            self.study.sampler = self._sampler(ordinal)
+            trial = self.study.ask({p.name: p.distribution() for p in self.space.parameters})
         run = self.run_of(trial.number)
         held = contextlib.ExitStack()
         held.enter_context(run.writing())
