@@ -28,6 +28,12 @@ def prepare(project: Project, k_txt: int, show: Show = SILENT) -> None:
         StaleFeaturesError: What was extracted is of other specs.
         DataError: The train or val split has rows of one class only.
     """
+    fingerprint = project.text_spec(k_txt).fingerprint
+    key = f"prepared {fingerprint} {project.vision_spec.fingerprint} {project.config.data!r}"
+    project.once(key, lambda: _prepare(project, k_txt, show))
+
+
+def _prepare(project: Project, k_txt: int, show: Show) -> None:
     for split in ("train", "val"):
         rows = project.dataset.rows(split)
         require_both_classes(project.dataset.examples.select(rows), f"split {split!r}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.data.examples import NO_PHOTO
 from featstore.errors import RunError
 from featstore.progress import SILENT, Show
 from featstore.project import Project
@@ -17,6 +19,8 @@ from trainer.features import cached_rows
 from trainer.run.checkpoint import load_best
 from trainer.run.folder import Run
 from trainer.run.step import Predictor, make_predictor, predict_logits
+
+NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,36 @@ def check_same_data(run: Run, project: Project) -> None:
         ("splits", project.dataset.splits.digest()),
     ):
         if expected[f"{what}_digest"] != found:
+            _refuse_lost_photos(run, project)
             raise RunError(
                 f"{run.folder}: the {what} changed since the run was trained (expected"
                 f" {expected[f'{what}_digest']}, found {found}); its test split could hold"
                 " training rows; restore them or train again"
             )
+
+
+def _refuse_lost_photos(run: Run, project: Project) -> None:
+    """Say which photos are gone, where that is why the rows are others.
+
+    Raises:
+        RunError: Some are.
+    """
+    issues = project.dataset.issues
+    absent = list(dict.fromkeys(i.image_id for i in issues if i.reason == NO_PHOTO))
+    extracted = project.images().lookup(absent) >= 0
+    gone = [image_id for image_id, was in zip(absent, extracted, strict=True) if was]
+    if gone:
+        raise RunError(
+            f"{run.folder}: {len(gone)} photos are gone since their features were extracted"
+            f" ({some(gone)}), so the rows are not the run's; put them back in"
+            f" {project.dataset.images.folder}"
+        )
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first few of some names, for a message."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(repr(name) for name in names[:NAMED]) + more
 
 
 def check_same_features(run: Run, project: Project) -> None:
