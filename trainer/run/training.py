@@ -23,7 +23,6 @@ from featstore.publish import command_line, package_versions, write_json, write_
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import Features, row_counts
 from trainer.metrics import evaluate_logits
-from trainer.run.curves import plot_learning_curves
 from trainer.run.checkpoint import (
     Progress,
     build_model,
@@ -33,6 +32,7 @@ from trainer.run.checkpoint import (
     save_weights,
     start_from,
 )
+from trainer.run.curves import plot_learning_curves
 from trainer.run.events import EventLog
 from trainer.run.folder import Run
 from trainer.run.optimizer import cut_learning_rate, learning_rate, make_optimizer
