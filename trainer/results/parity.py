@@ -36,14 +36,12 @@ from trainer.model.end_to_end import build_end_to_end
 from trainer.model.head import VISION_NAME
 from trainer.model.weights import transfer_weights
 from trainer.results.score import Scorer, project_of, some
-from trainer.results.tolerance import arithmetic_noise, feature_tolerance, logit_tolerance
+from trainer.results.tolerance import Floats, arithmetic_noise, feature_tolerance, logit_tolerance
 from trainer.run.checkpoint import build_model
 from trainer.run.folder import Run
 from trainer.run.step import Predictor, make_predictor
 
 BATCH_ROWS = 8
-
-Floats = NDArray[Any]
 
 
 class _Quantity:
