@@ -30,9 +30,8 @@ from trainer.config import Config, load_config
 from trainer.features import Features, open_features
 from trainer.metrics import evaluate_logits
 from trainer.run.checkpoint import build_model
-from trainer.run.fit import predict_logits
-from trainer.run.optimizer import make_optimizer
-from trainer.run.step import make_stepper
+from trainer.run.fit import fit
+from trainer.run.step import make_predictor, predict_logits
 
 EXACT = "float32"
 USUAL = "float16"
@@ -55,8 +54,8 @@ def logits_of(weights: Path, features: Features, split: str) -> NDArray[np.float
     config = features.config
     model = build_model(config, features.vision.row_shape)
     model.load_weights(weights)
-    stepper = make_stepper([(model, make_optimizer(config.train))])
-    return predict_logits(stepper, features.rows(split), config.train.batch_size)[0]
+    predictor = make_predictor([model])
+    return predict_logits(predictor, features.rows(split), config.train.batch_size)[0]
 
 
 def _reader(store: VisionStore) -> Callable[[NDArray[np.int64]], None]:
@@ -151,7 +150,7 @@ def measure(
                 features = open_features(with_settings(given, dtype, k_txt), dataset)
                 stores[dtype] = features.vision
                 training = new_training(root, f"{dtype}-{k_txt}", features)
-                threshold = float(training.fit()["threshold"])
+                threshold = float(fit(training)["threshold"])
                 weights = weights or training.run.weights_path  # of the first format, float32
                 own = logits_of(training.run.weights_path, features, "test")
                 labels = features.rows("test").labels

@@ -30,6 +30,7 @@ from featstore.extract.claims import writing
 from featstore.extract.extract import extract_alone
 from featstore.extract.plan import Job, make_plan
 from trainer.features import Features
+from trainer.run.fit import fit
 
 WAYS = {"end_to_end": "end to end", "end_to_end_xla": "end to end, XLA"}
 
@@ -90,7 +91,7 @@ def _cached(features: Features, root: Path, name: str) -> dict[str, float]:
     started = time.perf_counter()
     training = new_training(root, name, features)
     built = time.perf_counter() - started
-    training.fit()
+    fit(training)
     whole = time.perf_counter() - started
     first, last = training.progress.history
     extra = sum(max(0.0, first[key] - last[key]) for key in ("seconds", "val_seconds"))

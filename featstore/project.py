@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -33,6 +33,8 @@ from featstore.store.folder import read_quarantine
 from featstore.store.store import TextStore, VisionStore, open_features_of
 
 Made = TypeVar("Made")
+# "train", "val", "test", "all", or some of them.
+Split = str | Sequence[str]
 
 
 class Project:
@@ -92,7 +94,8 @@ class Project:
         other.file, other.overrides, other._made = self.file, self.overrides, self._made
         return other
 
-    def _once(self, key: str, make: Callable[[], Made]) -> Made:
+    def once(self, key: str, make: Callable[[], Made]) -> Made:
+        """Return what was made under a key, by this project or one `with_config`; else make it."""
         if key not in self._made:
             self._made[key] = make()
         return cast(Made, self._made[key])
@@ -105,7 +108,7 @@ class Project:
             ConfigError, RowError, DataError, SplitError: See `load_dataset`.
         """
         key = f"dataset {self.config.data!r} {self.root}"
-        return self._once(key, lambda: load_dataset(self.config.data, self.root))
+        return self.once(key, lambda: load_dataset(self.config.data, self.root))
 
     @property
     def has_dataset(self) -> bool:
@@ -130,7 +133,7 @@ class Project:
         """
         encoders, store = self.config.encoders, self.config.store
         key = f"spec {encoders!r} {dataclasses.replace(store, root='')!r}"
-        return self._once(key, lambda: vision_spec(encoders, store))
+        return self.once(key, lambda: vision_spec(encoders, store))
 
     def text_spec(self, k_txt: int | None = None) -> TextSpec:
         """Return the spec of the hidden states that enter the last `k_txt` text layers.
@@ -145,7 +148,7 @@ class Project:
         encoders, store = self.config.encoders, self.config.store
         layers = self.k_txt if k_txt is None else k_txt
         key = f"spec {encoders!r} {dataclasses.replace(store, root='')!r} {layers}"
-        return self._once(key, lambda: text_spec(encoders, store, layers))
+        return self.once(key, lambda: text_spec(encoders, store, layers))
 
     def spec(self, kind: str, k_txt: int | None = None) -> VisionSpec | TextSpec:
         """Return the spec of one kind of features, "vit" or "text"; see `text_spec`.
@@ -175,7 +178,7 @@ class Project:
         """
         fixed = dataclasses.replace(spec, dtype="", boundary=0, weights="", architecture={})
         key = f"encoder {self.preset_name(spec.kind)} {fixed!r}"
-        return self._once(key, lambda: load_encoder(spec, self.preset_name(spec.kind)))
+        return self.once(key, lambda: load_encoder(spec, self.preset_name(spec.kind)))
 
     def forget_encoders(self) -> None:
         """Let go of the encoders' memory; they are loaded again when they are needed."""
@@ -203,7 +206,7 @@ class Project:
             self._made[key] = state, open_features_of(self.root, spec)
         return cast(VisionStore | TextStore, self._made[key][1])
 
-    def keys(self, kind: str, split: str = "all") -> list[str]:
+    def keys(self, kind: str, split: Split = "all") -> list[str]:
         """Return the distinct image ids or sentences of a split, in the order of the rows."""
         examples, rows = self.dataset.examples, self.dataset.rows(split)
         column = examples.image_ids if kind == "vit" else examples.hypotheses
@@ -241,19 +244,19 @@ class Project:
             raise DataError(f"split {split!r} has no row whose photo could be read")
         return rows[present], {key: quarantine[key]["reason"] for key in absent}
 
-    def job(self, kind: str, split: str = "all", k_txt: int | None = None) -> Job:
+    def job(self, kind: str, split: Split = "all", k_txt: int | None = None) -> Job:
         """Return what it takes to have a split's features of one kind, "vit" or "text"."""
         spec = self.spec(kind, k_txt)
         images = self.dataset.images if kind == "vit" else None
         keys = self.keys(kind, split)
         return Job(spec, self.preset_name(kind), self.config.store, keys, images)
 
-    def plan(self, kind: str, split: str = "all", k_txt: int | None = None) -> Plan:
+    def plan(self, kind: str, split: Split = "all", k_txt: int | None = None) -> Plan:
         """Find what is missing of a split's features; change nothing. See `make_plan`."""
         return make_plan(self.job(kind, split, k_txt))
 
     def estimate(
-        self, kind: str, split: str = "all", k_txt: int | None = None
+        self, kind: str, split: Split = "all", k_txt: int | None = None
     ) -> tuple[Plan, float]:
         """Say what `extract` would do, and how many inputs a second; change nothing."""
         job = self.job(kind, split, k_txt)
@@ -262,7 +265,7 @@ class Project:
     def extract(
         self,
         kind: str = "vit",
-        split: str = "all",
+        split: Split = "all",
         k_txt: int | None = None,
         *,
         shards: range = ALL,
@@ -274,7 +277,7 @@ class Project:
 
         Args:
             kind: "vit" for photos, "text" for sentences.
-            split: "train", "val", "test" or "all".
+            split: "train", "val", "test", "all", or some of them.
             k_txt: Last text layers that will train, with kind "text"; None: as
                 the configuration says.
             shards: Which planned shards this process makes.

@@ -322,7 +322,7 @@ def import_framework() -> None:
     for name in (
         "featstore.care.repair",
         "trainer.results.evaluate",
-        "trainer.run.training",
+        "trainer.run.fit",
         "trainer.tuning.trials",
     ):
         importlib.import_module(name)

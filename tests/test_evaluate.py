@@ -23,13 +23,14 @@ from trainer.model.end_to_end import build_end_to_end
 from trainer.model.weights import transfer_weights
 from trainer.results.evaluate import evaluate, open_run_features
 from trainer.run.checkpoint import load_best
+from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Training
 
 
 def trained(config: Config, folder: Path) -> Run:
     features = open_features(config, extracted(config))
-    Training(Run(folder), features).fit()
+    fit(Training(Run(folder), features))
     return Run(folder)
 
 

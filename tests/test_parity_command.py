@@ -29,6 +29,7 @@ from trainer.model.weights import trained_weights, transfer_weights
 from trainer.results.evaluate import open_run_features
 from trainer.results.parity import check_parity
 from trainer.results.tolerance import feature_tolerance
+from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Training
 
@@ -39,7 +40,7 @@ def make_run(folder: Path, vit: Path, text: Path, store: dict[str, Any], **train
     config = tiny_config(folder / "data", vit, text, **{"epochs": 1, **train})
     config = dataclasses.replace(config, store=dataclasses.replace(config.store, **store))
     features = open_features(config, extracted(config))
-    Training(Run(folder / "runs" / "first"), features).fit()
+    fit(Training(Run(folder / "runs" / "first"), features))
     return Run(folder / "runs" / "first")
 
 

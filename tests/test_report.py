@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from featstore.errors import RunError
-from trainer.results.report import plot_learning_curves
+from trainer.run.curves import plot_learning_curves
 
 
 def history(epochs: int) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def test_no_epoch(tmp_path: Path) -> None:
 
 def test_pyplot_is_left_alone(tmp_path: Path) -> None:
     code = (
-        "import sys; from trainer.results.report import plot_learning_curves as plot;"
+        "import sys; from trainer.run.curves import plot_learning_curves as plot;"
         "assert 'matplotlib' not in sys.modules;"
         f"plot([{{'epoch': 1, 'loss': 1.0}}], {str(tmp_path / 'c.png')!r});"
         "assert 'matplotlib.pyplot' not in sys.modules"

@@ -61,6 +61,11 @@ class Config(FeatureConfig):
 
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    @classmethod
+    def of(cls, features: FeatureConfig, train: TrainConfig) -> Config:
+        """Return the settings of a run over the features of a configuration."""
+        return cls(features.data, features.encoders, features.store, train)
+
 
 SECTIONS = sections_of(Config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,10 @@ class Dataset:
         if self.report is not None:
             write_report(self.report, self.issues)
 
-    def rows(self, split: str) -> NDArray[np.int64]:
-        """Return the rows of a split, or of all splits for "all"."""
+    def rows(self, split: str | Sequence[str]) -> NDArray[np.int64]:
+        """Return the rows of a split, of several one after the other, or of all for "all"."""
+        if not isinstance(split, str):
+            return np.concatenate([self.rows(name) for name in split])
         if split == "all":
             return np.arange(len(self.examples))
         return self.splits.rows(self.examples, split)

@@ -140,7 +140,8 @@ def search_group(
 
         check_address(ray_address)
     from featstore.data.dataset import load_dataset
-    from trainer.tuning.study import driver_url, masked, start_search
+    from trainer.tuning.storage import driver_url, masked
+    from trainer.tuning.study import start_search
     from trainer.tuning.table import best_row, trial_rows, write_leaderboard
 
     dataset = load_dataset(base.data, Path(base.store.root), save=not dry_run)

@@ -82,6 +82,7 @@ def train(
     print_rows(dataset)
     import_framework()
     features = open_features(config, dataset, lambda total: row_bar(total, " sentences"))
+    from trainer.run.fit import fit
     from trainer.run.training import Reporter, Training
 
     with run.writing(), stop_request() as stopping:
@@ -90,7 +91,7 @@ def train(
         if not as_json:
             count = training.manifest["parameters"]["trainable"]
             click.echo(f"run {run.folder}: {count:,} trainable parameters", err=True)
-        metrics = training.fit()
+        metrics = fit(training)
     if as_json:
         click.echo(json.dumps({"run": str(run.folder), **metrics}))
         return
