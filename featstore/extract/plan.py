@@ -61,7 +61,7 @@ class Plan:
         """
         if self.todo_bytes > self.free_bytes:
             raise StoreError(
-                f"{self.folder}: the features need {self.todo_bytes / 1e9:.2f} GB and"
+                f"{self.folder}: the features need up to {self.todo_bytes / 1e9:.2f} GB and"
                 f" {self.free_bytes / 1e9:.2f} GB are free; free some space, or set"
                 " [store] root to another disk"
             )
@@ -143,7 +143,7 @@ def plan_images(
             quarantined += 1
             continue
         todo.append(i)
-    tokens, width = vision_row_shape(spec.architecture, spec.tokens)
+    tokens, width = vision_row_shape(spec)
     row_bytes = spec.views * tokens * token_bytes(spec.dtype, width)
     if min(store.shard_rows, len(todo)) * row_bytes > MAX_SHARD_BYTES:
         fitting = MAX_SHARD_BYTES // row_bytes
@@ -167,7 +167,9 @@ def plan_images(
 def plan_text(spec: TextSpec, store: StoreConfig, sentences: Sequence[str]) -> Plan:
     """Find which sentences have no features yet.
 
-    The size is an upper bound: each sentence is taken at its full length.
+    The size is an upper bound: each sentence is taken to have as many tokens as
+    one may have. Only the tokenizer could tell, and not cheaply: a character
+    may be several tokens.
     """
     folder = spec.folder(Path(store.root))
     distinct = list(dict.fromkeys(sentences))
@@ -178,7 +180,6 @@ def plan_text(spec: TextSpec, store: StoreConfig, sentences: Sequence[str]) -> P
     # A sentence never changes: one that failed under this spec always fails.
     todo = [key for key in missing if key not in known]
     width = int(spec.architecture["hidden_dim"])
-    words = sum(min(len(key.split()) * 2 + 2, spec.sequence_length) for key in todo)
     return Plan(
         spec=spec,
         folder=folder,
@@ -187,6 +188,6 @@ def plan_text(spec: TextSpec, store: StoreConfig, sentences: Sequence[str]) -> P
         requested=len(distinct),
         changed=0,
         quarantined=len(missing) - len(todo),
-        todo_bytes=words * token_bytes(spec.dtype, width),
+        todo_bytes=len(todo) * spec.sequence_length * token_bytes(spec.dtype, width),
         free_bytes=free_space(folder),
     )
