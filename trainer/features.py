@@ -97,7 +97,6 @@ class Features:
             sentences,
             examples.labels[rows],
             k_txt=self.config.train.k_txt,
-            sequence_length=self.config.encoders.sequence_length,
             control=control,
             control_seed=self.config.train.seed,
         )

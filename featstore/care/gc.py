@@ -28,7 +28,8 @@ from featstore.store.folder import (
     shard_paths,
     write_manifest,
 )
-from featstore.store.shard import MAKE_READABLE, open_shard, rewrite_shard, shard_number
+from featstore.store.shard import MAKE_READABLE, open_shard, shard_number
+from featstore.store.write import rewrite_shard
 
 DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
 # The manifest goes first: a folder that is deleted in part is refused until this goes on.
@@ -147,7 +148,7 @@ def _is_ours(path: Path) -> bool:
 def _superseded(folder: Path) -> dict[Path, list[int]]:
     """Return shard to its rows whose key has a newer row."""
     opened = open_folder(folder)
-    older = np.setdiff1d(np.arange(len(opened)), opened.newest())
+    older = np.setdiff1d(np.arange(opened.rows), opened.newest())
     shards, rows = opened.locate(older)
     found: dict[Path, list[int]] = {}
     for number, row in zip(shards.tolist(), rows.tolist(), strict=True):

@@ -15,9 +15,9 @@ from featstore.data.dataset import Dataset, load_dataset
 from featstore.encoders.spec import TextSpec, VisionSpec, text_spec, vision_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import Advice, Command, CorruptShardError, FeatstoreError, StoreError
-from featstore.publish import TEMPORARY, read_json
-from featstore.store.folder import listed, read_quarantine, read_spec, shard_paths
-from featstore.store.store import TextStore, VisionStore
+from featstore.publish import TEMPORARY
+from featstore.store.folder import listed, read_names, read_quarantine, read_spec, shard_paths
+from featstore.store.store import TextStore, VisionStore, store_of
 
 KINDS = ("vit", "text")
 FINGERPRINT = re.compile("[0-9a-f]{32}")
@@ -53,7 +53,7 @@ def open_folder(folder: Path) -> VisionStore | TextStore:
         raise CorruptShardError(
             f"{folder}: holds {spec.get('kind')!r} features, expected {folder.parent.name!r}"
         )
-    return (VisionStore if spec["kind"] == "vit" else TextStore)(folder, spec)
+    return store_of(folder, spec)
 
 
 class Source:
@@ -138,15 +138,6 @@ class Source:
         return TextEncoder(self.encoders.text, self.encoders.sequence_length, precision)
 
 
-def _names(folder: Path) -> list[str]:
-    """Return the preset names that a folder's features are known by."""
-    try:
-        names = read_json(folder / "spec.json")["names"]
-        return [str(name) for name in names.values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-
-
 def disk_bytes(paths: Sequence[Path]) -> int:
     """Return the size of files, those in folders included."""
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
@@ -168,7 +159,7 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         "kind": folder.parent.name,
         "fingerprint": folder.name,
         "folder": str(folder),
-        "names": _names(folder),
+        "names": read_names(folder),
         "asked_for": folder.name in asked,
         "shards": None,
         "bytes": disk_bytes([folder]),
@@ -196,14 +187,14 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         newest, live = opened.newest(), opened.live()
         found |= {
             "rows": len(live),
-            "superseded_rows": len(opened) - len(newest),
+            "superseded_rows": opened.rows - len(newest),
             "stale_rows": len(newest) - len(live),
             "quarantined": len(read_quarantine(folder)),
         }
         if isinstance(opened, TextStore):
             found["tokens"] = int(opened.lengths(live).sum())
-            found["width"] = opened.width if len(opened) else None
-        elif len(opened):
+            found["width"] = opened.width if opened.rows else None
+        elif opened.rows:
             found["tokens"], found["width"] = opened.row_shape
     except StoreError as error:
         found["damaged"] = str(error)

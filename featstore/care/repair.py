@@ -58,7 +58,8 @@ from featstore.store.folder import (
     write_quarantine,
     write_spec,
 )
-from featstore.store.shard import Shard, open_shard, rewrite_shard
+from featstore.store.shard import Shard, open_shard
+from featstore.store.write import rewrite_shard
 
 ACTIONS = {
     "spec": "write it again from the configuration",
@@ -238,8 +239,6 @@ class _Repair:
             same = item.digest == tuple(shard.index["source_digests"][row].tolist())
             if same and item.features is not None:
                 shard.features[row, 0] = item.features
-                if shard.scales is not None:
-                    shard.scales[row, 0] = item.scales
                 restored.add(row)
         return restored
 
@@ -257,8 +256,6 @@ class _Repair:
             same = np.array_equal(item.token_ids, shard.index["token_ids"][a:b])
             if same and item.features is not None:
                 shard.features[a:b] = item.features
-                if shard.scales is not None:
-                    shard.scales[a:b] = item.scales
                 restored.add(row)
         return restored
 

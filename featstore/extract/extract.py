@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import ImageIndex, decode_image, read_bytes
-from featstore.encoders.spec import QUANTISED, FeatureSpec, VisionSpec, text_spec, vision_spec
+from featstore.encoders.spec import FeatureSpec, VisionSpec, text_spec, vision_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError, StoreError
 from featstore.extract.plan import Plan, plan_images, plan_text
@@ -37,8 +37,9 @@ from featstore.extract.worklist import (
     sharing,
     writing,
 )
-from featstore.store.numbers import SCALE_DTYPE, quantise
-from featstore.store.shard import ShardRows, digest_bytes, feature_dtype
+from featstore.store.numbers import Numbers
+from featstore.store.shard import digest_bytes
+from featstore.store.write import ShardRows
 
 TEXT_SHARD_TOKENS = 1 << 18
 Progress = Callable[[int], None]
@@ -123,42 +124,6 @@ def _does_not_fit(dtype: str) -> str:
 
 
 @dataclass(frozen=True)
-class StoredNumbers:
-    """Features in the stored dtype.
-
-    Attributes:
-        features: Shape (rows, tokens, width).
-        scales: int8 only: float32 of shape (rows, tokens).
-    """
-
-    features: NDArray[Any]
-    scales: NDArray[np.float32] | None = None
-
-    def row(self, row: int, tokens: int | None = None) -> StoredNumbers:
-        """Return one row, or its first tokens."""
-        scales = None if self.scales is None else self.scales[row, :tokens]
-        return StoredNumbers(self.features[row, :tokens], scales)
-
-    def fits(self) -> bool:
-        """Tell whether every number is finite in the stored dtype."""
-        # int8 levels always are; the scale of a token that was not tells it.
-        return bool(np.isfinite(self.features if self.scales is None else self.scales).all())
-
-
-def to_stored(values: NDArray[Any], dtype: str) -> StoredNumbers:
-    """Round features to the stored dtype.
-
-    Args:
-        values: Float of shape (rows, tokens, width).
-        dtype: Stored number format.
-    """
-    if dtype == QUANTISED:
-        return StoredNumbers(*quantise(values))
-    with np.errstate(over="ignore"):
-        return StoredNumbers(values.astype(feature_dtype(dtype)))
-
-
-@dataclass(frozen=True)
 class _Decoded:
     key: str
     digest: tuple[int, int] | None
@@ -202,14 +167,12 @@ class EncodedPhoto:
         digest: Of the file's bytes; None where it cannot be read.
         features: Stored dtype, shape (tokens, width); None where it failed.
         reason: Why it failed.
-        scales: float32 of shape (tokens,), of int8 features only.
     """
 
     key: str
     digest: tuple[int, int] | None
-    features: NDArray[Any] | None
+    features: Numbers | None
     reason: str = ""
-    scales: NDArray[np.float32] | None = None
 
 
 def encode_photos(
@@ -246,11 +209,11 @@ def _encoded(photos: Iterable[_Decoded], batched: Batched, dtype: str) -> Iterat
 
     def encoded() -> Iterator[EncodedPhoto]:
         values = batched(np.stack([item.pixels for item in batch if item.pixels is not None]))
-        stored = to_stored(values, dtype)
+        stored = Numbers.rounded(values, dtype)
         for i, item in enumerate(batch):
-            row = stored.row(i)
-            if row.fits():
-                yield EncodedPhoto(item.key, item.digest, row.features, scales=row.scales)
+            row = stored[i]
+            if row.is_finite():
+                yield EncodedPhoto(item.key, item.digest, row)
             else:
                 yield EncodedPhoto(item.key, item.digest, None, _does_not_fit(dtype))
         batch.clear()
@@ -306,8 +269,7 @@ def make_shards(
     for first in decoded:
         shard = begun.popleft()
         count = len(shard.keys)
-        features = np.empty((count, 1, encoder.num_tokens, encoder.width), feature_dtype(dtype))
-        scales = np.empty(features.shape[:-1], SCALE_DTYPE) if dtype == QUANTISED else None
+        features = Numbers.empty((count, 1, encoder.num_tokens, encoder.width), dtype)
         keys: list[str] = []
         digests: list[tuple[int, int]] = []
         failed: dict[str, tuple[str, tuple[int, int] | None]] = {}
@@ -318,13 +280,9 @@ def make_shards(
                 continue
             assert item.digest is not None
             features[len(keys), 0] = item.features
-            if scales is not None:
-                scales[len(keys), 0] = item.scales
             keys.append(item.key)
             digests.append(item.digest)
-        rows = ShardRows(keys, features[: len(keys)], digests)
-        rows.scales = None if scales is None else scales[: len(keys)]
-        yield shard, rows, failed
+        yield shard, ShardRows(keys, features[: len(keys)], digests), failed
 
 
 def _publish_all(work: WorkList, made: Iterable[Made], summary: Summary) -> None:
@@ -450,13 +408,11 @@ class EncodedSentence:
         token_ids: int32 of shape (valid tokens,).
         features: Stored dtype, shape (valid tokens, width); None where they
             do not fit it.
-        scales: float32 of shape (valid tokens,), of int8 features only.
     """
 
     key: str
     token_ids: NDArray[np.int32]
-    features: NDArray[Any] | None
-    scales: NDArray[np.float32] | None = None
+    features: Numbers | None
 
 
 def text_batches(
@@ -483,13 +439,13 @@ def encode_sentences(
     step = store.encode_batch_size * 8
     for first in range(0, len(sentences), step):
         span = slice(first, first + step)
-        stored = to_stored(batched(token_ids[span], mask[span]), dtype)
-        for i in range(first, first + len(stored.features)):
+        stored = Numbers.rounded(batched(token_ids[span], mask[span]), dtype)
+        for i in range(first, first + len(stored)):
             ids = token_ids[i, : lengths[i]]
-            row = stored.row(i - first, len(ids))
-            if row.fits():
+            row = stored[i - first, : len(ids)]
+            if row.is_finite():
                 # Copied, else a sentence would keep its whole batch in memory.
-                yield EncodedSentence(sentences[i], ids, row.features.copy(), row.scales)
+                yield EncodedSentence(sentences[i], ids, row.copy())
             else:
                 yield EncodedSentence(sentences[i], ids, None)
 
@@ -533,8 +489,7 @@ def _make_text_shard(
     dtype: str,
     progress: Progress,
 ) -> Made:
-    parts: list[NDArray[Any]] = []
-    scales: list[NDArray[np.float32]] = []
+    parts = [Numbers.empty((0, encoder.width), dtype)]
     ids: list[NDArray[np.int32]] = []
     keys: list[str] = []
     failed: dict[str, tuple[str, tuple[int, int] | None]] = {}
@@ -546,17 +501,13 @@ def _make_text_shard(
         keys.append(item.key)
         parts.append(item.features)
         ids.append(item.token_ids)
-        if item.scales is not None:
-            scales.append(item.scales)
-    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    offsets = np.cumsum([len(part) for part in parts])
     rows = ShardRows(
         keys,
-        np.concatenate([np.empty((0, encoder.width), feature_dtype(dtype)), *parts]),
+        Numbers.concatenate(parts),
         offsets=offsets.astype(np.int64),
         token_ids=np.concatenate([np.empty(0, np.int32), *ids]).astype(np.int32),
     )
-    if dtype == QUANTISED:
-        rows.scales = np.concatenate([np.empty(0, SCALE_DTYPE), *scales])
     return shard, rows, failed
 
 

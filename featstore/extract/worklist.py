@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import time
 import uuid
@@ -39,6 +38,7 @@ from featstore.publish import (
     publish,
     read_json,
     remove_leftovers,
+    text_digest,
     write_json,
 )
 from featstore.store.folder import (
@@ -51,7 +51,8 @@ from featstore.store.folder import (
     write_quarantine,
     write_spec,
 )
-from featstore.store.shard import ShardRows, describe_file, open_shard, shard_name, write_shard
+from featstore.store.shard import describe_file, open_shard, shard_name
+from featstore.store.write import ShardRows, write_shard
 
 PLAN = "plan.json"
 LOCK = ".lock"
@@ -316,8 +317,7 @@ def release_from_quarantine(folder: Path, keys: Sequence[str]) -> None:
 
 def request_token(keys: Sequence[str], shard_rows: int) -> str:
     """Return what two equal requests have in common: a digest of the rows and their order."""
-    text = json.dumps([shard_rows, list(dict.fromkeys(keys))])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return text_digest(json.dumps([shard_rows, list(dict.fromkeys(keys))]))
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
@@ -354,7 +354,7 @@ def _parse_plan(folder: Path, state: tuple[int, int, int]) -> dict[str, Any] | N
 def _plan_token(written: Mapping[str, Any]) -> str:
     """Return the digest of a plan: of its request, its numbers and its rows."""
     fields = [written[name] for name in ("request", "first", "shard_rows", "keys")]
-    return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).hexdigest()
+    return text_digest(json.dumps(fields))
 
 
 class WorkList:

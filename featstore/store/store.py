@@ -1,16 +1,17 @@
 """Open the features of one spec, find rows by key, gather them.
 
-A key may stand in several shards (its photo changed): the last one counts.
+A key may stand in several shards (its photo changed): the last one counts. Who
+reads by key sees these rows alone. A position counts every row of the shards,
+in their order; it is what a loop looks up once and gathers by ever after.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,55 +23,54 @@ from featstore.errors import (
     Command,
     CorruptShardError,
     MissingFeaturesError,
+    MissingKeyError,
     StaleFeaturesError,
     StoreError,
 )
-from featstore.store.folder import _manifest_lines, read_quarantine, read_spec, shard_paths
-from featstore.store.numbers import SCALE_DTYPE
-from featstore.store.shard import (
-    VERIFY,
-    digest_keys,
-    feature_dtype,
-    open_shard,
+from featstore.store.folder import (
+    manifest_lines,
+    read_names,
+    read_quarantine,
+    read_spec,
+    shard_paths,
 )
+from featstore.store.numbers import Numbers, aligned_empty, feature_dtype
+from featstore.store.shard import VERIFY, Shard, digest_keys, open_shard
 
 IntArray = NDArray[np.int64]
-
-ALIGNMENT_BYTES = 64
-
-
-def aligned_empty(
-    shape: tuple[int, ...], dtype: Any, alignment: int = ALIGNMENT_BYTES
-) -> NDArray[Any]:
-    """Return an uninitialised array that starts at a multiple of `alignment` bytes.
-
-    NumPy's own large arrays start 16 bytes past a page. Copying to there from
-    rows that start at a page takes twice the time on processors whose string
-    moves are slow at such distances, AMD's Zen 3 and 4 among them.
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + alignment, np.uint8)
-    start = -memory.ctypes.data % alignment
-    return memory[start : start + size].view(dtype).reshape(shape)
+# Ids or sentences, or store positions.
+Keys = Sequence[str] | Sequence[int] | NDArray[Any]
 
 
 class Store:
-    """The features of one spec, read-only.
+    """The features of one spec, read-only: key to array.
+
+    `store[key]`, `key in store`, `len(store)`, iteration and `keys()` are those
+    of a mapping of the keys that have features now.
 
     Safe to use from several threads. Nothing of HDF5 stays open, so it may
     also be used after a fork.
+
+    Attributes:
+        folder: Of the features.
+        spec: What decides their values, as in its `spec.json`.
+        dtype: Of the arrays that reading gives: the stored one; float32 where
+            int8 is stored.
+        rows: Positions: rows of all shards, superseded and stale ones included.
     """
 
     def __init__(self, folder: Path, spec: dict[str, Any]) -> None:
         self.folder = folder
         self.spec = spec
+        self.quantised = spec["dtype"] == QUANTISED
         try:
-            self.dtype = feature_dtype(spec["dtype"])
+            stored = feature_dtype(spec["dtype"])
         except TypeError as error:
             raise CorruptShardError(f"{folder}: unknown dtype {spec['dtype']!r}") from error
+        self.dtype = np.dtype(np.float32) if self.quantised else stored
         self.shards = [
             open_shard(path, spec["kind"], folder.name, spec["dtype"])
-            for path, _ in _manifest_lines(folder)
+            for path, _ in manifest_lines(folder)
         ]
         for shard in self.shards:
             expected = self.shards[0].features.shape[1:]
@@ -82,24 +82,110 @@ class Store:
                 )
         counts = [len(shard) for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.rows = int(self._starts[-1])
         self._first_rows = self._starts[:-1].tolist()
         digests = [shard.index["key_digests"] for shard in self.shards]
         self._digests = np.concatenate(digests) if digests else np.zeros((0, 2), np.uint64)
         self._order = np.argsort(self._digests[:, 0], kind="stable")
         self._sorted = self._digests[self._order, 0]
-        self._checked = bytearray(len(self))
+        self._checked = bytearray(self.rows)
         # A photo that changed and then failed: the features of its old bytes are stale.
         quarantine = read_quarantine(folder, with_lost=True)
         stale = [key for key, entry in quarantine.items() if entry["source_digest"]]
         self._stale = set(self._find(stale).tolist()) - {-1}
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        """Return the number of keys that have features."""
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and bool(self.lookup([key])[0] >= 0)
+
+    def keys(self) -> list[str]:
+        """Return the keys that have features, in store order."""
+        return self.keys_of(self._live)
+
+    def keys_of(self, positions: IntArray) -> list[str]:
+        """Return the keys of rows.
+
+        Args:
+            positions: int64 of shape (batch,). Store positions; repeats allowed.
+
+        Raises:
+            IndexError: A position is outside [0, rows).
+            CorruptShardError: A key is not UTF-8.
+        """
+        shards, rows = self.locate(positions)
+        names = {number: self.shards[number].keys() for number in np.unique(shards).tolist()}
+        pairs = zip(shards.tolist(), rows.tolist(), strict=True)
+        return [names[number][row] for number, row in pairs]
 
     @property
-    def quantised(self) -> bool:
-        """Whether `gather` gives int8 levels, which `gather_scales` has the scales of."""
-        return bool(self.spec["dtype"] == QUANTISED)
+    def nbytes(self) -> int:
+        """Bytes that the features of all rows take on the disk."""
+        return sum(shard.features.nbytes for shard in self.shards)
+
+    def __repr__(self) -> str:
+        what = ", ".join(read_names(self.folder)) or self.spec.get("encoder", "unnamed")
+        layers = self.spec.get("architecture", {}).get("num_layers")
+        size = (
+            f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e9 else f"{self.nbytes / 1e6:.2f} MB"
+        )
+        return (
+            f"<{type(self).__name__} {what}: {self._extent()} {self.spec['dtype']}, boundary"
+            f" {self.spec.get('boundary')}{f' of {layers}' if layers else ''}, {size} in"
+            f" {self.folder}>"
+        )
+
+    def _extent(self) -> str:
+        """Say how many rows there are, and of what shape."""
+        raise NotImplementedError
+
+    def positions(self, keys: Keys) -> IntArray:
+        """Return the store positions of keys, each of which must be there.
+
+        Args:
+            keys: Ids or sentences; store positions are returned as they are.
+
+        Returns:
+            int64 of shape (len(keys),).
+
+        Raises:
+            MissingKeyError: A key has no features.
+            TypeError: Neither keys nor positions.
+        """
+        if isinstance(keys, np.ndarray) and keys.dtype == np.int64:
+            return keys
+        if isinstance(keys, str):
+            raise TypeError(f"expected several keys, found one: [{keys!r}], or store[{keys!r}]")
+        asked: Any = keys if isinstance(keys, np.ndarray) else list(keys)
+        if len(asked) and isinstance(asked[0], str):
+            found = self.lookup(asked)
+            if (found < 0).any():
+                raise self._missing([key for key, at in zip(asked, found, strict=True) if at < 0])
+            return found
+        plain = np.asarray(asked)
+        if plain.size and plain.dtype.kind not in "iu":
+            raise TypeError(f"expected keys or integer positions, found {plain.dtype}")
+        return plain.astype(np.int64)
+
+    def _position(self, key: str) -> int:
+        if not isinstance(key, str):
+            raise TypeError(f"expected a key, found {key!r}; positions are for gather")
+        return int(self.positions([key])[0])
+
+    def _missing(self, keys: list[str]) -> MissingKeyError:
+        """Say why the first of some keys has no features."""
+        text = f"{self.folder}: no features of {str(keys[0])!r}"
+        text += f" and {len(keys) - 1} more keys" if len(keys) > 1 else ""
+        if failed := read_quarantine(self.folder, with_lost=True).get(keys[0]):
+            text += f" (quarantined: {failed['reason']})"
+        elif len(self):
+            text += f"; it has {len(self)} keys such as {self.keys_of(self._live[:1])[0]!r}"
+        return MissingKeyError(text, Command(f"extract-{self.spec['kind']}"))
 
     def lookup(self, keys: Sequence[str] | NDArray[Any]) -> IntArray:
         """Find rows by key.
@@ -117,7 +203,7 @@ class Store:
         return positions
 
     def _find(self, keys: Sequence[str] | NDArray[Any]) -> IntArray:
-        if not len(keys) or not len(self):
+        if not len(keys) or not self.rows:
             return np.full(len(keys), -1, np.int64)
         wanted = digest_keys(keys)
         # The last of equal digests is the newest row: the sort is stable.
@@ -130,7 +216,7 @@ class Store:
         """Return shard numbers and rows inside them, both int64 of shape (batch,).
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            IndexError: A position is outside [0, rows).
         """
         positions = self._in_range(positions)
         shards = np.searchsorted(self._starts, positions, side="right") - 1
@@ -146,23 +232,23 @@ class Store:
 
     def live(self) -> IntArray:
         """Return the positions that `lookup` can give, ascending."""
+        return self._live.copy()
+
+    @functools.cached_property
+    def _live(self) -> IntArray:
         newest = self.newest()
         return newest[~np.isin(newest, list(self._stale))] if self._stale else newest
 
-    def keys(self) -> list[str]:
-        """Return every key in store order, superseded rows included."""
-        return [key for shard in self.shards for key in shard.keys()]  # noqa: SIM118
-
     def _in_range(self, positions: IntArray) -> IntArray:
-        """Return positions as int64; raise IndexError where one is outside [0, len(self))."""
+        """Return positions as int64; raise IndexError where one is outside [0, rows)."""
         positions = np.asarray(positions, np.int64)
         if positions.size:
             self._check_range(int(positions.min()), int(positions.max()))
         return positions
 
     def _check_range(self, least: int, greatest: int) -> None:
-        if least < 0 or greatest >= len(self):
-            raise IndexError(f"positions must lie in [0, {len(self)})")
+        if least < 0 or greatest >= self.rows:
+            raise IndexError(f"positions must lie in [0, {self.rows})")
 
     def _places(self, positions: IntArray) -> list[tuple[int, int]]:
         """Return shard and row of each position, after checking rows that were never read.
@@ -170,7 +256,7 @@ class Store:
         In lists: for a batch, arrays would take a tenth as long as copying it.
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            IndexError: A position is outside [0, rows).
             CorruptShardError: A row no longer has its checksum.
         """
         wanted: list[int] = positions.tolist()
@@ -201,15 +287,15 @@ class VisionStore(Store):
         super().__init__(folder, spec)
         # Sliced once, to rows that `concatenate` joins: for a batch of 32, slicing each row and
         # copying it by a call of its own would cost a tenth of the copy.
-        self._plain_views = [shard.features[:, :1] for shard in self.shards]
-        self._plain_scales = [
-            shard.scales[:, 0] for shard in self.shards if shard.scales is not None
-        ]
+        # By array of `Numbers`, then by shard.
+        views = [shard.features[:, :1].arrays for shard in self.shards]
+        self._plain_views = list(zip(*views, strict=True))
 
     @functools.cached_property
     def row_shape(self) -> tuple[int, int]:
         """(tokens, width) of one view."""
-        return self.shards[0].features.shape[2:]
+        _, _, tokens, width = self.shards[0].features.shape
+        return tokens, width
 
     def source_digests(self, positions: IntArray) -> NDArray[np.uint64]:
         """Return the digests of the files that rows were made from, (batch, 2)."""
@@ -218,11 +304,28 @@ class VisionStore(Store):
         found = [self.shards[s].index["source_digests"][r] for s, r in pairs]
         return np.array(found, np.uint64).reshape(-1, 2)
 
+    def _extent(self) -> str:
+        if not self.rows:
+            return "no rows,"
+        return f"{len(self)} rows of {self.row_shape[0]} x {self.row_shape[1]}"
+
+    def __getitem__(self, key: str) -> NDArray[Any]:
+        """Return one image's features.
+
+        Returns:
+            `dtype`, shape (tokens, width): view 0, copied.
+
+        Raises:
+            MissingKeyError: It has none.
+            CorruptShardError: The row no longer has its checksum.
+        """
+        return self.gather(np.array([self._position(key)]))[0]
+
     def empty(self, rows: int) -> NDArray[Any]:
         """Return an uninitialised batch that `gather` fills at full speed.
 
         Returns:
-            Stored dtype, shape (rows, tokens, width), aligned to 64 bytes.
+            `dtype`, shape (rows, tokens, width), aligned to 64 bytes.
         """
         return aligned_empty((rows, *self.row_shape), self.dtype)
 
@@ -237,7 +340,7 @@ class VisionStore(Store):
             positions: int64 of shape (batch,). Store positions; repeats allowed.
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            IndexError: A position is outside [0, rows).
 
         Cost: some microseconds a row where it is in memory already.
         """
@@ -246,37 +349,37 @@ class VisionStore(Store):
             return  # macOS and Windows: the map still reads, page by page
         for number in np.unique(shards).tolist():
             shard = self.shards[number]
-            parts = [(shard.features_offset, shard.features[0].nbytes)]
-            if shard.scales is not None:
-                parts.append((shard.scales_offset, shard.scales[0].nbytes))
+            sizes = [array[0].nbytes for array in shard.features.arrays]
             # Only a hint: a file that cannot be opened any more is still mapped.
             with contextlib.suppress(OSError), shard.path.open("rb") as file:
                 for row in rows[shards == number].tolist():
-                    for offset, row_bytes in parts:
-                        start = offset + row * row_bytes
+                    for first, row_bytes in zip(shard.starts, sizes, strict=True):
+                        start = first + row * row_bytes
                         os.posix_fadvise(file.fileno(), start, row_bytes, os.POSIX_FADV_WILLNEED)
 
-    def gather(self, positions: IntArray, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Copy feature rows in the order of `positions`.
+    def gather(self, keys: Keys, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Copy feature rows in the order of `keys`.
 
         Args:
-            positions: int64 of shape (batch,). Store positions; repeats allowed.
-            out: Stored dtype, shape (batch, tokens, width), to fill, best
-                made by `empty`; or None to allocate.
+            keys: Image ids or store positions, of shape (batch,); repeats
+                allowed. Fastest: positions as int64.
+            out: `dtype`, shape (batch, tokens, width), to fill, best made by
+                `empty`; or None to allocate.
 
         Returns:
-            Stored dtype, shape (batch, tokens, width): view 0. int8 are
-            levels, to be multiplied by `gather_scales`.
+            `dtype`, shape (batch, tokens, width): view 0.
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            MissingKeyError: An image has no features.
+            IndexError: A position is outside [0, rows).
             ValueError: `out` has another shape or dtype.
             CorruptShardError: A row no longer has its checksum.
 
         Cost: one memory copy of the rows, and one pass of the checksum the
-        first time that a row is read; no HDF5 call.
+        first time that a row is read; no HDF5 call. Of int8 another pass, which
+        widens them.
         """
-        positions = np.asarray(positions, np.int64)
+        positions = self.positions(keys)
         if out is None:
             out = self.empty(len(positions))
         elif out.shape != (len(positions), *self.row_shape) or out.dtype != self.dtype:
@@ -284,32 +387,34 @@ class VisionStore(Store):
                 f"out is {out.dtype} {out.shape}, expected {self.dtype}"
                 f" {(len(positions), *self.row_shape)}"
             )
-        if rows := [self._plain_views[shard][row] for shard, row in self._places(positions)]:
-            np.concatenate(rows, out=out)
+        if self.quantised:
+            return self.gather_stored(positions).plain(out)
+        self._fill(positions, (out,))
         return out
 
-    def _check_rows(self, positions: list[int], places: list[tuple[int, int]]) -> None:
-        self.will_need(np.array([p for p in positions if not self._checked[p]]))
-        super()._check_rows(positions, places)
-
-    def gather_scales(self, positions: IntArray) -> NDArray[np.float32]:
-        """Copy the scales of int8 rows in the order of `positions`.
+    def gather_stored(self, positions: IntArray) -> Numbers:
+        """Copy feature rows as they are stored; see `gather`.
 
         Args:
             positions: int64 of shape (batch,). Store positions; repeats allowed.
 
         Returns:
-            float32 of shape (batch, tokens): one level of each token of view 0.
-
-        Raises:
-            IndexError: A position is outside [0, len(self)).
-            CorruptShardError: A row no longer has its checksum.
+            Shape (batch, tokens, width): view 0, aligned to 64 bytes.
         """
-        positions = np.asarray(positions, np.int64)
-        scales = np.empty((len(positions), self.row_shape[0]), SCALE_DTYPE)
-        for i, (shard, row) in enumerate(self._places(positions)):
-            scales[i] = self._plain_scales[shard][row]
-        return scales
+        found = Numbers.empty((len(positions), *self.row_shape), self.spec["dtype"])
+        self._fill(positions, found.arrays)
+        return found
+
+    def _fill(self, positions: IntArray, arrays: tuple[NDArray[Any], ...]) -> None:
+        """Copy rows into the arrays of a `Numbers`."""
+        places = self._places(positions)
+        if places:
+            for views, array in zip(self._plain_views, arrays, strict=True):
+                np.concatenate([views[shard][row] for shard, row in places], out=array)
+
+    def _check_rows(self, positions: list[int], places: list[tuple[int, int]]) -> None:
+        self.will_need(np.array([p for p in positions if not self._checked[p]]))
+        super()._check_rows(positions, places)
 
 
 class TextStore(Store):
@@ -317,6 +422,8 @@ class TextStore(Store):
 
     def __init__(self, folder: Path, spec: dict[str, Any]) -> None:
         super().__init__(folder, spec)
+        # By array of `Numbers`, then by shard.
+        self._stored = list(zip(*(shard.features.arrays for shard in self.shards), strict=True))
         lengths = [np.diff(shard.index["offsets"]) for shard in self.shards]
         self._lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
 
@@ -329,63 +436,101 @@ class TextStore(Store):
         """Return the number of valid tokens of rows, int64 of shape (batch,).
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            IndexError: A position is outside [0, rows).
         """
         return self._lengths[self._in_range(positions)]
 
-    def gather(self, positions: IntArray, length: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def _extent(self) -> str:
+        if not self.rows:
+            return "no rows,"
+        return f"{len(self)} rows, {self.lengths(self._live).sum()} tokens x {self.width}"
+
+    def _tokens(self, key: str) -> tuple[Shard, slice]:
+        """Return where the valid tokens of a sentence are."""
+        ((number, row),) = self._places(np.array([self._position(key)]))
+        shard = self.shards[number]
+        return shard, slice(*shard.index["offsets"][row : row + 2].tolist())
+
+    def __getitem__(self, key: str) -> NDArray[Any]:
+        """Return the hidden states of one sentence.
+
+        Returns:
+            `dtype`, shape (valid tokens, width), copied.
+
+        Raises:
+            MissingKeyError: It has none.
+            CorruptShardError: The row no longer has its checksum.
+        """
+        shard, tokens = self._tokens(key)
+        return shard.features[tokens].copy().plain()
+
+    def token_ids(self, key: str) -> NDArray[np.int32]:
+        """Return the ids of a sentence's valid tokens, int32 of shape (valid tokens,).
+
+        Raises:
+            MissingKeyError: It has no features.
+            CorruptShardError: The row no longer has its checksum.
+        """
+        shard, tokens = self._tokens(key)
+        return shard.index["token_ids"][tokens].copy()
+
+    def gather(
+        self, keys: Keys, length: int | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Copy sentences, padded with zeros to one length.
 
         Args:
-            positions: int64 of shape (batch,). Store positions; repeats allowed.
+            keys: Sentences or store positions, of shape (batch,); repeats
+                allowed.
             length: Tokens of the result. 1 gives the `[CLS]` states alone; a
-                sentence longer than `length` is otherwise an error.
+                sentence longer than `length` is otherwise an error. None: as
+                long as the longest of them.
 
         Returns:
-            Hidden states in the stored dtype, shape (batch, length, width),
-            and the padding mask, bool of shape (batch, length), True at valid
-            tokens. int8 are levels, to be multiplied by `gather_scales`.
+            Hidden states in `dtype`, shape (batch, length, width), and the
+            padding mask, bool of shape (batch, length), True at valid tokens.
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            MissingKeyError: A sentence has no features.
+            IndexError: A position is outside [0, rows).
             ValueError: A sentence is longer than `length`.
             CorruptShardError: A row no longer has its checksum.
         """
-        positions = np.asarray(positions, np.int64)
-        valid = self.lengths(positions)
-        if length > 1 and valid.size and valid.max() > length:
-            raise ValueError(f"a sentence has {valid.max()} tokens, more than {length}")
-        hidden = np.zeros((len(positions), length, self.width), self.dtype)
-        for i, (shard, row) in enumerate(self._places(positions)):
-            part = self.shards[shard]
-            start = part.index["offsets"][row]
-            count = min(int(valid[i]), length)
-            hidden[i, :count] = part.features[start : start + count]
-        return hidden, np.arange(length) < valid[:, None]
+        positions = self.positions(keys)
+        if length is None:
+            # Two at least: a length of 1 means the first token alone.
+            length = max(2, int(self.lengths(positions).max(initial=0)))
+        hidden, mask = self.gather_stored(positions, length)
+        return hidden.plain(), mask
 
-    def gather_scales(self, positions: IntArray, length: int) -> NDArray[np.float32]:
-        """Copy the scales of int8 sentences, padded with zeros to one length.
+    def gather_stored(self, positions: IntArray, length: int) -> tuple[Numbers, NDArray[np.bool_]]:
+        """Copy sentences as they are stored, padded with zeros; see `gather`.
 
         Args:
             positions: int64 of shape (batch,). Store positions; repeats allowed.
-            length: As in `gather`; of a longer sentence, the first scales.
+            length: As in `gather`.
 
         Returns:
-            float32 of shape (batch, length): one level of each token.
+            Hidden states of shape (batch, length, width), and the padding mask.
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            IndexError: A position is outside [0, rows).
+            ValueError: A sentence is longer than `length`.
             CorruptShardError: A row no longer has its checksum.
         """
-        positions = np.asarray(positions, np.int64)
-        scales = np.zeros((len(positions), length), SCALE_DTYPE)
-        for i, (shard, row) in enumerate(self._places(positions)):
-            part = self.shards[shard]
-            assert part.scales is not None
-            start, end = part.index["offsets"][row : row + 2]
-            count = min(int(end - start), length)
-            scales[i, :count] = part.scales[start : start + count]
-        return scales
+        valid = self.lengths(positions)
+        if length > 1 and valid.size and valid.max() > length:
+            raise ValueError(f"a sentence has {valid.max()} tokens, more than {length}")
+        hidden = Numbers.zeros((len(positions), length, self.width), self.spec["dtype"])
+        counts = np.minimum(valid, length).tolist()
+        places = [
+            (shard, self.shards[shard].index["offsets"][row])
+            for shard, row in self._places(positions)
+        ]
+        for stored, array in zip(self._stored, hidden.arrays, strict=True):
+            for i, ((shard, start), count) in enumerate(zip(places, counts, strict=True)):
+                array[i, :count] = stored[shard][start : start + count]
+        return hidden, np.arange(length) < valid[:, None]
 
 
 def open_store(folder: str | os.PathLike[str]) -> VisionStore | TextStore:
@@ -398,13 +543,22 @@ def open_store(folder: str | os.PathLike[str]) -> VisionStore | TextStore:
         MissingFeaturesError: There are no features.
         CorruptShardError: It is damaged.
     """
-    folder = Path(folder)
+    # The last part of the path is the fingerprint: `.` or `..` would not say it.
+    folder = Path(os.path.abspath(Path(folder).expanduser()))
     if not shard_paths(folder):
         raise MissingFeaturesError(
             f"{folder}: no features there; expected a folder such as cache/vit/<fingerprint>,"
             " which extraction makes"
         )
-    spec = read_spec(folder)
+    return store_of(folder, read_spec(folder))
+
+
+def store_of(folder: Path, spec: dict[str, Any]) -> VisionStore | TextStore:
+    """Open a features folder whose spec was read, be there shards or none.
+
+    Raises:
+        CorruptShardError: It is damaged, or of a kind that is not known.
+    """
     kinds: dict[str, type[VisionStore | TextStore]] = {"vit": VisionStore, "text": TextStore}
     if spec["kind"] not in kinds:
         raise CorruptShardError(f"{folder}: holds features of kind {spec['kind']!r}")
@@ -434,7 +588,7 @@ def open_features_of(root: Path, spec: FeatureSpec, command: Command | None = No
         found = read_spec(folder)
         if canonical_json(found) != canonical_json(spec.to_dict()):
             raise CorruptShardError(f"{folder}: holds another spec than its name says")
-        return (VisionStore if spec.kind == "vit" else TextStore)(folder, found)
+        return store_of(folder, found)
     others = []
     for path in sorted((root / spec.kind).glob("*/spec.json")):
         # Another folder's damage must not hide what is wrong with this one.
