@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import keras
 import numpy as np
 import pytest
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config, with_train
@@ -22,14 +23,17 @@ from trainer.features import open_features
 from trainer.model.end_to_end import build_end_to_end
 from trainer.model.weights import transfer_weights
 from trainer.results.evaluate import evaluate, open_run_features
+from trainer.results.parity import check_parity
 from trainer.run.checkpoint import load_best
+from trainer.run.fit import fit
 from trainer.run.folder import Run
+from trainer.run.optimizer import make_optimizer
 from trainer.run.training import Training
 
 
 def trained(config: Config, folder: Path) -> Run:
     features = open_features(config, extracted(config))
-    Training(Run(folder), features).fit()
+    fit(Training(Run(folder), features))
     return Run(folder)
 
 
@@ -105,6 +109,19 @@ def test_predictions_are_the_end_to_end_models_at_the_val_threshold(run: Run) ->
     assert {key: result["at_threshold"][key] for key in expected} == expected
     loss = -np.mean(np.where(truth, np.log(probabilities), np.log(1 - probabilities)))
     assert result["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_no_optimizer_is_made_to_measure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("an optimizer's variables were allocated")
+
+    monkeypatch.setattr(keras.optimizers.Optimizer, "build", refuse)
+    with pytest.raises(AssertionError, match="allocated"):
+        make_optimizer(run.config().train).build(load_best(run).trainable_variables)
+    assert measure(run, "val")["loss"] == pytest.approx(run.metrics()["loss"], rel=1e-5)
+    result, failure = check_parity(run, "test", 8)
+    assert failure is None
+    assert result["recorded_loss"]["met"]
 
 
 def test_the_threshold_is_a_probability_not_a_logit(run: Run) -> None:

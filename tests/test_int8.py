@@ -32,6 +32,7 @@ from trainer.commands.main import cli
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import open_features
 from trainer.model.cached import build_cached_model
+from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Training
 
@@ -311,7 +312,7 @@ def test_runs_on_int8_features(project: Config) -> None:
     ):
         config = with_train(project, **changes)
         training = Training(Run(root / name), open_features(config, dataset))
-        training.fit()
+        fit(training)
         losses[name] = [record["val_loss"] for record in training.progress.history]
         shown = CliRunner().invoke(cli, ["parity", str(root / name), "--rows", "30"])
         assert shown.exit_code == 0, (shown.stdout, shown.stderr, shown.exception)
@@ -331,7 +332,7 @@ def test_a_scale_that_no_encoder_gives_fails_parity(project: Config, tmp_path: P
     )
     (folder / "featstore.toml").write_text(text.replace(project.store.root, config.store.root))
     dataset = extracted(config)
-    Training(Run(folder / "runs" / "x"), open_features(config, dataset)).fit()
+    fit(Training(Run(folder / "runs" / "x"), open_features(config, dataset)))
     vit = folders(config)["vit"]
     for path in shard_paths(vit):
         shard = open_shard(path, "vit", vit.name, "int8")

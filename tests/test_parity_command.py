@@ -31,6 +31,7 @@ from trainer.model.weights import trained_weights, transfer_weights
 from trainer.results.evaluate import open_run_features
 from trainer.results.parity import check_parity
 from trainer.results.tolerance import feature_tolerance
+from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Training
 
@@ -41,7 +42,7 @@ def make_run(folder: Path, vit: Path, text: Path, store: dict[str, Any], **train
     config = tiny_config(folder / "data", vit, text, **{"epochs": 1, **train})
     config = dataclasses.replace(config, store=dataclasses.replace(config.store, **store))
     features = open_features(config, extracted(config))
-    Training(Run(folder / "runs" / "first"), features).fit()
+    fit(Training(Run(folder / "runs" / "first"), features))
     return Run(folder / "runs" / "first")
 
 
@@ -342,9 +343,9 @@ def test_the_tolerance_is_the_rounding_and_a_little(dtype: str) -> None:
     fresh[0] = 0
     stored = fresh.astype(feature_dtype(dtype))
     error = np.abs(stored.astype(np.float64) - fresh)
-    tolerance = feature_tolerance(stored, np.zeros_like(fresh), "float32")
+    tolerance = feature_tolerance(Numbers(stored), np.zeros_like(fresh), "float32")
     assert (error <= tolerance).all()
     spacing = np.spacing(np.abs(stored)).astype(np.float64)
     np.testing.assert_array_equal(tolerance, spacing / 2)
-    noisy = feature_tolerance(stored, fresh, "float32") - tolerance
+    noisy = feature_tolerance(Numbers(stored), fresh, "float32") - tolerance
     assert (noisy <= 1.01e-4 * np.abs(fresh).max(axis=(1, 2), keepdims=True)).all()

@@ -20,9 +20,13 @@ from keras import ops
 from featstore.store.numbers import Numbers
 from trainer.batches import Batch
 from trainer.config import TrainConfig
-from trainer.run.optimizer import InPlaceAdamW, make_optimizer
+from trainer.run.optimizer import (
+    InPlaceAdamW,
+    cut_learning_rate,
+    learning_rate,
+    make_optimizer,
+)
 from trainer.run.step import binary_cross_entropy, make_stepper, padded
-from trainer.run.training import _cut_learning_rate, learning_rate
 
 ROWS, TOKENS, WIDTH, LENGTH = 8, 3, 6, 4
 PLAIN = TrainConfig(lr=1e-2, weight_decay=0.1, clipnorm=0.5)
@@ -281,7 +285,7 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows() -> None:
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_a_cut_learning_rate_takes_effect_without_tracing_again(policy: str) -> None:
+def test_acut_learning_rate_takes_effect_without_tracing_again(policy: str) -> None:
     settings = dataclasses.replace(PLAIN, weight_decay=0.0, dtype_policy=policy)
     traces = []
 
@@ -297,13 +301,13 @@ def test_a_cut_learning_rate_takes_effect_without_tracing_again(policy: str) -> 
     stepper = make_stepper([(model, optimizer)])
     stepper.train(random_batch(0))
     traced = len(traces)
-    _cut_learning_rate(optimizer, 1e-6)
+    cut_learning_rate(optimizer, 1e-6)
     assert learning_rate(optimizer) == pytest.approx(1e-8)
     before = weights_of(model)
     stepper.train(random_batch(0))
     moved = max(float(np.abs(a - b).max()) for a, b in zip(before, weights_of(model), strict=True))
     assert moved < 1e-6
-    _cut_learning_rate(optimizer, 1e6)
+    cut_learning_rate(optimizer, 1e6)
     stepper.train(random_batch(0))
     moved = max(float(np.abs(a - b).max()) for a, b in zip(before, weights_of(model), strict=True))
     assert moved > 1e-4
