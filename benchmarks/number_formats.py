@@ -24,7 +24,7 @@ from benchmarks.steps import release
 from benchmarks.tables import table
 from featstore.progress import SILENT
 from featstore.project import Project
-from featstore.store.shard import token_bytes
+from featstore.store.numbers import token_bytes
 from featstore.store.store import VisionStore
 from trainer.config import Config, load_config
 from trainer.features import Features, open_features
@@ -62,9 +62,10 @@ def _reader(store: VisionStore) -> Callable[[NDArray[np.int64]], None]:
     out = store.empty(GATHERED_ROWS)
 
     def read(positions: NDArray[np.int64]) -> None:
-        store.gather(positions, out=out)
         if store.quantised:
-            store.gather_scales(positions)
+            store.gather_stored(positions)
+        else:
+            store.gather(positions, out=out)
 
     return read
 

@@ -20,8 +20,10 @@ from featstore.encoders.spec import TextSpec, VisionSpec, text_spec
 from featstore.extract.extract import extract
 from featstore.extract.plan import Job
 from featstore.publish import write_json
-from featstore.store.shard import ShardRows, digest_bytes, shard_name, write_shard
+from featstore.store.numbers import Numbers
+from featstore.store.shard import digest_bytes, shard_name
 from featstore.store.store import open_features_of
+from featstore.store.write import ShardRows, write_shard
 from trainer.config import Config, TrainConfig
 from trainer.features import Features
 
@@ -79,7 +81,7 @@ def write_parts(root: Path, parts: Iterable[Array], name: str) -> VisionSpec:
     start = 0
     for number, part in enumerate(parts):
         keys = [image_key(i) for i in range(start, start + len(part))]
-        rows = ShardRows(keys, part[:, None], [digest_bytes(key.encode()) for key in keys])
+        rows = ShardRows(keys, Numbers(part[:, None]), [digest_bytes(key.encode()) for key in keys])
         path = folder / shard_name(number)
         lines.append(write_shard(path, spec.kind, spec.fingerprint, spec.dtype, rows, {}))
         start += len(part)

@@ -750,7 +750,7 @@ def test_superseded_rows_are_compacted_and_a_mapped_file_stays_readable(own: Own
     own.extract()
     rows = own.gathered()
     reader = open_folder(own.features())
-    old = reader.shards[0].features[3].copy()
+    old = reader.shards[0].features.values[3].copy()
     assert [len(shard) for shard in reader.shards] == [20, 20, 16, 20, 1]
     found = find_garbage(own.project, own.folder / "runs")
     assert [(item.what, item.path.name) for item in found.garbage] == [
@@ -762,7 +762,7 @@ def test_superseded_rows_are_compacted_and_a_mapped_file_stays_readable(own: Own
     assert [len(shard) for shard in open_folder(own.features()).shards] == [20, 15, 20, 1]
     assert sum(path.stat().st_size for path in shard_paths(own.features())) < size
     assert np.array_equal(own.gathered(), rows)
-    assert np.array_equal(reader.shards[0].features[3], old)
+    assert np.array_equal(reader.shards[0].features.values[3], old)
     sound(own)
     assert collected(own) == []
 

@@ -39,8 +39,9 @@ from featstore.extract.publisher import PLAN, Publisher, read_plan, request_toke
 from featstore.extract.worklist import sharing
 from featstore.publish import write_json
 from featstore.store.folder import read_quarantine, shard_paths
-from featstore.store.shard import ShardRows
+from featstore.store.numbers import Numbers
 from featstore.store.store import open_features_of
+from featstore.store.write import ShardRows
 from trainer.commands.extract import _shard_range
 from trainer.commands.main import cli
 
@@ -327,7 +328,7 @@ def test_a_process_that_was_taken_for_dead_publishes_nothing_wrong(
     with sharing(job) as part:
         assert part.work is not None
         token = part.work.publisher.token
-        rows = ShardRows(["p01"], np.zeros((1, 1, 4, 3), np.float32), [(1, 2)])
+        rows = ShardRows(["p01"], Numbers.zeros((1, 1, 4, 3), "float32"), [(1, 2)])
     share(tmp_path, photos, range(1), ids=IDS[20:])
     late = Publisher(folder_of(tmp_path), PIXEL_SPEC, token)
     with pytest.raises(StoreError, match="has replaced the plan of shard 1; run the command"):
@@ -341,12 +342,12 @@ def test_two_who_make_the_same_shard_publish_it_once(photos: Path, tmp_path: Pat
     job = pixel_job(store_in(tmp_path), IDS, index_images(photos))
     with sharing(job) as part:
         assert part.work is not None
-        rows = ShardRows(["p01"], np.zeros((1, 1, 4, 3), np.float32), [(1, 2)])
+        rows = ShardRows(["p01"], Numbers.zeros((1, 1, 4, 3), "float32"), [(1, 2)])
         two = Publisher(folder_of(tmp_path), PIXEL_SPEC, part.work.publisher.token)
         assert part.work.publisher.publish(0, rows, {"p00": ("bad", (3, 4))}) is True
         before = contents(tmp_path)
         assert two.publish(0, rows, {"p00": ("other", None)}) is False
-        empty = ShardRows([], np.zeros((0, 1, 4, 3), np.float32), [])
+        empty = ShardRows([], Numbers.zeros((0, 1, 4, 3), "float32"), [])
         assert two.publish(1, empty, {}) is True
         assert two.publish(1, empty, {}) is False
         assert part.work.pending(range(3)) == [2]
@@ -355,10 +356,10 @@ def test_two_who_make_the_same_shard_publish_it_once(photos: Path, tmp_path: Pat
 
 def test_bytes_that_changed_on_the_way_are_refused(photos: Path, tmp_path: Path) -> None:
     job = pixel_job(store_in(tmp_path), IDS, index_images(photos))
-    rows = ShardRows(["p01"], np.zeros((1, 1, 4, 3), np.float32), [(1, 2)])
+    rows = ShardRows(["p01"], Numbers.zeros((1, 1, 4, 3), "float32"), [(1, 2)])
     other = Publisher(PIXEL_SPEC.folder(tmp_path / "other"), PIXEL_SPEC, None)
     other.folder.mkdir(parents=True)
-    from featstore.store.shard import write_shard
+    from featstore.store.write import write_shard
 
     path = other.folder / "shard-00000.h5"
     spec = PIXEL_SPEC

@@ -31,7 +31,8 @@ from featstore.store.folder import (
     shard_paths,
     write_manifest,
 )
-from featstore.store.shard import MAKE_READABLE, open_shard, rewrite_shard, shard_number
+from featstore.store.shard import MAKE_READABLE, open_shard, shard_number
+from featstore.store.write import rewrite_shard
 
 if TYPE_CHECKING:
     from featstore.project import Project
@@ -153,7 +154,7 @@ def _is_ours(path: Path) -> bool:
 def _superseded(folder: Path) -> dict[Path, list[int]]:
     """Return shard to its rows whose key has a newer row."""
     opened = open_folder(folder)
-    older = np.setdiff1d(np.arange(len(opened)), opened.newest())
+    older = np.setdiff1d(np.arange(opened.rows), opened.newest())
     shards, rows = opened.locate(older)
     found: dict[Path, list[int]] = {}
     for number, row in zip(shards.tolist(), rows.tolist(), strict=True):

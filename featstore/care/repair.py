@@ -49,7 +49,8 @@ from featstore.store.folder import (
     write_quarantine,
     write_spec,
 )
-from featstore.store.shard import Shard, open_shard, rewrite_shard
+from featstore.store.shard import Shard, open_shard
+from featstore.store.write import rewrite_shard
 
 if TYPE_CHECKING:
     from featstore.project import Project
@@ -233,9 +234,7 @@ class _Repair:
                 part = slice(*shard.index["offsets"][row : row + 2].tolist())
                 same = np.array_equal(shard.index["token_ids"][part], np.asarray(item.token_ids))
             if same and item.numbers is not None:
-                shard.features[part] = item.numbers.features
-                if shard.scales is not None:
-                    shard.scales[part] = item.numbers.scales
+                shard.features[part] = item.numbers
                 restored.add(row)
         return restored
 

@@ -413,8 +413,7 @@ def compare_sources(
     opened = open_folder(folder)
     if not isinstance(opened, VisionStore):
         return []
-    live, keys = opened.live(), opened.keys()
-    ids = [keys[position] for position in live.tolist()]
+    live, ids = opened.live(), opened.keys()
     stored = [tuple(pair) for pair in opened.source_digests(live).tolist()]
     paths = [index.lookup(image_id) for image_id in ids]
 

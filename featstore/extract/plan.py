@@ -16,7 +16,8 @@ from featstore.data.images import ImageIndex, read_bytes
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, vision_row_shape
 from featstore.errors import ConfigError, ImageError, StoreError
 from featstore.store.folder import read_quarantine, shard_paths
-from featstore.store.shard import digest_bytes, token_bytes
+from featstore.store.numbers import token_bytes
+from featstore.store.shard import digest_bytes
 from featstore.store.store import Store, VisionStore, open_store
 
 MAX_SHARD_BYTES = 4 << 30

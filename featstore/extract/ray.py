@@ -42,7 +42,8 @@ from featstore.ray_cluster import (
     resources_of,
 )
 from featstore.store.folder import read_quarantine
-from featstore.store.shard import ShardRows, open_shard, shard_name, write_shard
+from featstore.store.shard import open_shard, shard_name
+from featstore.store.write import ShardRows, write_shard
 
 # A photo that ends its process each time must not be tried without end.
 MOST_TRIES = 4

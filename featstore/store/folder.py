@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from featstore.errors import (
     CorruptShardError,
     StoreError,
 )
-from featstore.publish import command_line, package_versions, read_json, write_json
+from featstore.publish import command_line, package_versions, read_json, text_digest, write_json
 from featstore.store.shard import (
     MAKE_READABLE,
     REPAIR,
@@ -140,7 +139,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     return lines if sound else []
 
 
-def _manifest_lines(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+def manifest_lines(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
     """Return each shard on the disk with its line of the manifest, if it has one.
 
     Raises:
@@ -177,7 +176,7 @@ def reconcile_manifest(folder: Path) -> list[dict[str, Any]]:
             that is not in it is damaged.
     """
     lines = []
-    for path, line in _manifest_lines(folder):
+    for path, line in manifest_lines(folder):
         if line is None:
             spec = read_spec(folder)
             rows = len(open_shard(path, spec["kind"], folder.name, spec["dtype"]))
@@ -306,7 +305,7 @@ def read_spec(folder: Path) -> dict[str, Any]:
         text = canonical_json(spec)
     except (OSError, ValueError, KeyError, TypeError, StoreError) as error:
         raise CorruptShardError(f"{path}: no readable spec ({error})") from error
-    found = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    found = text_digest(text)
     if found != folder.name:
         raise CorruptShardError(
             f"{path}: fingerprint {found} does not match its folder; the file was changed"
@@ -324,6 +323,15 @@ def read_spec(folder: Path) -> dict[str, Any]:
                 f" {kind.__name__})"
             )
     return spec
+
+
+def read_names(folder: Path) -> list[str]:
+    """Return the preset names that a folder's features are known by, if any can be read."""
+    try:
+        names = read_json(folder / "spec.json")["names"]
+        return [str(name) for name in names.values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def write_spec(folder: Path, spec: FeatureSpec, names: dict[str, str]) -> None:
