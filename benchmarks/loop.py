@@ -16,6 +16,7 @@ from benchmarks.synthetic import SyntheticFeatures
 from benchmarks.tables import table
 from trainer.config import TrainConfig
 from trainer.features import Features
+from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Training
 
@@ -72,7 +73,7 @@ def measure(
         for number in range(rounds):
             before = _bare_seconds(bare_step, 20)
             training = new_training(root, f"loop-{number}", features)
-            training.fit()
+            fit(training)
             bare = float(np.mean([before, _bare_seconds(bare_step, 20)]))
             history = training.progress.history
             first_waits.append(history[0]["wait_share"])

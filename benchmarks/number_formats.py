@@ -22,17 +22,16 @@ from benchmarks.loop import new_training
 from benchmarks.measuring import ratios, seconds_of, spread, written
 from benchmarks.steps import release
 from benchmarks.tables import table
-from featstore.data.dataset import Dataset, load_dataset
-from featstore.extract.extract import bring_images
-from featstore.store.shard import token_bytes
+from featstore.progress import SILENT
+from featstore.project import Project
+from featstore.store.numbers import token_bytes
 from featstore.store.store import VisionStore
 from trainer.config import Config, load_config
 from trainer.features import Features, open_features
 from trainer.metrics import evaluate_logits
 from trainer.run.checkpoint import build_model
-from trainer.run.fit import predict_logits
-from trainer.run.optimizer import make_optimizer
-from trainer.run.step import make_stepper
+from trainer.run.fit import fit
+from trainer.run.step import make_predictor, predict_logits
 
 EXACT = "float32"
 USUAL = "float16"
@@ -55,17 +54,18 @@ def logits_of(weights: Path, features: Features, split: str) -> NDArray[np.float
     config = features.config
     model = build_model(config, features.vision.row_shape)
     model.load_weights(weights)
-    stepper = make_stepper([(model, make_optimizer(config.train))])
-    return predict_logits(stepper, features.rows(split), config.train.batch_size)[0]
+    predictor = make_predictor([model])
+    return predict_logits(predictor, features.rows(split), config.train.batch_size)[0]
 
 
 def _reader(store: VisionStore) -> Callable[[NDArray[np.int64]], None]:
     out = store.empty(GATHERED_ROWS)
 
     def read(positions: NDArray[np.int64]) -> None:
-        store.gather(positions, out=out)
         if store.quantised:
-            store.gather_scales(positions)
+            store.gather_stored(positions)
+        else:
+            store.gather(positions, out=out)
 
     return read
 
@@ -137,11 +137,13 @@ def measure(
         given = dataclasses.replace(
             given, store=dataclasses.replace(given.store, root=str(root / "cache"))
         )
-        dataset = load_dataset(given.data, Path(given.store.root))
+        project = Project(given)
+        dataset = project.dataset
         found: dict[str, Any] = {dtype: {"k_txt": {}} for dtype in dtypes}
         stores: dict[str, VisionStore] = {}
         for dtype in dtypes:
-            _extract(with_settings(given, dtype, 0), dataset)
+            project.with_config(with_settings(given, dtype, 0)).extract("vit", show=SILENT)
+        project.forget_encoders()
         for k_txt in layers:
             exact: NDArray[np.float32] | None = None
             weights: Path | None = None
@@ -149,7 +151,7 @@ def measure(
                 features = open_features(with_settings(given, dtype, k_txt), dataset)
                 stores[dtype] = features.vision
                 training = new_training(root, f"{dtype}-{k_txt}", features)
-                threshold = float(training.fit()["threshold"])
+                threshold = float(fit(training)["threshold"])
                 weights = weights or training.run.weights_path  # of the first format, float32
                 own = logits_of(training.run.weights_path, features, "test")
                 labels = features.rows("test").labels
@@ -173,11 +175,6 @@ def measure(
             }
         rows = {split: len(features.rows(split).labels) for split in ("train", "val", "test")}
     return {"rows": rows, "row_shape": [tokens, width], "rounds": rounds, "dtypes": found}
-
-
-def _extract(config: Config, dataset: Dataset) -> None:
-    ids = dataset.examples.image_ids.tolist()
-    bring_images(config.encoders, config.store, ids, dataset.images)
 
 
 def report(figures: dict[str, Any]) -> str:

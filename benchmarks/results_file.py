@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.publish import package_versions, write_json
+from trainer.tuning.workers import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,7 +27,7 @@ def machine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": processor,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_gb": round(memory / 2**30, 1),
         "system": platform.platform(terse=True),
     }

@@ -7,7 +7,6 @@ the fastest copy of a block that no cache holds.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from benchmarks.measuring import ratios, seconds_of, spread, written
 from benchmarks.sizes import STUDY, Size
 from benchmarks.steps import cached_step, release
 from benchmarks.tables import table
+from trainer.tuning.workers import usable_cores
 
 GEMM_SIZES = (512, 1024, 2048, 3072)
 COPIED_BYTES = 1 << 28
@@ -57,7 +57,7 @@ class Copier:
     """
 
     def __init__(self, block_bytes: int = COPIED_BYTES) -> None:
-        self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        self.threads = usable_cores()
         self.source = np.ones(block_bytes, np.uint8)
         self.target = np.zeros(block_bytes, np.uint8)
 

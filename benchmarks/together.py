@@ -13,7 +13,7 @@ from benchmarks.sizes import STUDY, Size
 from benchmarks.steps import release
 from benchmarks.synthetic import SyntheticFeatures
 from benchmarks.tables import table
-from trainer.run.fit import train_together
+from trainer.run.fit import fit, train_together
 from trainer.run.training import Training
 
 
@@ -68,7 +68,7 @@ def measure(
             def alone(name: str = f"alone-{number}", ended: list[Training] = ended) -> None:
                 for run in range(runs):
                     (training,) = trainings(name, range(run, run + 1))
-                    training.fit()
+                    fit(training)
                     ended.append(training)
 
             def together(name: str = f"together-{number}", ended: list[Training] = ended) -> None:

@@ -145,6 +145,10 @@ class MissingFeaturesError(StoreError):
     pass
 
 
+class MissingKeyError(MissingFeaturesError, KeyError):
+    pass
+
+
 class StaleFeaturesError(StoreError):
     pass
 

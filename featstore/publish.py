@@ -9,6 +9,7 @@ the old file or the new one; what remains of an unfinished one starts with
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -144,6 +145,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def text_digest(text: str) -> str:
+    """Return the BLAKE2b-128 of a text in 32 hexadecimal digits: what specs and plans go by."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def canonical_json(value: Any) -> str:

@@ -45,10 +45,12 @@ import numpy as np
 from PIL import Image
 from tiny_runs import tiny_config
 
-from featstore.care.info import Source, open_folder
+from featstore import publish
+from featstore.care.info import open_folder
 from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.errors import FeatstoreError
+from featstore.project import Project
 from featstore.publish import TEMPORARY
 from featstore.store.folder import shard_paths, write_manifest
 from featstore.store.shard import INDEX_DATASETS
@@ -94,16 +96,13 @@ class Figures:
 def live_values(folder: Path) -> dict[str, bytes]:
     """Return key to the bytes of its features, read as a training reads them."""
     store = open_folder(folder)
-    keys = store.keys()
-    names = [keys[position] for position in store.live().tolist()]
+    names = store.keys()
     if not names:
         return {}
     positions = store.lookup(names)
     if isinstance(store, VisionStore):
-        rows = [row.tobytes() for row in store.gather(positions)]
-        if store.quantised:
-            scales = store.gather_scales(positions)
-            rows = [row + part.tobytes() for row, part in zip(rows, scales, strict=True)]
+        parts = [[row.tobytes() for row in a] for a in store.gather_stored(positions).arrays]
+        rows = [b"".join(row) for row in zip(*parts, strict=True)]
     else:
         hidden, mask = store.gather(positions, 24)
         rows = [row[valid].tobytes() for row, valid in zip(hidden, mask, strict=True)]
@@ -320,7 +319,7 @@ def import_framework() -> None:
     for name in (
         "featstore.care.repair",
         "trainer.results.evaluate",
-        "trainer.run.training",
+        "trainer.run.fit",
         "trainer.tuning.trials",
     ):
         importlib.import_module(name)
@@ -618,7 +617,7 @@ def search_worker(work: Work, name: str, attack: Callable[[], Any] = lambda: Non
 
         attack()
         try:
-            dataset = load_dataset(work.config.data, work.reference, save=False)
+            dataset = load_dataset(work.config.data, work.reference)
             space = read_space(work.folder / "space.toml", {}, {})
             base = space.base(work.config)
             folder = work.folder / "runs" / name
@@ -814,22 +813,20 @@ def odd_photos(rng: np.random.Generator) -> dict[str, tuple[str, bytes | None, b
     }
 
 
-def alone(config: Config, root: Path, keys: list[str], out: Path) -> None:
+def alone(config: Config, keys: list[str], out: Path) -> None:
     """Encode each photo in a batch of its own, and keep the values in a file."""
-    from featstore.data.dataset import load_dataset
-    from featstore.extract.extract import Batched, encode_photos
+    from featstore.extract.encode import encoding_of
 
-    images = load_dataset(config.data, root, save=False).images
-    source = Source(config.data, config.encoders, config.store, 0)
-    encoder = source.vision_encoder(config.store.tokens, config.store.precision)
-    batched = Batched(encoder, config.store.encode_batch_size, lambda size: None)
+    project = Project(config)
+    spec = project.vision_spec
+    encoding = encoding_of(spec, project.encoder(spec), config.store)
     values = {}
     for number, key in enumerate(keys):
-        path = images.lookup(key)
+        path = project.dataset.images.lookup(key)
         assert path is not None
-        (photo,) = encode_photos([(key, path)], encoder, batched, config.store, "float32")
-        assert photo.features is not None
-        values[str(number)] = photo.features
+        (photo,) = encoding.rows([key], [path])
+        assert photo.numbers is not None
+        values[str(number)] = photo.numbers.features
     np.savez(out, **values)
 
 
@@ -878,7 +875,7 @@ def broken_photos(work: Work, count: int, seed: int = 0) -> Figures:
     config = dataclasses.replace(
         work.config, data=dataclasses.replace(work.config.data, **data, fractions=(1.0, 0.0, 0.0))
     )
-    ended = start(lambda: alone(config, root, keys, out)).wait()
+    ended = start(lambda: alone(config, keys, out)).wait()
     if ended.code:
         figures.wrong.append(f"alone: {ended.err[-500:]}")
         return figures

@@ -22,21 +22,21 @@ from test_fit import Workspace
 from test_golden import SPECS, golden_folder
 from tiny_runs import extracted, tiny_config
 
-from featstore.care.info import Source, describe_folder, open_folder
+from featstore.care.info import describe_folder, open_folder
 from featstore.care.repair import repair_folder
 from featstore.care.verify import sample_folder, verify_folder
-from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.encoders.spec import canonical_json
 from featstore.errors import ConfigError, FeatstoreError, RunError, StoreError
+from featstore.project import Project
+from featstore.publish import checksum
 from featstore.store.folder import (
-    manifest_checksum,
     quarantine_checksum,
     read_manifest,
     read_quarantine,
     salvage_quarantine,
     write_manifest,
 )
-from featstore.store.shard import INDEX_DATASETS, _index_checksum, shard_name
+from featstore.store.shard import INDEX_DATASETS, index_checksum, shard_name
 from trainer.config import load_config
 from trainer.run.checkpoint import load_best, load_state
 from trainer.run.folder import Run, find_run
@@ -57,10 +57,15 @@ def folder(tmp_path: Path, kind: str) -> Path:
     return Path(shutil.copytree(golden, tmp_path / "store" / kind / golden.name))
 
 
+def without_encoders(folder: Path) -> Project:
+    """Return the store of a folder, asked for with presets that are nowhere."""
+    return Project(vit="no", text="no", root=str(folder.parent.parent))
+
+
 def read_everything(folder: Path) -> int:
     """Read every live row as a training does; return their number."""
     store = open_folder(folder)
-    live = store.lookup([store.keys()[position] for position in store.live().tolist()])
+    live = store.lookup(store.keys())
     store.gather(live) if folder.parent.name == "vit" else store.gather(live, 24)
     return len(live)
 
@@ -88,7 +93,7 @@ def seal(path: Path) -> None:
             if name != "index_checksum"
         }
         header["shape"] = list(file["features"].shape)
-        file.attrs["index_checksum"] = _index_checksum(index, header)
+        file.attrs["index_checksum"] = index_checksum(index, header)
     lines = {line["name"]: line for line in read_manifest(folder)}
     lines[path.name] |= {"bytes": path.stat().st_size, "digest": "0" * 32}
     write_manifest(folder, folder.name, list(lines.values()))
@@ -315,7 +320,7 @@ def test_a_spec_that_has_its_own_fingerprint_and_no_sense_is_refused(
     (renamed / "spec.json").write_text(json.dumps({"spec": spec}))
     manifest = json.loads((renamed / "manifest.json").read_text())
     manifest["fingerprint"] = renamed.name
-    manifest["checksum"] = manifest_checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (renamed / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StoreError) as caught:
         read_everything(renamed)
@@ -337,12 +342,10 @@ def test_a_manifest_that_names_a_file_elsewhere_deletes_nothing(
         name = str(precious)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"].append({"name": name, "rows": 1, "bytes": 8, "digest": "0" * 32})
-    manifest["checksum"] = manifest_checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     check_refused(folder, "manifest.json")
-    root = str(folder.parent.parent)
-    source = Source(DataConfig(), EncodersConfig("no", "no"), StoreConfig(root), 0)
-    assert repair_folder(folder, source).left == []
+    assert repair_folder(folder, without_encoders(folder)).left == []
     assert precious.read_text() == "precious"
     assert verify_folder(folder).problems == []
 
@@ -353,15 +356,7 @@ def test_a_folder_in_a_shards_place_is_not_deleted(folder: Path) -> None:
     (folder / SHARD).mkdir()
     (folder / SHARD / "notes").write_text("mine")
     with pytest.raises(FeatstoreError):
-        repair_folder(
-            folder,
-            Source(
-                DataConfig(),
-                EncodersConfig("no", "no"),
-                StoreConfig(str(folder.parent.parent)),
-                0,
-            ),
-        )
+        repair_folder(folder, without_encoders(folder))
     assert (folder / SHARD / "notes").read_text() == "mine"
 
 
@@ -585,10 +580,10 @@ def test_settings_of_a_run_that_are_no_file_are_refused(
     run.config_path.unlink()
     place(run.config_path)
     if place is Path.touch:
-        assert run.config() == load_config(run.config_path)
+        assert run.config == load_config(run.config_path)
     else:
         with pytest.raises(RunError, match=r"config\.toml"):
-            run.config()
+            _ = run.config
 
 
 def test_the_readers_never_unpickle() -> None:

@@ -20,7 +20,9 @@ from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
 import trainer.results.parity
 from featstore.errors import RunError
 from featstore.store.folder import read_spec, reconcile_manifest, shard_paths, write_manifest
-from featstore.store.shard import ShardRows, feature_dtype, open_shard, write_shard
+from featstore.store.numbers import Numbers, feature_dtype
+from featstore.store.shard import open_shard
+from featstore.store.write import ShardRows, write_shard
 from trainer.commands.main import cli
 from trainer.config import render_config
 from trainer.features import open_features
@@ -29,6 +31,7 @@ from trainer.model.weights import trained_weights, transfer_weights
 from trainer.results.evaluate import open_run_features
 from trainer.results.parity import check_parity
 from trainer.results.tolerance import feature_tolerance
+from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Training
 
@@ -39,7 +42,7 @@ def make_run(folder: Path, vit: Path, text: Path, store: dict[str, Any], **train
     config = tiny_config(folder / "data", vit, text, **{"epochs": 1, **train})
     config = dataclasses.replace(config, store=dataclasses.replace(config.store, **store))
     features = open_features(config, extracted(config))
-    Training(Run(folder / "runs" / "first"), features).fit()
+    fit(Training(Run(folder / "runs" / "first"), features))
     return Run(folder / "runs" / "first")
 
 
@@ -66,7 +69,7 @@ def measure(run: Run, split: str, count: int, seed: int = 0) -> dict[str, Any]:
 
 
 def photo(run: Run, image_id: str) -> Path:
-    return Path(run.config().data.images) / f"{image_id}.png"
+    return Path(run.config.data.images) / f"{image_id}.png"
 
 
 def drawn_ids(count: int, seed: int, first: int = 44) -> list[str]:
@@ -77,12 +80,12 @@ def drawn_ids(count: int, seed: int, first: int = 44) -> list[str]:
 
 def rewrite(run: Run, kind: str, change: Callable[[ShardRows], None]) -> None:
     """Write the shards of a kind again with other content, every checksum valid."""
-    folders = list((Path(run.config().store.root) / kind).iterdir())
+    folders = list((Path(run.config.store.root) / kind).iterdir())
     assert len(folders) == 1
     for path in shard_paths(folders[0]):
         spec = read_spec(folders[0])
         shard = open_shard(path, kind, folders[0].name, spec["dtype"])
-        rows = ShardRows(shard.keys(), np.array(shard.features))
+        rows = ShardRows(shard.keys(), shard.features.copy())
         if kind == "vit":
             rows.source_digests = [tuple(pair) for pair in shard.index["source_digests"].tolist()]
         else:
@@ -113,7 +116,7 @@ def test_a_run_equals_the_end_to_end_model(run: Run) -> None:
     assert 0 < quantities["logits"]["largest"] < 1e-5
     assert result["predictions"] == []
     assert result["metrics"]["cached"] == result["metrics"]["end_to_end"]
-    assert result["recorded_loss"]["found"] == pytest.approx(run.metrics()["loss"], abs=1e-5)
+    assert result["recorded_loss"]["found"] == pytest.approx(run.metrics["loss"], abs=1e-5)
     assert result["photos"] == {"changed": [], "unreadable": {}}
     accuracy = f"accuracy {result['metrics']['cached']['accuracy']:.2%}"
     for words in (f"test: {ROWS} of {ROWS} rows", "vision features", "0 differ", accuracy):
@@ -160,7 +163,7 @@ def test_the_seed_decides_the_rows_and_every_changed_photo_is_named(run: Run) ->
 
 
 def shift(rows: ShardRows) -> None:
-    rows.features = np.roll(rows.features, 1, axis=0)
+    rows.features = Numbers(np.roll(rows.features.values, 1, axis=0))
 
 
 def test_features_stored_under_the_next_key_are_found(run: Run) -> None:
@@ -207,7 +210,7 @@ def test_numbers_that_no_encoder_gives_are_found(run: Run) -> None:
 
     def spoil(rows: ShardRows) -> None:
         for row in range(len(rows.keys)):
-            rows.features[row, 0, 3, 5] = next(values)
+            rows.features.values[row, 0, 3, 5] = next(values)
 
     rewrite(run, "vit", spoil)
     result = measure(run, "test", 1000)
@@ -249,7 +252,7 @@ def test_a_photo_that_is_gone_is_named(run: Run) -> None:
 
 
 def test_rows_that_changed_are_still_refused(run: Run) -> None:
-    path = Path(str(run.config().data.rows))
+    path = Path(str(run.config.data.rows))
     path.write_text(path.read_text() + path.read_text().splitlines()[0].replace("dog", "cat"))
     with pytest.raises(RunError, match="the rows changed"):
         measure(run, "test", 4)
@@ -270,7 +273,7 @@ def test_val_features_that_changed_are_found_from_any_split(run: Run) -> None:
     def blank(rows: ShardRows) -> None:
         for row, key in enumerate(rows.keys):
             if "photo032" <= key < "photo044":
-                rows.features[row] = 0
+                rows.features.values[row] = 0
 
     rewrite(run, "vit", blank)
     result = measure(run, "test", 16)
@@ -297,7 +300,7 @@ def test_models_that_differ_are_found(run: Run, monkeypatch: pytest.MonkeyPatch)
 def test_a_prediction_on_the_threshold_is_listed_and_is_no_failure(run: Run) -> None:
     worst = measure(run, "test", 1000)["quantities"]["logits"]["worst"]
     between = (worst["expected"] + worst["found"]) / 2
-    metrics = {**run.metrics(), "threshold": float(sigmoid(between))}
+    metrics = {**run.metrics, "threshold": float(sigmoid(between))}
     run.metrics_path.write_text(json.dumps(metrics))
     result = measure(run, "test", 1000)
     assert result["failure"] is None
@@ -309,7 +312,7 @@ def test_a_prediction_on_the_threshold_is_listed_and_is_no_failure(run: Run) -> 
 
 
 def test_a_control_is_refused(run: Run) -> None:
-    config = run.config()
+    config = run.config
     blind = dataclasses.replace(config.train, control="hypothesis-only")
     run.write_config(render_config(dataclasses.replace(config, train=blind)))
     with pytest.raises(RunError, match="control hypothesis-only"):
@@ -340,9 +343,9 @@ def test_the_tolerance_is_the_rounding_and_a_little(dtype: str) -> None:
     fresh[0] = 0
     stored = fresh.astype(feature_dtype(dtype))
     error = np.abs(stored.astype(np.float64) - fresh)
-    tolerance = feature_tolerance(stored, np.zeros_like(fresh), "float32")
+    tolerance = feature_tolerance(Numbers(stored), np.zeros_like(fresh), "float32")
     assert (error <= tolerance).all()
     spacing = np.spacing(np.abs(stored)).astype(np.float64)
     np.testing.assert_array_equal(tolerance, spacing / 2)
-    noisy = feature_tolerance(stored, fresh, "float32") - tolerance
+    noisy = feature_tolerance(Numbers(stored), fresh, "float32") - tolerance
     assert (noisy <= 1.01e-4 * np.abs(fresh).max(axis=(1, 2), keepdims=True)).all()

@@ -13,6 +13,7 @@ from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.data.dataset import Dataset
 from trainer.config import Config
 from trainer.features import open_features
+from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training
 
@@ -61,7 +62,7 @@ def test_plain_and_fast_runs_have_one_loss_curve(
         records: list[dict[str, float]] = []
         run = Run(tmp_path / f"fast-{fast}")
         features = open_features(with_train(config, fast_path=fast), dataset)
-        Training(run, features, reporter=Reporter(epoch=records.append)).fit()
+        fit(Training(run, features, reporter=Reporter(epoch=records.append)))
         curves[fast] = np.array([[r["loss"], r["val_loss"]] for r in records])
     # Training happened, so that two curves that agree are not two constants.
     assert curves[True][1, 0] < curves[True][0, 0]

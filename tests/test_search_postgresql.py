@@ -20,7 +20,7 @@ from test_search_command import SPACE, Project
 from tiny_runs import extracted, tiny_config
 
 from featstore.errors import UsageError
-from trainer.tuning.study import masked, open_storage
+from trainer.tuning.storage import masked, open_storage
 
 PASSWORD = "s3cret-word"
 USER = "searcher"

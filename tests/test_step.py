@@ -17,11 +17,16 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
+from featstore.store.numbers import Numbers
 from trainer.batches import Batch
 from trainer.config import TrainConfig
-from trainer.run.optimizer import InPlaceAdamW, make_optimizer
+from trainer.run.optimizer import (
+    InPlaceAdamW,
+    cut_learning_rate,
+    learning_rate,
+    make_optimizer,
+)
 from trainer.run.step import binary_cross_entropy, make_stepper, padded
-from trainer.run.training import _cut_learning_rate, learning_rate
 
 ROWS, TOKENS, WIDTH, LENGTH = 8, 3, 6, 4
 PLAIN = TrainConfig(lr=1e-2, weight_decay=0.1, clipnorm=0.5)
@@ -61,7 +66,7 @@ def random_batch(seed: int, valid: int = ROWS, scale: float = 1.0, length: int =
     mask = np.arange(length) < rng.integers(1, length + 1, (ROWS, 1))
     labels = rng.integers(0, 2, ROWS).astype(np.float32)
     weights = (np.arange(ROWS) < valid).astype(np.float32)
-    return Batch(features, hidden, mask, labels, weights, np.arange(valid))
+    return Batch(Numbers(features), Numbers(hidden), mask, labels, weights, np.arange(valid))
 
 
 def weights_of(model: keras.Model) -> list[np.ndarray]:
@@ -138,7 +143,7 @@ def test_filling_rows_change_nothing() -> None:
         losses = []
         for seed in range(3):
             batch = random_batch(seed, valid=5)
-            batch.features[5:] += np.float16(filling)
+            batch.features.values[5:] += np.float16(filling)
             batch.labels[5:] = 1 - batch.labels[5:] if filling else batch.labels[5:]
             losses.append(float(stepper.train(batch)[0]))
         results.append((losses, model))
@@ -271,7 +276,7 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows() -> None:
     assert scale > 1
     before = weights_of(model)
     batch = random_batch(0)
-    batch.features[:] = 6e4
+    batch.features.values[:] = 6e4
     stepper.train(batch)
     assert all((a == b).all() for a, b in zip(before, weights_of(model), strict=True))
     assert float(optimizer.dynamic_scale) < scale
@@ -280,7 +285,7 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows() -> None:
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_a_cut_learning_rate_takes_effect_without_tracing_again(policy: str) -> None:
+def test_acut_learning_rate_takes_effect_without_tracing_again(policy: str) -> None:
     settings = dataclasses.replace(PLAIN, weight_decay=0.0, dtype_policy=policy)
     traces = []
 
@@ -296,13 +301,13 @@ def test_a_cut_learning_rate_takes_effect_without_tracing_again(policy: str) -> 
     stepper = make_stepper([(model, optimizer)])
     stepper.train(random_batch(0))
     traced = len(traces)
-    _cut_learning_rate(optimizer, 1e-6)
+    cut_learning_rate(optimizer, 1e-6)
     assert learning_rate(optimizer) == pytest.approx(1e-8)
     before = weights_of(model)
     stepper.train(random_batch(0))
     moved = max(float(np.abs(a - b).max()) for a, b in zip(before, weights_of(model), strict=True))
     assert moved < 1e-6
-    _cut_learning_rate(optimizer, 1e6)
+    cut_learning_rate(optimizer, 1e6)
     stepper.train(random_batch(0))
     moved = max(float(np.abs(a - b).max()) for a, b in zip(before, weights_of(model), strict=True))
     assert moved > 1e-4

@@ -113,24 +113,6 @@ class ReadResult:
     examples: Examples
     issues: list[RowIssue]
 
-    @property
-    def dropped(self) -> list[RowIssue]:
-        """Rows that are not in `examples`."""
-        return [issue for issue in self.issues if issue.kind == "dropped"]
-
-    @property
-    def kept(self) -> list[RowIssue]:
-        """Warnings about rows that are in `examples`."""
-        return [issue for issue in self.issues if issue.kind == "kept"]
-
-    def counts(self) -> dict[str, int]:
-        """Return rows kept, rows dropped, and issues by reason."""
-        return {
-            "rows": len(self.examples),
-            "dropped": len(self.dropped),
-            **summarise(self.issues),
-        }
-
 
 def summarise(issues: Iterable[RowIssue]) -> dict[str, int]:
     """Return how many issues have each reason, the most frequent first."""

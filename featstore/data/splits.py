@@ -7,6 +7,7 @@ the photo has seen part of the answer. Ids that differ only in an image suffix
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -29,7 +30,7 @@ from featstore.errors import SplitError
 from featstore.publish import write_bytes
 
 FORMAT = 1
-Source = Literal["grouped", "file", "rows"]
+Source = Literal["grouped", "file", "rows", "none"]
 
 _SYNONYMS = {"valid": "val", "validation": "val", "dev": "val"}
 
@@ -44,8 +45,8 @@ class Splits:
         fractions: Shares of the photos that were asked for; empty for a split that was
             given rather than made.
         seed: The seed, or None for a split that was given.
-        source: "grouped" (made here), "file" (a split file) or "rows" (one row file for
-            each split).
+        source: "grouped" (made here), "file" (a split file), "rows" (one row file for
+            each split) or "none" (not split: rows to predict).
     """
 
     assignment: Mapping[str, tuple[str, ...]]
@@ -53,6 +54,11 @@ class Splits:
     fractions: tuple[float, ...] = ()
     seed: int | None = None
     source: Source = "grouped"
+
+    @classmethod
+    def none(cls, examples: Examples) -> Splits:
+        """Return splits of rows that are in none."""
+        return cls(dict.fromkeys(SPLITS, ()), examples.digest(), source="none")
 
     def rows(self, examples: Examples, split: str) -> npt.NDArray[np.int64]:
         """Return the rows of a split.
@@ -194,6 +200,9 @@ def check_no_leak(assignment: Mapping[str, Iterable[str]], where: str) -> None:
 def save_splits(path: str | os.PathLike[str], splits: Splits) -> None:
     """Write splits as JSON, atomically; the same splits give the same bytes.
 
+    A file that has them already is left as it is, so that its folder may be
+    read-only.
+
     Raises:
         FeatstoreError: The file cannot be written.
     """
@@ -206,57 +215,11 @@ def save_splits(path: str | os.PathLike[str], splits: Splits) -> None:
         "counts": splits.counts(),
         "splits": {split: list(splits.assignment[split]) for split in SPLITS},
     }
-    text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-    write_bytes(path, text.encode())
-
-
-def load_splits(path: str | os.PathLike[str], examples: Examples) -> Splits:
-    """Read splits that `save_splits` wrote, and check that they belong to these rows.
-
-    Args:
-        path: The file.
-        examples: The rows that were split, in the same order.
-
-    Raises:
-        SplitError: The file cannot be read, is damaged or of another format; a photo is
-            in two splits; an image of the rows is in no split or the reverse; or the rows
-            changed since.
-    """
-    path = Path(path)
-    mend = f"delete {path} to split again"
-    content = _read_json(path)
-    if not isinstance(content, dict) or "format" not in content:
-        raise SplitError(f"{path}: not a saved split: no 'format' in it; {mend}")
-    if content["format"] != FORMAT:
-        raise SplitError(
-            f"{path}: split format {short(content['format'])}, expected {FORMAT};"
-            f" use the version that wrote it, or {mend}"
-        )
-    if not _is_sound(content):
-        raise SplitError(f"{path}: damaged: a field is missing, or of the wrong type; {mend}")
-    splits: dict[str, list[str]] = content["splits"]
-    check_no_leak(splits, str(path))
-    assigned = {image_id for ids in splits.values() for image_id in ids}
-    present = set(examples.image_ids)
-    if missing := sorted(present - assigned):
-        raise SplitError(
-            f"{path}: image {short(missing[0])} of the rows is in no split"
-            f" ({len(missing)} such); the rows changed: {mend}"
-        )
-    if unknown := sorted(assigned - present):
-        raise SplitError(
-            f"{path}: image {short(unknown[0])} is in a split but in no row"
-            f" ({len(unknown)} such); the rows or photos changed: {mend}"
-        )
-    rows_digest = content["rows_digest"]
-    if rows_digest != examples.digest():
-        raise SplitError(
-            f"{path}: belongs to other rows: same images, but a hypothesis, a label or the order"
-            f" changed (digest {rows_digest[:12]}, the rows have {examples.digest()[:12]}); {mend}"
-        )
-    assignment = {split: tuple(sorted(splits[split])) for split in SPLITS}
-    fractions = tuple(map(float, content["fractions"]))
-    return Splits(assignment, rows_digest, fractions, content["seed"], content["source"])
+    data = (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+    with contextlib.suppress(OSError):
+        if Path(path).read_bytes() == data:
+            return
+    write_bytes(path, data)
 
 
 def read_split_file(path: str | os.PathLike[str], examples: Examples) -> Splits:
@@ -309,24 +272,6 @@ def _photos(examples: Examples) -> dict[str, list[str]]:
     return photos
 
 
-def _is_sound(content: dict[str, Any]) -> bool:
-    """Tell whether a saved split has all its fields, in their types, and agrees with itself."""
-    splits, fractions = content.get("splits"), content.get("fractions")
-    seed = content.get("seed")
-    return (
-        isinstance(splits, dict)
-        and set(splits) == set(SPLITS)
-        and all(isinstance(ids, list) for ids in splits.values())
-        and all(isinstance(image_id, str) for ids in splits.values() for image_id in ids)
-        and content.get("counts") == {split: len(set(ids)) for split, ids in splits.items()}
-        and isinstance(fractions, list)
-        and all(isinstance(share, int | float) for share in fractions)
-        and (seed is None or isinstance(seed, int))
-        and content.get("source") in ("grouped", "file", "rows")
-        and isinstance(content.get("rows_digest"), str)
-    )
-
-
 def _by_split(items: Iterable[tuple[Any, Any]], where: str) -> dict[str, Any]:
     """Return values by split name, synonyms resolved."""
     named: dict[str, Any] = {}
@@ -353,16 +298,12 @@ def _read_text(path: Path) -> str:
         raise SplitError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
 
 
-def _read_json(path: Path, text: str | None = None) -> Any:
+def _split_json(path: Path, text: str) -> dict[str, list[str]]:
     try:
-        return json.loads(_read_text(path) if text is None else text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise SplitError(f"{path}{line}: not a JSON file; restore it or delete it") from error
-
-
-def _split_json(path: Path, text: str) -> dict[str, list[str]]:
-    content = _read_json(path, text)
+        raise SplitError(f"{path}{line}: not a JSON file; correct it, or write it anew") from error
     if isinstance(content, dict) and isinstance(content.get("splits"), dict):
         content = content["splits"]
     if not isinstance(content, dict):

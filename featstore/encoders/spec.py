@@ -9,7 +9,6 @@ been published again under one name): the digest of the weights is.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from featstore.encoders.presets import (
     tokenizer_digest,
 )
 from featstore.errors import PresetError
-from featstore.publish import canonical_json
+from featstore.publish import canonical_json, text_digest
 
 QUANTISED = "int8"
 FORMAT = 1
@@ -69,8 +68,7 @@ class FeatureSpec:
     @property
     def fingerprint(self) -> str:
         """32 hexadecimal digits: BLAKE2b-128 of the canonical JSON."""
-        text = canonical_json(self.to_dict())
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return text_digest(canonical_json(self.to_dict()))
 
     def folder(self, root: Path) -> Path:
         """Return the folder of these features under a store's root."""

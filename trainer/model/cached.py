@@ -10,12 +10,11 @@ import keras
 from featstore.encoders.families import check_k, family_of
 from featstore.encoders.spec import QUANTISED
 from featstore.encoders.tower import Tower
+from trainer.batches import SCALES_OF
 from trainer.config import TrainConfig
 from trainer.model.head import TAIL_NAME, apply_head
 from trainer.model.tails import Dequantize, TextTail
 from trainer.model.weights import copy_weights, layer_weights, seeded
-
-SCALES_OF = {"features": "feature_scales", "hidden": "hidden_scales"}
 
 
 def _features_input(

@@ -9,37 +9,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import RunError, StoppedError, UsageError
-from trainer.batches import CachedRows
 from trainer.prefetch import Prefetcher
-from trainer.run.step import Stepper, make_stepper
-
-if TYPE_CHECKING:
-    from trainer.run.training import Training
+from trainer.run.step import Stepper, make_stepper, predict_logits
+from trainer.run.training import Training
 
 CHECKPOINT_SECONDS = 120.0
 LOSS_EVERY_STEPS = 50
 
 
-def predict_logits(stepper: Stepper, rows: CachedRows, batch_size: int) -> NDArray[np.float32]:
-    """Return the logit of every row, in the order of the rows.
+def fit(training: Training) -> dict[str, Any]:
+    """Train a run to its end and return the metrics of the best epoch.
 
-    Returns:
-        float32 of shape (models, len(rows)). Every row is computed exactly once.
+    Ends after `epochs`, or when the monitored metric has not improved for
+    `early_stop_patience` epochs. The state is saved after every epoch and
+    some minutes, and when asked to stop; a later call with a new `Training`
+    goes on from there and gives what one uninterrupted call gives.
+
+    Raises:
+        RunError: The loss is no longer finite.
+        StoppedError: `reporter.stopping` said so; the state is saved.
     """
-    parts: list[NDArray[np.float32]] = []
-    order: list[NDArray[np.int64]] = []
-    with Prefetcher(rows, rows.in_order(batch_size), batch_size) as batches:
-        for batch in batches:
-            parts.append(stepper.predict(batch))
-            order.append(batch.rows)
-    logits = np.concatenate(parts, axis=1)
-    return logits[:, np.argsort(np.concatenate(order))]
+    (failure,) = train_together([training])
+    if failure is not None:
+        raise failure
+    return training.run.metrics
 
 
 def check_same_batches(trainings: Sequence[Training]) -> None:
@@ -127,6 +126,8 @@ def _run_epoch(
     train = first.train_config
     steps = first.rows.epoch(train.batch_size, train.seed, first.progress.epoch)
     wait_seconds = _take_steps(trainings, stepper, steps, failures)
+    if all(id(training) in failures for training in trainings):
+        return
     stepper.sync()
     started = time.perf_counter()
     logits = predict_logits(stepper, first.val_rows, train.batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 
 from trainer.config import TrainConfig
 
@@ -90,3 +91,16 @@ def make_optimizer(train: TrainConfig) -> keras.optimizers.Optimizer:
     if train.dtype_policy == "mixed_float16":
         return keras.optimizers.LossScaleOptimizer(optimizer)
     return optimizer
+
+
+def learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
+    """Return the current learning rate, also under loss scaling."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    # Seven digits: the variable is float32, and 5e-05 should read so.
+    return float(f"{float(np.asarray(inner.learning_rate)):.7g}")
+
+
+def cut_learning_rate(optimizer: keras.optimizers.Optimizer, factor: float) -> None:
+    """Multiply the learning rate; a traced step takes the new one."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    inner.learning_rate = learning_rate(optimizer) * factor

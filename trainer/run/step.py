@@ -1,4 +1,4 @@
-"""One training step, and one prediction, of one Keras model or several.
+"""One training step, and the predictions, of one Keras model or several.
 
 The same two calls on either backend: TensorFlow (a `tf.function`) and JAX
 (`jax.jit` over the model's stateless form). On a CPU, TensorFlow's own kernels
@@ -19,8 +19,9 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from featstore.store.store import ALIGNMENT_BYTES
-from trainer.batches import Batch
+from featstore.store.numbers import ALIGNMENT_BYTES
+from trainer.batches import Batch, CachedRows
+from trainer.prefetch import Prefetcher
 
 LENGTH_STEP = 4
 SENTENCE_INPUTS = ("hidden", "padding_mask", "hidden_scales")
@@ -28,7 +29,15 @@ SENTENCE_INPUTS = ("hidden", "padding_mask", "hidden_scales")
 Member = tuple[keras.Model, keras.optimizers.Optimizer]
 
 
-class Stepper(Protocol):
+class Predictor(Protocol):
+    """What scoring needs of a backend: the logits of one or more models on one batch."""
+
+    def predict(self, batch: Batch) -> NDArray[np.float32]:
+        """Return the logits of the batch's valid rows, float32 of shape (models, rows)."""
+        ...
+
+
+class Stepper(Predictor, Protocol):
     """What the training loop needs of a backend: steps of one or more models on one batch.
 
     The models share nothing but the batch: each result is what the model alone
@@ -37,10 +46,6 @@ class Stepper(Protocol):
 
     def train(self, batch: Batch) -> list[Any]:
         """Take one optimizer step of each model; return the mean losses, on the device."""
-        ...
-
-    def predict(self, batch: Batch) -> NDArray[np.float32]:
-        """Return the logits of the batch's valid rows, float32 of shape (models, rows)."""
         ...
 
     def sync(self) -> None:
@@ -100,6 +105,19 @@ def padded(inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {name: pad(x) if name in SENTENCE_INPUTS else x for name, x in inputs.items()}
 
 
+def make_predictor(models: Sequence[keras.Model]) -> Predictor:
+    """Return the predictor of the backend that Keras runs on; it allocates no optimizer.
+
+    Args:
+        models: Models from `build_cached_model`; their weights at the time of a
+            prediction are used.
+    """
+    keep_freed_memory()
+    if keras.backend.backend() == "jax":
+        return _JaxPredictor(models)
+    return _TensorFlowPredictor(models)
+
+
 def make_stepper(members: Sequence[Member]) -> Stepper:
     """Return the stepper of the backend that Keras runs on.
 
@@ -116,9 +134,55 @@ def make_stepper(members: Sequence[Member]) -> Stepper:
     return _TensorFlowStepper(members)
 
 
-class _TensorFlowStepper:
+def predict_logits(predictor: Predictor, rows: CachedRows, batch_size: int) -> NDArray[np.float32]:
+    """Return the logit of every row, in the order of the rows.
+
+    Returns:
+        float32 of shape (models, len(rows)). Every row is computed exactly once.
+    """
+    parts: list[NDArray[np.float32]] = []
+    order: list[NDArray[np.int64]] = []
+    with Prefetcher(rows, rows.in_order(batch_size), batch_size) as batches:
+        for batch in batches:
+            parts.append(predictor.predict(batch))
+            order.append(batch.rows)
+    logits = np.concatenate(parts, axis=1)
+    return logits[:, np.argsort(np.concatenate(order))]
+
+
+class _TensorFlowPredictor:
+    def __init__(self, models: Sequence[keras.Model]) -> None:
+        import tensorflow as tf
+
+        def predict(inputs: Any) -> Any:
+            return tf.stack([model(inputs, training=False)[:, 0] for model in models])
+
+        # Traced once, for sentences of any length. Nothing branches on a tensor, so AutoGraph would
+        # only make tracing slower.
+        self._signature = {x.name: tf.TensorSpec(x.shape, x.dtype) for x in models[0].inputs}
+        self._predict = tf.function(predict, input_signature=[self._signature], autograph=False)
+        self._from_dlpack = tf.experimental.dlpack.from_dlpack
+        self._tensor = tf.convert_to_tensor
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the inputs as tensors, the features as they lie in memory: others are copied."""
+        inputs: dict[str, Any] = batch.inputs()
+        # DLPack knows NumPy's own dtypes; TensorFlow takes aligned memory only.
+        values = batch.features.values
+        if values.dtype.isbuiltin == 1 and not values.ctypes.data % ALIGNMENT_BYTES:
+            inputs["features"] = self._from_dlpack(values.__dlpack__())
+        # A function makes tensors of arrays too, but takes longer.
+        return {name: self._tensor(value) for name, value in inputs.items()}
+
+    def predict(self, batch: Batch) -> NDArray[np.float32]:
+        return self._predict(self._inputs(batch)).numpy()[:, : len(batch.rows)]
+
+
+class _TensorFlowStepper(_TensorFlowPredictor):
     def __init__(self, members: Sequence[Member]) -> None:
         import tensorflow as tf
+
+        super().__init__([model for model, _ in members])
 
         def train(inputs: Any, labels: Any, weights: Any) -> Any:
             losses = []
@@ -132,46 +196,60 @@ class _TensorFlowStepper:
                 optimizer.apply(tape.gradient(scaled, variables), variables)
             return losses
 
-        def predict(inputs: Any) -> Any:
-            return tf.stack([model(inputs, training=False)[:, 0] for model, _ in members])
-
-        # Traced once, for sentences of any length. Nothing branches on a tensor, so AutoGraph would
-        # only make tracing slower.
-        inputs = {x.name: tf.TensorSpec(x.shape, x.dtype) for x in members[0][0].inputs}
         column = tf.TensorSpec([None], tf.float32)
-        self._train = tf.function(train, input_signature=[inputs, column, column], autograph=False)
-        self._predict = tf.function(predict, input_signature=[inputs], autograph=False)
-        self._from_dlpack = tf.experimental.dlpack.from_dlpack
-        self._tensor = tf.convert_to_tensor
-
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return the inputs as tensors, the features as they lie in memory: others are copied."""
-        inputs: dict[str, Any] = batch.inputs()
-        # DLPack knows NumPy's own dtypes; TensorFlow takes aligned memory only.
-        if batch.features.dtype.isbuiltin == 1 and not batch.features.ctypes.data % ALIGNMENT_BYTES:
-            inputs["features"] = self._from_dlpack(batch.features.__dlpack__())
-        # A function makes tensors of arrays too, but takes longer.
-        return {name: self._tensor(value) for name, value in inputs.items()}
+        signature = [self._signature, column, column]
+        self._train = tf.function(train, input_signature=signature, autograph=False)
 
     def train(self, batch: Batch) -> list[Any]:
         labels, weights = self._tensor(batch.labels), self._tensor(batch.weights)
         losses: list[Any] = self._train(self._inputs(batch), labels, weights)
         return losses
 
-    def predict(self, batch: Batch) -> NDArray[np.float32]:
-        return self._predict(self._inputs(batch)).numpy()[:, : len(batch.rows)]
-
     def sync(self) -> None:
         """Nothing to do: the steps assign to the variables."""
 
 
-class _JaxStepper:
-    """Steps under `jax.jit`, which compiles them anew for each length of sentence."""
+class _JaxPredictor:
+    """Predictions under `jax.jit`, which compiles them anew for each length of sentence."""
+
+    def __init__(self, models: Sequence[keras.Model]) -> None:
+        import jax
+
+        def predict(states: Any, inputs: Any) -> Any:
+            logits = [
+                model.stateless_call(trainable, rest, inputs, training=False)[0][:, 0]
+                for model, (trainable, rest) in zip(models, states, strict=True)
+            ]
+            return jax.numpy.stack(logits)
+
+        self._variables: list[tuple[Any, ...]] = [
+            (model.trainable_variables, model.non_trainable_variables) for model in models
+        ]
+        self._predict = jax.jit(predict)
+
+    def _states(self) -> list[tuple[Any, ...]]:
+        """Return the arrays of each model's variables, by group."""
+        return [
+            tuple([variable.value for variable in group] for group in groups)
+            for groups in self._variables
+        ]
+
+    def predict(self, batch: Batch) -> NDArray[np.float32]:
+        states = [state[:2] for state in self._states()]
+        return np.asarray(self._predict(states, padded(batch.inputs())))[:, : len(batch.rows)]
+
+
+class _JaxStepper(_JaxPredictor):
+    """Steps under `jax.jit`; their state is kept out of the variables until `sync`."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         import jax
 
-        self._members = members
+        super().__init__([model for model, _ in members])
+        self._variables = [
+            (*groups, optimizer.variables)
+            for groups, (_, optimizer) in zip(self._variables, members, strict=True)
+        ]
 
         def train_one(member: Member, state: Any, batch: Any) -> Any:
             model, optimizer = member
@@ -191,48 +269,25 @@ class _JaxStepper:
             pairs = [train_one(m, s, batch) for m, s in zip(members, states, strict=True)]
             return [loss for loss, _ in pairs], [state for _, state in pairs]
 
-        def predict(states: Any, inputs: Any) -> Any:
-            logits = [
-                model.stateless_call(trainable, rest, inputs, training=False)[0][:, 0]
-                for (model, _), (trainable, rest, _) in zip(members, states, strict=True)
-            ]
-            return jax.numpy.stack(logits)
-
         self._train = jax.jit(train, donate_argnums=0)
-        self._predict = jax.jit(predict)
-        self._states: Any = None
+        self._ahead: Any = None
 
-    def _load(self) -> Any:
-        if self._states is None:
-            self._states = [
-                (
-                    [variable.value for variable in model.trainable_variables],
-                    [variable.value for variable in model.non_trainable_variables],
-                    [variable.value for variable in optimizer.variables],
-                )
-                for model, optimizer in self._members
-            ]
-        return self._states
+    def _states(self) -> list[tuple[Any, ...]]:
+        if self._ahead is None:
+            self._ahead = super()._states()
+        return list(self._ahead)
 
     def train(self, batch: Batch) -> list[Any]:
         inputs = (padded(batch.inputs()), batch.labels, batch.weights)
-        losses, self._states = self._train(self._load(), inputs)
+        losses, self._ahead = self._train(self._states(), inputs)
         return losses
 
-    def predict(self, batch: Batch) -> NDArray[np.float32]:
-        return np.asarray(self._predict(self._load(), padded(batch.inputs())))[:, : len(batch.rows)]
-
     def sync(self) -> None:
-        if self._states is None:
+        if self._ahead is None:
             return
-        for (model, optimizer), state in zip(self._members, self._states, strict=True):
-            groups = (
-                model.trainable_variables,
-                model.non_trainable_variables,
-                optimizer.variables,
-            )
+        for groups, state in zip(self._variables, self._ahead, strict=True):
             for group, values in zip(groups, state, strict=True):
                 for variable, value in zip(group, values, strict=True):
                     variable.assign(value)
         # The next step donates its inputs: it must not be given the variables' own arrays.
-        self._states = None
+        self._ahead = None

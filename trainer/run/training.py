@@ -1,4 +1,7 @@
-"""One run: train over cached features, keep the best epoch, stop and go on anywhere."""
+"""One run's training: its state, its verdicts on epochs, and its files.
+
+`trainer.run.fit` has the loop that takes it from step to step.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import RunError
+from featstore.project import Project
 from featstore.publish import command_line, package_versions, write_json, write_text
 from trainer.config import Config, TrainConfig, render_config
-from trainer.features import Features, row_counts
+from trainer.features import cached_rows, row_counts
 from trainer.metrics import evaluate_logits
-from trainer.results.report import plot_learning_curves
 from trainer.run.checkpoint import (
     Progress,
     build_model,
@@ -30,9 +33,10 @@ from trainer.run.checkpoint import (
     save_weights,
     start_from,
 )
-from trainer.run.fit import train_together
+from trainer.run.curves import plot_learning_curves
+from trainer.run.events import EventLog
 from trainer.run.folder import Run
-from trainer.run.optimizer import make_optimizer
+from trainer.run.optimizer import cut_learning_rate, learning_rate, make_optimizer
 
 CURVES_SECONDS = 10.0
 
@@ -77,7 +81,7 @@ def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
     return -float(value) if train.monitor == "val_loss" else float(value)
 
 
-def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, bool, bool]:
+def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, bool]:
     """Update the plateau counters with an epoch's value.
 
     Args:
@@ -86,32 +90,20 @@ def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, b
         value: Monitored value, higher is better.
 
     Returns:
-        Whether the epoch is the best so far, whether the learning rate is to
-        be cut, and whether training is to stop.
+        Whether the epoch is the best so far, and whether the learning rate is
+        to be cut.
     """
     best = progress.best is None or value > progress.best
     if best:
         progress.best, progress.best_epoch = value, progress.epoch
         progress.waited = progress.waited_lr = 0
-        return True, False, False
+        return True, False
     progress.waited += 1
     progress.waited_lr += 1
     cut = progress.waited_lr >= train.reduce_lr_patience
     if cut:
         progress.waited_lr = 0
-    return False, cut, progress.waited >= train.early_stop_patience
-
-
-def learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
-    """Return the current learning rate, also under loss scaling."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    # Seven digits: the variable is float32, and 5e-05 should read so.
-    return float(f"{float(np.asarray(inner.learning_rate)):.7g}")
-
-
-def _cut_learning_rate(optimizer: keras.optimizers.Optimizer, factor: float) -> None:
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    inner.learning_rate = learning_rate(optimizer) * factor
+    return False, cut
 
 
 class Training:
@@ -119,9 +111,11 @@ class Training:
 
     Args:
         run: Where it is kept; its lock is held by the caller.
-        features: The features and rows.
+        project: Its rows and features, see `trainer.features.prepare`.
+        train: Its settings.
         init_from: A run to take the head (and shared text layers) from.
         reporter: How it is shown.
+        hparams: What a search chose for it, for TensorBoard's HParams tab.
 
     Raises:
         RunError: The run was started on other rows, features or weights; or
@@ -131,23 +125,25 @@ class Training:
     def __init__(
         self,
         run: Run,
-        features: Features,
+        project: Project,
+        train: TrainConfig,
         init_from: Run | None = None,
         reporter: Reporter | None = None,
+        hparams: Mapping[str, Any] | None = None,
     ) -> None:
-        self.run, self.features = run, features
-        self.config: Config = features.config
-        self.train_config = self.config.train
+        self.run, self.project, self.train_config = run, project, train
+        self.config = Config.of(project.config, train)
         self.reporter = reporter or Reporter()
+        self.hparams = hparams
+        self._events = EventLog(run.tensorboard_path)
         self.started = self._drawn = time.perf_counter()
-        keras.utils.set_random_seed(self.train_config.seed)
-        self.rows = features.rows("train", self.train_config.control)
-        self.val_rows = features.rows("val", self.train_config.control)
-        row_shape = features.vision.row_shape
+        self.rows = cached_rows(project, train, "train", train.control)
+        self.val_rows = cached_rows(project, train, "val", train.control)
+        row_shape = project.images().row_shape
         self.model = build_model(self.config, row_shape)
         load_pretrained(self.model, self.config)
         self.initialised = start_from(self.model, init_from) if init_from else []
-        self.optimizer = make_optimizer(self.train_config)
+        self.optimizer = make_optimizer(train)
         self.optimizer.build(self.model.trainable_variables)
         self.progress = Progress()
         self.manifest = self._manifest(row_shape, init_from)
@@ -157,9 +153,10 @@ class Training:
         self._earlier_seconds = self.progress.total_seconds
 
     def _manifest(self, row_shape: tuple[int, int], init_from: Run | None) -> dict[str, Any]:
-        features = self.features
+        project, dataset = self.project, self.project.dataset
+        text = project.text_spec(self.train_config.k_txt)
         # Not of the test split, whose photos need not be extracted yet.
-        unread = features.usable("train")[1] | features.usable("val")[1]
+        unread = project.usable("train")[1] | project.usable("val")[1]
         trainable = sum(math.prod(v.shape) for v in self.model.trainable_variables)
         return {
             "name": self.run.name,
@@ -167,23 +164,23 @@ class Training:
             "command": command_line(),
             "versions": package_versions(),
             "backend": keras.backend.backend(),
-            "seeds": {"train": self.train_config.seed, "split": features.dataset.splits.seed},
+            "seeds": {"train": self.train_config.seed, "split": dataset.splits.seed},
             "data": {
-                "rows_digest": features.dataset.examples.digest(),
-                "splits_digest": features.dataset.splits.digest(),
-                "splits_file": str(features.dataset.splits_path),
-                "counts": row_counts(features),
-                "rows_left_out": features.dataset.counts()["dropped"],
+                "rows_digest": dataset.examples.digest(),
+                "splits_digest": dataset.splits.digest(),
+                "splits_file": str(dataset.splits_path),
+                "counts": row_counts(project),
+                "rows_left_out": dataset.counts()["dropped"],
                 "quarantined_photos": unread,
             },
             "features": {
                 "vision": {
-                    "fingerprint": features.vision_spec.fingerprint,
+                    "fingerprint": project.vision_spec.fingerprint,
                     "row_shape": list(row_shape),
                 },
                 "text": {
-                    "fingerprint": features.text_spec.fingerprint,
-                    "boundary": features.text_spec.boundary,
+                    "fingerprint": text.fingerprint,
+                    "boundary": text.boundary,
                 },
             },
             "parameters": {"trainable": trainable},
@@ -194,7 +191,7 @@ class Training:
 
     def _check_same_start(self) -> None:
         """Refuse to go on with other inputs than those that the run was started with."""
-        found, expected = self.manifest, self.run.manifest()
+        found, expected = self.manifest, self.run.manifest
         for what, ours, theirs in (
             ("rows", found["data"]["rows_digest"], expected["data"]["rows_digest"]),
             ("split", found["data"]["splits_digest"], expected["data"]["splits_digest"]),
@@ -220,33 +217,19 @@ class Training:
     def _total_seconds(self) -> float:
         return self._earlier_seconds + time.perf_counter() - self.started
 
-    def fit(self) -> dict[str, Any]:
-        """Train to the end and return the metrics of the best epoch.
-
-        Ends after `epochs`, or when the monitored metric has not improved for
-        `early_stop_patience` epochs. The state is saved after every epoch and
-        some minutes, and when asked to stop; a later call goes on
-        from there and gives what one uninterrupted call gives.
-
-        Raises:
-            RunError: The loss is no longer finite.
-            StoppedError: `reporter.stopping` said so; the state is saved.
-        """
-        (failure,) = train_together([self])
-        if failure is not None:
-            raise failure
-        return self.run.metrics()
-
     def begin(self) -> None:
         """Write what a run's folder holds from the start."""
         self.run.write_config(render_config(self.config))
         self._write_manifest("running")
+        if self.hparams is not None:
+            self._events.hparams(self.hparams, self.run.name)
         if self.progress.history:
             # A kill may have come after the state was saved and before its reports were.
             self._write_reports()
 
     def end(self, status: str) -> None:
         """Write what a run's folder holds at the end."""
+        self._events.close()
         self._draw_curves()
         self._write_manifest(status)
 
@@ -297,18 +280,18 @@ class Training:
             "wait_share": round(wait_seconds / progress.seconds, 4) if progress.seconds else 0.0,
             "val_seconds": round(val_seconds, 3),
         }
-        best, cut, _ = judge(train, progress, monitored(train, record))
+        best, cut = judge(train, progress, monitored(train, record))
         if best:
             save_weights(self.run, self.model)
             progress.best_metrics = metrics
         if cut:
-            _cut_learning_rate(self.optimizer, train.reduce_lr_factor)
+            cut_learning_rate(self.optimizer, train.reduce_lr_factor)
         progress.history.append(record)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.rows, progress.seconds = 0.0, 0, 0.0
         self.save()
         self._write_reports()
-        _write_tensorboard(self.run, record)
+        self._events.epoch(record)
         self.reporter.epoch(record)
 
     def _check_finite(self, value: float, what: str) -> None:
@@ -354,14 +337,3 @@ class Training:
                 title=self.run.name,
             )
         self._drawn = time.perf_counter()
-
-
-def _write_tensorboard(run: Run, record: dict[str, Any]) -> None:
-    """Append an epoch's scalars to the run's TensorBoard log, without TensorFlow."""
-    from tensorboard.summary import Writer
-
-    writer = Writer(str(run.tensorboard_path))
-    for key, value in record.items():
-        if key != "epoch" and value is not None:
-            writer.add_scalar(f"epoch/{key}", float(value), record["epoch"])
-    writer.close()

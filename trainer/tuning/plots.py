@@ -20,9 +20,6 @@ PLOT_DPI = 120
 
 
 def _plots(search: Search, rows: Sequence[dict[str, Any]]) -> list[Path]:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     complete = [row for row in rows if row["state"] == "complete"]
     varied = [
         parameter
@@ -46,9 +43,12 @@ def _plots(search: Search, rows: Sequence[dict[str, Any]]) -> list[Path]:
 
 
 def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
+    # Without pyplot, whose backend and figures are global.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -112,7 +112,7 @@ def _parallel_coordinates(
     search: Search, rows: Sequence[dict[str, Any]], varied: Sequence[Parameter]
 ) -> Any:
     """Draw each trial as a line through its settings, coloured by its value."""
-    import matplotlib as mpl
+    from matplotlib import colormaps
     from matplotlib.patheffects import withStroke
 
     complete = [row for row in rows if row["state"] == "complete"]
@@ -125,7 +125,7 @@ def _parallel_coordinates(
     metric = search.space.search.metric
     ticks = [(i / 4, shown(low + i / 4 * span)) for i in range(5)]
     columns.append((lambda value: (value - low) / span, ticks))
-    colours = mpl.colormaps["viridis" if search.space.search.minimises else "viridis_r"]
+    colours = colormaps["viridis" if search.space.search.minimises else "viridis_r"]
     # `rows` has the best one first, which is drawn last.
     for rank, row in reversed(list(enumerate(complete))):
         points = [*(row["params"][p.name] for p in varied), row["value"]]

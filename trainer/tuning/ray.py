@@ -9,7 +9,6 @@ was running when it ended is gone on with by the next that is free.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import sys
@@ -261,8 +260,6 @@ def run_on_ray(
         RunError: A node cannot work on the search; workers die without getting
             anywhere.
     """
-    # Optuna's own lines would be an actor's; the driver shows the trials itself.
-    logging.getLogger("optuna").setLevel(logging.ERROR)
     folder = search.folder.absolute()
     marker = folder / f"{TEMPORARY}marker-{uuid.uuid4().hex[:12]}"
     token = uuid.uuid4().hex

@@ -20,118 +20,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import filelock
 import numpy as np
 import optuna
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from featstore.encoders.spec import differing_fields, text_spec, vision_spec
+from featstore.encoders.spec import differing_fields
 from featstore.errors import Advice, Command, RunError, UsageError
-from featstore.extract.plan import plan_images, plan_text
-from featstore.publish import PASSWORD, command_line, package_versions, write_json
+from featstore.extract.plan import Job
+from featstore.project import Project
+from featstore.publish import command_line, package_versions, write_json
 from trainer.config import Config, load_config, render_config
 from trainer.run.folder import SEARCH_FILE, Run, find_run
 from trainer.tuning.space import Space, space_from_json
-
-if TYPE_CHECKING:
-    from featstore.data.dataset import Dataset
+from trainer.tuning.storage import masked, open_storage, quiet_optuna
 
 FORMAT = 1
 # A trial that ends its worker as often as this without finishing an epoch is given up.
 MOST_ATTEMPTS = 3
 LONGEST_CHANGE = 80
-
-
-def masked(url: str) -> str:
-    """Return a storage URL without its password."""
-    return PASSWORD.sub(r"\1***@", url)
-
-
-def driver_url(url: str) -> str:
-    """Return a PostgreSQL URL with the driver that the project installs, others as they are."""
-    for scheme in ("postgresql://", "postgres://"):
-        if url.startswith(scheme):
-            return f"postgresql+psycopg://{url.removeprefix(scheme)}"
-    return url
-
-
-def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
-    """Return where a study is kept: a journal in its folder, or a database.
-
-    Args:
-        folder: The search's folder, on a file system that all workers see.
-        url: Such as `postgresql://user:password@host/database`; None: the
-            journal.
-
-    Raises:
-        UsageError: The database cannot be reached, its driver is missing, or the
-            password is where it would be written down with the command.
-    """
-    if url is not None and "password=" in url:
-        raise UsageError(
-            "--storage: its password is not looked for after the ?; expected a URL such as"
-            " postgresql://user:password@host/database"
-        )
-    if url is None:
-        path = folder / "study.journal"
-        # Optuna names no public type for it; it asks for these two methods.
-        lock: Any = _JournalLock(path)
-        return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock))
-    try:
-        return optuna.storages.RDBStorage(driver_url(url), engine_kwargs={"pool_pre_ping": True})
-    except ImportError as error:
-        raise UsageError(
-            f"--storage {masked(url)}: its driver is not installed ({error.name or error});"
-            " for PostgreSQL: pip install -e '.[postgresql]'"
-        ) from error
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise UsageError(
-            f"--storage {masked(url)}: cannot be opened ({reason[0] if reason else error});"
-            " expected a URL such as postgresql://user:password@host/database"
-        ) from error
-
-
-class _JournalLock:
-    """The journal's lock, held by the process: the system takes it back when that dies.
-
-    A line that a killed writer or a full disk cut short is taken away before
-    the next one is written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = filelock.FileLock(f"{path}.lock")
-
-    def acquire(self) -> bool:
-        """Take the lock, waiting for it."""
-        self._lock.acquire()
-        _cut_torn_line(self._path)
-        return True
-
-    def release(self) -> None:
-        """Give it back."""
-        self._lock.release()
-
-
-def _cut_torn_line(path: Path) -> None:
-    with path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if not size:
-            return
-        file.seek(size - 1)
-        if file.read(1) == b"\n":
-            return
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 @dataclass
@@ -163,13 +75,12 @@ class Search:
     def __init__(
         self, folder: Path, base: Config, space: Space, init_from: Run | None, url: str | None
     ) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.folder, self.name = folder, folder.name
         self.base, self.space, self.init_from, self.url = base, space, init_from, url
-        self.storage = open_storage(folder, url)
         directions = optuna.study.StudyDirection
-        with self._deciding():
+        with quiet_optuna():
+            self.storage = open_storage(folder, url)
+        with self._deciding(), quiet_optuna():
             self.study = optuna.create_study(
                 storage=self.storage,
                 study_name=self.name,
@@ -269,8 +180,9 @@ class Search:
         return claims
 
     def _draw(self, ordinal: int) -> Claim:
-        self.study.sampler = self._sampler(ordinal)
-        trial = self.study.ask({p.name: p.distribution() for p in self.space.parameters})
+        with quiet_optuna():
+            self.study.sampler = self._sampler(ordinal)
+            trial = self.study.ask({p.name: p.distribution() for p in self.space.parameters})
         run = self.run_of(trial.number)
         held = contextlib.ExitStack()
         held.enter_context(run.writing())
@@ -343,7 +255,7 @@ class Search:
 
 
 def _identity(
-    base: Config, space: Space, init_from: Run | None, url: str | None, dataset: Dataset
+    base: Config, space: Space, init_from: Run | None, url: str | None, project: Project
 ) -> dict[str, Any]:
     """Return what must stay the same while a search goes on."""
     varied = space.to_json()
@@ -352,56 +264,34 @@ def _identity(
     }
     features = set()
     for config in space.feature_configs(base):
-        features.add(vision_spec(config.encoders, config.store).fingerprint)
-        features.add(text_spec(config.encoders, config.store, config.train.k_txt).fingerprint)
+        own = project.with_config(config)
+        features |= {spec.fingerprint for spec in own.asked.values()}
     content = {
         "space": varied,
         "settings": dataclasses.asdict(base),
         "init_from": None if init_from is None else str(init_from.folder),
         "storage": None if url is None else masked(url),
-        "rows": dataset.examples.digest(),
-        "split": dataset.splits.digest(),
+        "rows": project.dataset.examples.digest(),
+        "split": project.dataset.splits.digest(),
         "features": sorted(features),
     }
     return dict(json.loads(json.dumps(content)))
 
 
-@dataclass(frozen=True)
-class Missing:
-    """Features that trials will read and the store does not have.
-
-    Attributes:
-        kind: "images" or "sentences".
-        config: A configuration that reads them.
-        inputs: All image ids, or sentences, that it reads.
-    """
-
-    kind: str
-    config: Config
-    inputs: list[str]
-
-
-def missing_features(dataset: Dataset, configs: Sequence[Config]) -> list[Missing]:
-    """Return what has to be extracted before trials can start.
+def jobs_of(project: Project, configs: Sequence[Config]) -> list[Job]:
+    """Return what has to be in the store before trials can start, each set of features once.
 
     Args:
-        dataset: The rows.
+        project: The search's.
         configs: `Space.feature_configs`.
     """
-    trained = np.concatenate([dataset.rows(split) for split in ("train", "val")])
-    ids = dataset.examples.image_ids[trained].tolist()
-    sentences = dataset.examples.hypotheses.tolist()
-    found: dict[str, Missing] = {}
+    found: dict[str, Job] = {}
     for config in configs:
-        vision = vision_spec(config.encoders, config.store)
-        text = text_spec(config.encoders, config.store, config.train.k_txt)
-        if (
-            vision.fingerprint not in found
-            and plan_images(vision, config.store, ids, dataset.images).keys
-        ):
-            found[vision.fingerprint] = Missing("images", config, ids)
-        if text.fingerprint not in found and plan_text(text, config.store, sentences).keys:
-            found[text.fingerprint] = Missing("sentences", config, sentences)
+        own, k_txt = project.with_config(config), config.train.k_txt
+        # The test split is no trial's business.
+        for kind, split in (("vit", ("train", "val")), ("text", "all")):
+            if own.spec(kind, k_txt).fingerprint not in found:
+                found[own.spec(kind, k_txt).fingerprint] = own.job(kind, split, k_txt)
     return list(found.values())
 
 
@@ -453,7 +343,7 @@ def start_search(
     space: Space,
     init_from: Run | None,
     url: str | None,
-    dataset: Dataset,
+    project: Project,
 ) -> Search:
     """Start a search, or go on with the one of that folder.
 
@@ -463,7 +353,7 @@ def start_search(
         space: What is varied. Another number of trials than before is taken over.
         init_from: Run that each trial starts from.
         url: The study's storage; None: a journal in the folder.
-        dataset: The rows of `base`.
+        project: Of `base`.
 
     Raises:
         UsageError: The folder has a run, or a search of something else.
@@ -473,7 +363,7 @@ def start_search(
     earlier = _read(folder) if exists(folder) else None
     if earlier is not None and earlier["storage"] != (None if url is None else masked(url)):
         open_search(folder, url)  # says what is wrong
-    identity = _identity(base, space, init_from, url, dataset)
+    identity = _identity(base, space, init_from, url, project)
     if earlier is not None:
         before = {key: earlier[key] for key in identity}
         before["space"]["search"] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import os
 import socket
@@ -13,51 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from featstore.errors import FeatstoreError, RunError, StoppedError
-from trainer.config import Config
 from trainer.run.folder import Run
 from trainer.tuning.study import Claim, Search, open_search
 
 if TYPE_CHECKING:
-    from featstore.data.dataset import Dataset
-    from trainer.features import Features
+    from featstore.project import Project
     from trainer.run.training import Training
 
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
-def _count_attempt(trial: optuna.Trial, by: int) -> None:
-    epochs, attempts = trial.user_attrs["attempts"]
-    trial.set_user_attr("attempts", [epochs, attempts + by])
-
-
-class FeaturesOf:
-    """Opens the features of trials, each set once.
-
-    Args:
-        dataset: The search's rows.
-    """
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-        self._opened: dict[Any, Features] = {}
-
-    def __call__(self, config: Config) -> Features:
-        """Return the features of a configuration; missing sentences are encoded."""
-        from trainer.features import open_features
-
-        key = (config.encoders, config.store, config.train.k_txt)
-        if key not in self._opened:
-            self._opened[key] = open_features(config, self.dataset)
-        return dataclasses.replace(self._opened[key], config=config)
-
-
 def work(
     search: Search,
-    dataset: Dataset,
+    project: Project,
     stopping: Callable[[], bool] = lambda: False,
     deadline: float = float("inf"),
     growth: float = float("inf"),
@@ -66,7 +37,7 @@ def work(
 
     Args:
         search: The search.
-        dataset: Its rows.
+        project: Of its settings.
         stopping: Asked after each step; True saves the running trials' state
             and ends. They are gone on with by whoever comes next.
         deadline: No trial is drawn after this `time.time()`.
@@ -80,7 +51,6 @@ def work(
         StoppedError: `stopping` said so.
     """
     first_bytes = 0
-    features_of = FeaturesOf(dataset)
     ks = {config.train.k_txt for config in search.space.feature_configs(search.base)}
     limit = search.space.search.group_size if 0 in ks else 1
     while not stopping():
@@ -89,7 +59,7 @@ def work(
             return False
         try:
             for group in _groups(search, claims):
-                _run_group(search, group, features_of, stopping)
+                _run_trials(search, group, project, stopping)
         finally:
             for claim in claims:
                 claim.held.close()
@@ -113,126 +83,158 @@ def _groups(search: Search, claims: Sequence[Claim]) -> list[list[Claim]]:
     return list(groups.values())
 
 
-def _run_group(
+def _run_trials(
     search: Search,
     claims: Sequence[Claim],
-    features_of: FeaturesOf,
+    project: Project,
     stopping: Callable[[], bool],
 ) -> None:
-    """Run trials in one pass over the store and record how each ended."""
+    """Train trials in one pass over the store, and tell the study how each ended."""
     from trainer.run.fit import train_together
 
-    pairs: list[tuple[Claim, Training]] = []
-    alone: list[Claim] = []
-    for claim in claims:
-        claim.trial.set_user_attr("together", len(claims))
-        try:
-            training = _training(search, claim, features_of, stopping)
-        except Exception as error:
-            _end(search, claim, error)
-        else:
-            pairs.append((claim, training))
-    if pairs:
-        try:
-            failures = train_together([training for _, training in pairs])
-        except StoppedError:
-            for claim, _ in pairs:
-                if _is_pruned(search, claim):
-                    _set_status(claim.run, "pruned")
-                else:
-                    _count_attempt(claim.trial, -1)
-            raise
-        except Exception as error:
-            failures = [error for _ in pairs]
-            if len(pairs) > 1:
-                # Of their shared step, such as the memory of all of them: each may do alone.
-                alone = [claim for claim, _ in pairs if not _is_pruned(search, claim)]
-        for (claim, training), failure in zip(pairs, failures, strict=True):
-            if claim not in alone:
-                _end(search, claim, failure, training)
+    trials = [_Trial(search, claim, len(claims)) for claim in claims]
+    trials = [trial for trial in trials if trial.starts(project, stopping)]
+    again: list[Claim] = []
+    try:
+        failures = train_together([trial.training for trial in trials]) if trials else []
+    except StoppedError:
+        for trial in trials:
+            trial.leave()
+        raise
+    except Exception as error:
+        failures = [error] * len(trials)
+        if len(trials) > 1:
+            # Of their shared step, such as the memory of all of them: each may do alone.
+            again = [trial.claim for trial in trials if not trial.pruned]
+    for trial, failure in zip(trials, failures, strict=True):
+        if trial.claim not in again:
+            trial.tell(failure)
     # A model refers to itself; its arrays would otherwise wait for a later collection.
-    pairs.clear()
+    trials.clear()
     import keras
 
     keras.backend.clear_session()
     gc.collect()
-    for claim in alone:
-        _count_attempt(claim.trial, -1)
-        _run_group(search, [claim], features_of, stopping)
+    for claim in again:
+        count_attempt(claim.trial, -1)
+        _run_trials(search, [claim], project, stopping)
 
 
-def _training(
-    search: Search,
-    claim: Claim,
-    features_of: FeaturesOf,
-    stopping: Callable[[], bool],
-) -> Training:
-    from trainer.run.training import Reporter, Training
+class _Trial:
+    """A claimed trial: from its settings to what the study is told.
 
-    trial, config = claim.trial, search.config_of(claim.trial.params)
-    trial.set_user_attr("worker", f"{socket.gethostname()} {os.getpid()}")
-    _count_attempt(trial, 1)
-    metric, epochs = search.space.search.metric, config.train.epochs
+    Args:
+        search: The search.
+        claim: The trial and its run.
+        together: Trials that share its passes over the store, itself included.
+    """
 
-    def report(record: dict[str, Any]) -> None:
+    training: Training
+
+    def __init__(self, search: Search, claim: Claim, together: int) -> None:
+        self.search, self.claim = search, claim
+        self.trial, self.run = claim.trial, claim.run
+        self.trial.set_user_attr("together", together)
+
+    def starts(self, project: Project, stopping: Callable[[], bool]) -> bool:
+        """Make or restore the trial's training; what hinders it is told at once."""
+        from trainer.features import prepare
+        from trainer.run.training import Reporter, Training
+
+        trial, search = self.trial, self.search
+        trial.set_user_attr("worker", f"{socket.gethostname()} {os.getpid()}")
+        count_attempt(trial, 1)
+        try:
+            config = search.config_of(trial.params)
+            own = project.with_config(config)
+            prepare(own, config.train.k_txt)
+            reporter = Reporter(epoch=self._epoch, stopping=stopping)
+            self.training = Training(
+                self.run, own, config.train, search.init_from, reporter, trial.params
+            )
+            trial.set_user_attr("began", time.time() - self.training.progress.total_seconds)
+            known = self._found().intermediate_values
+            history = self.training.progress.history
+            for record in history:
+                # The process may have died between saving an epoch and reporting it,
+                if record["epoch"] not in known:
+                    self._report(record)
+            if history and not self.training.finished:
+                # or between that and its judgement.
+                self._prune(history[-1])
+        except Exception as error:
+            self.tell(error)
+            return False
+        return True
+
+    def _epoch(self, record: dict[str, Any]) -> None:
+        self._report(record)
+        self._prune(record)
+
+    def _report(self, record: dict[str, Any]) -> None:
+        metric = self.search.space.search.metric
         if record[metric] is None:
             raise RunError(f"{metric} cannot be computed: the val split has one class")
-        trial.set_user_attr("memory_bytes", anonymous_bytes())
-        trial.report(record[metric], record["epoch"])
+        self.trial.set_user_attr("memory_bytes", anonymous_bytes())
+        self.trial.report(record[metric], record["epoch"])
 
-    def prune(record: dict[str, Any]) -> None:
-        if record["epoch"] < epochs and trial.should_prune():
+    def _prune(self, record: dict[str, Any]) -> None:
+        epochs = self.training.train_config.epochs
+        if record["epoch"] < epochs and self.trial.should_prune():
             # Told here: the trials that share its passes may be stopped before they end.
-            _add_figures(trial, training)
-            search.study.tell(trial, state=TrialState.PRUNED)
+            self._keep_figures()
+            self.search.study.tell(self.trial, state=TrialState.PRUNED)
             raise optuna.TrialPruned
 
-    def judge(record: dict[str, Any]) -> None:
-        report(record)
-        prune(record)
+    def _found(self) -> FrozenTrial:
+        """Return the trial as the storage has it."""
+        return self.search.study.get_trials(deepcopy=False)[self.trial.number]
 
-    training = Training(
-        claim.run, features_of(config), search.init_from, Reporter(epoch=judge, stopping=stopping)
-    )
-    trial.set_user_attr("began", time.time() - training.progress.total_seconds)
-    _write_hparams(claim.run, trial.params)
-    known = search.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-    history = training.progress.history
-    for record in history:
-        # The process may have died between saving an epoch and reporting it,
-        if record["epoch"] not in known:
-            report(record)
-    if history and not training.finished:
-        # or between that and its judgement.
-        prune(history[-1])
-    return training
+    @property
+    def pruned(self) -> bool:
+        """Whether it was told as pruned already."""
+        return self._found().state == TrialState.PRUNED
 
+    def _keep_figures(self) -> dict[str, Any]:
+        """Keep the figures of the best epoch with the trial; return its record."""
+        progress = self.training.progress
+        record = dict(progress.history[progress.best_epoch])
+        self.trial.set_user_attr("best_epoch", record["epoch"])
+        self.trial.set_user_attr("seconds", self.training.manifest["wall_seconds"]["total"])
+        for name in ("val_loss", "val_accuracy", "val_macro_f1", "val_auc", "threshold"):
+            self.trial.set_user_attr(name, record[name])
+        return record
 
-def _is_pruned(search: Search, claim: Claim) -> bool:
-    """Tell whether a trial was recorded as pruned already."""
-    found = search.study.get_trials(deepcopy=False)[claim.trial.number]
-    return found.state == TrialState.PRUNED
+    def tell(self, failure: Exception | None) -> None:
+        """Tell the study how the trial ended, and let go of it."""
+        if self.pruned:
+            _set_status(self.run, "pruned")
+        elif failure is not None:
+            _set_status(self.run, "failed")
+            if hasattr(self, "training"):
+                seconds = self.training.manifest["wall_seconds"].get("total")
+                self.trial.set_user_attr("seconds", seconds)
+            self.search.fail(self.claim, _reason(failure).removeprefix(f"{self.run.name}: "))
+        else:
+            record = self._keep_figures()
+            self.search.study.tell(self.trial, record[self.search.space.search.metric])
+        self.claim.held.close()
 
-
-def _end(
-    search: Search, claim: Claim, failure: Exception | None, training: Training | None = None
-) -> None:
-    """Record how a trial ended and let go of it."""
-    trial = claim.trial
-    if _is_pruned(search, claim):
-        _set_status(claim.run, "pruned")
-    elif failure is not None or training is None:
-        _set_status(claim.run, "failed")
-        if training is not None:
-            trial.set_user_attr("seconds", training.manifest["wall_seconds"].get("total"))
-        search.fail(claim, _reason(failure).removeprefix(f"{claim.run.name}: "))
-    else:
-        record = _add_figures(trial, training)
-        search.study.tell(trial, record[search.space.search.metric])
-    claim.held.close()
+    def leave(self) -> None:
+        """Let a stopped trial be gone on with: its end was not its own."""
+        if self.pruned:
+            _set_status(self.run, "pruned")
+        else:
+            count_attempt(self.trial, -1)
 
 
-def _reason(error: Exception | None) -> str:
+def count_attempt(trial: optuna.Trial, by: int) -> None:
+    """Count a trial's starts since its last epoch; one that ends its process again is given up."""
+    epochs, attempts = trial.user_attrs["attempts"]
+    trial.set_user_attr("attempts", [epochs, attempts + by])
+
+
+def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, FeatstoreError):
         return lines[0]
@@ -246,33 +248,7 @@ def _reason(error: Exception | None) -> str:
 
 def _set_status(run: Run, status: str) -> None:
     if run.exists:
-        run.write_manifest({**run.manifest(), "status": status})
-
-
-def _add_figures(trial: optuna.Trial, training: Training) -> dict[str, Any]:
-    """Keep the figures of the best epoch with the trial; return its record."""
-    progress = training.progress
-    record = dict(progress.history[progress.best_epoch])
-    trial.set_user_attr("best_epoch", record["epoch"])
-    trial.set_user_attr("seconds", training.manifest["wall_seconds"]["total"])
-    for name in ("val_loss", "val_accuracy", "val_macro_f1", "val_auc", "threshold"):
-        trial.set_user_attr(name, record[name])
-    return record
-
-
-def _write_hparams(run: Run, params: dict[str, Any]) -> None:
-    """Write a trial's settings where TensorBoard's HParams tab finds them."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.plugins.hparams import api
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    values = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in params.items()}
-    writer = EventFileWriter(str(run.tensorboard_path))
-    summary = api.hparams_pb(values, trial_id=run.name)
-    event = Event(wall_time=time.time(), step=0)
-    event.summary.ParseFromString(summary.SerializeToString())
-    writer.add_event(event)
-    writer.close()
+        run.write_manifest({**run.manifest, "status": status})
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
@@ -297,8 +273,7 @@ def work_in(
         RunError, UsageError: The search cannot be opened.
         StoppedError: `stopping` said so.
     """
-    from featstore.data.dataset import load_dataset
+    from featstore.project import Project
 
     search = open_search(folder, url)
-    dataset = load_dataset(search.base.data, Path(search.base.store.root))
-    return work(search, dataset, stopping, deadline, growth)
+    return work(search, Project(search.base), stopping, deadline, growth)

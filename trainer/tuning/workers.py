@@ -73,7 +73,7 @@ def run_workers(
         RunError: Workers die without getting anywhere.
     """
     context = multiprocessing.get_context("spawn")
-    threads = max(1, len(os.sched_getaffinity(0)) // workers) if workers > 1 else 0
+    threads = max(1, usable_cores() // workers) if workers > 1 else 0
     alive: dict[int, SpawnProcess] = {}
     watched = Watched(workers)
     deaths_since, got_to = 0, position(search)
@@ -114,6 +114,14 @@ def run_workers(
             f" --name {search.name} goes on"
         )
     return watched
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use; all of them where the system does not say."""
+    # Linux alone has it.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _start(context: Any, search: Search, slot: int, deadline: float, threads: int) -> SpawnProcess:

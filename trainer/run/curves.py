@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""A run's learning curves, as a picture."""
 
 from __future__ import annotations
 
