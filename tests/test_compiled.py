@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from tiny_runs import write_data
 
 from featstore.encoders.compiled import import_framework
 from featstore.errors import UsageError
@@ -39,15 +38,13 @@ def test_another_backend_is_one_line(backend: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_command_on_another_backend(tiny_vit: Path, tiny_text: Path, tmp_path: Path) -> None:
-    row = {"Image_ID": "photo", "hypothesis": "a dog", "label": "entailment"}
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({**row, "Image_ID": f"photo{i}"}) + "\n" for i in range(9)))
-    (tmp_path / "photos").mkdir()
-    for i in range(9):
-        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "photos" / f"photo{i}.png")
-    options = {"rows": rows, "images": tmp_path / "photos", "root": tmp_path / "root"}
+    options = {**write_data(tmp_path / "data"), "root": tmp_path / "root"}
     options |= {"vit": tiny_vit, "text": tiny_text}
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    flags = [
+        part
+        for name, value in options.items()
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
     for command in ("extract-vit", "extract-text"):
         done = run("cli.py", command, *flags, KERAS_BACKEND="torch")
         assert (done.returncode, done.stdout) == (2, "")
