@@ -26,10 +26,12 @@ from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import index_images
 from featstore.encoders.spec import vision_spec
 from featstore.errors import StoreError, UsageError
+from featstore.extract import actor as actors
 from featstore.extract import ray as distributed
+from featstore.extract.actor import ShardActor
 from featstore.extract.extract import extract
 from featstore.extract.plan import Job
-from featstore.extract.ray import ShardActor, extract_on_ray
+from featstore.extract.ray import extract_on_ray
 from featstore.progress import Show
 from featstore.publish import TEMPORARY
 from featstore.ray_cluster import Actors, connect, resources_of
@@ -216,12 +218,12 @@ class Fatal(ShardActor):
     """Ends its process over one photo, as a broken library may."""
 
     def ready(self) -> Any:
-        return distributed._Host("here", True)
+        return actors.Host("here", True)
 
     def make(self, shard: Any) -> Any:
         if "p09" in shard.keys:
             os._exit(1)
-        return distributed._Finished(tuple(shard.keys))
+        return actors.Finished(tuple(shard.keys))
 
 
 @pytest.mark.slow
@@ -240,7 +242,7 @@ def test_a_shard_that_always_ends_its_actor_is_named(
 
 def task_of(encoders: EncodersConfig, root: Path, photos: tuple[Path, ...] = ()) -> Any:
     job = Job(vision_spec(encoders, store_in(root)), encoders.vit, store_in(root), ())
-    return distributed._Task(job, "token", "marker", photos, 0, False, {}, ("x",))
+    return actors.Task(job, "token", "marker", photos, 0, False, {}, ("x",))
 
 
 def test_an_actor_refuses_what_would_give_other_features(

@@ -28,8 +28,8 @@ from featstore.care.verify import sample_folder, verify_folder
 from featstore.encoders.spec import canonical_json
 from featstore.errors import ConfigError, FeatstoreError, RunError, StoreError
 from featstore.project import Project
+from featstore.publish import checksum
 from featstore.store.folder import (
-    manifest_checksum,
     quarantine_checksum,
     read_manifest,
     read_quarantine,
@@ -320,7 +320,7 @@ def test_a_spec_that_has_its_own_fingerprint_and_no_sense_is_refused(
     (renamed / "spec.json").write_text(json.dumps({"spec": spec}))
     manifest = json.loads((renamed / "manifest.json").read_text())
     manifest["fingerprint"] = renamed.name
-    manifest["checksum"] = manifest_checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (renamed / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StoreError) as caught:
         read_everything(renamed)
@@ -342,7 +342,7 @@ def test_a_manifest_that_names_a_file_elsewhere_deletes_nothing(
         name = str(precious)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"].append({"name": name, "rows": 1, "bytes": 8, "digest": "0" * 32})
-    manifest["checksum"] = manifest_checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     check_refused(folder, "manifest.json")
     assert repair_folder(folder, without_encoders(folder)).left == []
@@ -583,7 +583,7 @@ def test_settings_of_a_run_that_are_no_file_are_refused(
         assert run.config == load_config(run.config_path)
     else:
         with pytest.raises(RunError, match=r"config\.toml"):
-            run.config
+            _ = run.config
 
 
 def test_the_readers_never_unpickle() -> None:

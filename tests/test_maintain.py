@@ -29,7 +29,8 @@ from featstore.care.dump import dump_features
 from featstore.care.gc import compact, delete, find_garbage
 from featstore.care.info import describe_store, open_folder
 from featstore.care.repair import RepairReport, repair_folder
-from featstore.care.verify import FolderReport, sample_folder, verify_folder, verify_store
+from featstore.care.report import FolderReport
+from featstore.care.verify import sample_folder, verify_folder, verify_store
 from featstore.config import EncodersConfig, FeatureConfig
 from featstore.encoders import tower as encoders
 from featstore.errors import Command, CorruptShardError, RunError, StoreError, UsageError, shown

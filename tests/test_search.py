@@ -24,9 +24,10 @@ import trainer.tuning.trials
 from featstore.errors import StoppedError, UsageError
 from trainer.run.folder import Run
 from trainer.tuning import study as searching
+from trainer.tuning.plots import write_leaderboard
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search, known_search, open_search, start_search
-from trainer.tuning.table import best_row, ranked, seconds_left, trial_rows, write_leaderboard
+from trainer.tuning.table import best_row, ranked, seconds_left, trial_rows
 from trainer.tuning.trials import work
 
 SPACE = """

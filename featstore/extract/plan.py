@@ -124,7 +124,7 @@ class Plan:
         """
         if self.todo_bytes > self.free_bytes:
             raise StoreError(
-                f"{self.folder}: the features need {self.todo_bytes / 1e9:.2f} GB and"
+                f"{self.folder}: the features need up to {self.todo_bytes / 1e9:.2f} GB and"
                 f" {self.free_bytes / 1e9:.2f} GB are free; free some space, or set"
                 " [store] root to another disk"
             )
@@ -195,13 +195,12 @@ def make_plan(job: Job) -> Plan:
         # A sentence never changes: one that failed under this spec always fails.
         same = [bool(there) or key in known for there, key in zip(stored, keys, strict=True)]
     todo = [i for i, unchanged in enumerate(same) if not unchanged]
-    row_bytes = _row_bytes(job, [keys[i] for i in todo])
     return Plan(
         job=job,
         keys=[keys[i] for i in todo],
         changed=sum(bool(stored[i]) for i in todo),
         quarantined=sum(unchanged and not stored[i] for i, unchanged in enumerate(same)),
-        todo_bytes=row_bytes,
+        todo_bytes=_bytes_of(job, len(todo)),
         free_bytes=free_space(job.folder),
     )
 
@@ -227,19 +226,23 @@ def _unchanged(
     ]
 
 
-def _row_bytes(job: Job, keys: Sequence[str]) -> int:
-    """Return the bytes that the features of some inputs take; of sentences, at most."""
+def _bytes_of(job: Job, rows: int) -> int:
+    """Return the bytes that the features of so many inputs take; of sentences, at most.
+
+    Only the tokenizer could tell how long a sentence is, and not cheaply: one
+    character may be several tokens.
+    """
     spec, store = job.spec, job.store
-    if not isinstance(spec, VisionSpec):
-        assert isinstance(spec, TextSpec)
-        words = sum(min(len(key.split()) * 2 + 2, spec.sequence_length) for key in keys)
-        return words * token_bytes(spec.dtype, int(spec.architecture["hidden_dim"]))
-    tokens, width = vision_row_shape(spec.architecture, spec.tokens)
+    if isinstance(spec, TextSpec):
+        width = int(spec.architecture["hidden_dim"])
+        return rows * spec.sequence_length * token_bytes(spec.dtype, width)
+    assert isinstance(spec, VisionSpec)
+    tokens, width = vision_row_shape(spec)
     row_bytes = spec.views * tokens * token_bytes(spec.dtype, width)
-    if min(store.shard_rows, len(keys)) * row_bytes > MAX_SHARD_BYTES:
+    if min(store.shard_rows, rows) * row_bytes > MAX_SHARD_BYTES:
         raise ConfigError(
             f"[store] shard_rows = {store.shard_rows}: one shard would take"
             f" {store.shard_rows * row_bytes / 1e9:.1f} GB of memory; choose at most"
             f" {MAX_SHARD_BYTES // row_bytes}"
         )
-    return len(keys) * row_bytes
+    return rows * row_bytes

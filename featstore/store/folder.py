@@ -26,7 +26,15 @@ from featstore.errors import (
     CorruptShardError,
     StoreError,
 )
-from featstore.publish import command_line, package_versions, read_json, text_digest, write_json
+from featstore.publish import (
+    checksum,
+    command_line,
+    package_versions,
+    read_json,
+    text_digest,
+    write_checked,
+    write_json,
+)
 from featstore.store.shard import (
     MAKE_READABLE,
     REPAIR,
@@ -79,12 +87,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """Return the XXH3-128 of a manifest's canonical JSON, its own `checksum` left out."""
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    return xxhash.xxh3_128_hexdigest(canonical_json(content).encode())
-
-
 def manifest_damage(folder: Path) -> str:
     """Say what is wrong with a folder's manifest; empty where nothing is.
 
@@ -113,7 +115,7 @@ def manifest_damage(folder: Path) -> str:
         return "its format or fingerprint is not this folder's"
     try:
         if "checksum" in found:
-            changed = found["checksum"] != manifest_checksum(found)
+            changed = found["checksum"] != checksum(found)
         else:
             # The first version had no other fields: this may have been the checksum's name.
             changed = not found.keys() <= FIRST_FIELDS
@@ -195,7 +197,7 @@ def write_manifest(folder: Path, fingerprint: str, lines: list[dict[str, Any]]) 
         "quarantine": (folder / "quarantine.json").exists(),
         "shards": lines,
     }
-    write_json(folder / "manifest.json", {**manifest, "checksum": manifest_checksum(manifest)})
+    write_checked(folder / "manifest.json", manifest)
 
 
 def quarantine_checksum(key: str, entry: Mapping[str, Any]) -> str:

@@ -198,7 +198,8 @@ def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
 def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> None:
     """Print a search's leaderboard, also while it runs; write its plots."""
     from trainer.tuning.drive import load_search
-    from trainer.tuning.table import ranked, trial_rows, write_leaderboard
+    from trainer.tuning.plots import write_leaderboard
+    from trainer.tuning.table import ranked, trial_rows
 
     search = load_search(name, runs, storage).search
     rows = trial_rows(search)

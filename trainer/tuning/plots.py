@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,10 +13,10 @@ from typing import Any
 import numpy as np
 import optuna
 
-from featstore.publish import publish
+from featstore.publish import publish, write_text
 from trainer.tuning.space import Parameter
 from trainer.tuning.study import Search
-from trainer.tuning.table import shown
+from trainer.tuning.table import ranked, shown, trial_rows
 
 PLOT_DPI = 120
 
@@ -169,3 +171,22 @@ def _axis(parameter: Parameter) -> tuple[Callable[[Any], float], list[tuple[floa
     middle = [low + i / 4 * (high - low) for i in range(5)]
     numbers = [math.exp(x) if scale is math.log else x for x in middle]
     return place, [(i / 4, shown(number)) for i, number in enumerate(numbers)]
+
+
+def write_leaderboard(search: Search) -> list[Path]:
+    """Write `leaderboard.csv` and the plots into the search's folder.
+
+    Returns:
+        The files. A plot for which there are too few trials is left out.
+    """
+    rows = ranked(search, trial_rows(search))
+    paths = [search.folder / "leaderboard.csv"]
+    names = [parameter.name for parameter in search.space.parameters]
+    text = io.StringIO(newline="")
+    kept = [key for key in (rows[0] if rows else {"trial": 0}) if key != "params"]
+    writer = csv.DictWriter(text, ["rank", *kept, *names], lineterminator="\n")
+    writer.writeheader()
+    for rank, row in enumerate(rows, 1):
+        writer.writerow({"rank": rank, **{key: row[key] for key in kept}, **row["params"]})
+    write_text(paths[0], text.getvalue())
+    return paths + _plots(search, rows)
