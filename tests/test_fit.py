@@ -502,6 +502,8 @@ def test_heads_may_follow_from_the_width(work: Workspace) -> None:
 
 
 def test_a_run_neither_reads_nor_changes_global_random_state(work: Workspace) -> None:
+    # The sentences are encoded before.
+    work.training(k_txt=1)
     runs = []
     for seed in (1, 2):
         random.seed(seed)

@@ -5,29 +5,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
+import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import optuna
 import pandas as pd
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import extracted, tiny_config
 
 import trainer.run.fit
-import trainer.run.training
-import trainer.tuning.trials
 from featstore.errors import StoppedError, UsageError
 from trainer.run.folder import Run
+from trainer.run.training import Reporter
 from trainer.tuning import study as searching
+from trainer.tuning.again import retrain
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search, known_search, open_search, start_search
 from trainer.tuning.table import best_row, ranked, seconds_left, trial_rows, write_leaderboard
-from trainer.tuning.trials import work
+from trainer.tuning.trials import count_attempt, work
+from trainer.tuning.workers import usable_cores
 
 SPACE = """
 [search]
@@ -132,6 +139,66 @@ def test_a_search_is_runs_and_a_leaderboard(place: Place, whole: list[Any]) -> N
     table = (search.folder / "leaderboard.csv").read_text().splitlines()
     assert table[0].startswith("rank,trial,run,state,value,")
     assert table[1].split(",")[:4] == ["1", str(best["trial"]), best["run"], "complete"]
+
+
+def test_a_trial_has_one_event_file_with_its_settings(place: Place, whole: list[Any]) -> None:
+    search = open_search(place.folder / "runs" / "whole")
+    for number, _, params, value, epochs in whole:
+        folder = search.run_of(number).tensorboard_path
+        assert len(list(folder.iterdir())) == 1
+        found = EventAccumulator(str(folder)).Reload()
+        losses = [e.tensor_proto.float_val[0] for e in found.Tensors("epoch/val_loss")]
+        assert len(losses) == epochs
+        assert min(losses) == pytest.approx(value, abs=1e-6)
+        content = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        start = HParamsPluginData.FromString(content).session_start_info
+        assert {name: each.number_value for name, each in start.hparams.items()} == params
+
+
+def test_a_search_leaves_the_settings_of_its_process(place: Place) -> None:
+    printed: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = printed.append  # type: ignore[method-assign]
+    logger = logging.getLogger("optuna")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with matplotlib.rc_context({"backend": "svg"}):
+            filters = list(warnings.filters)
+            search = place.start("polite", sampler="tpe", pruner="hyperband", trials=6)
+            draw(search, 6)
+            assert len(write_leaderboard(search)) == 4
+            assert matplotlib.get_backend() == "svg"
+            assert warnings.filters == filters
+            assert logger.level == logging.DEBUG
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+    # It shows its trials itself.
+    assert [record for record in printed if record.levelno >= logging.INFO] == []
+
+
+def test_a_control_is_measured_as_it_was_trained(place: Place) -> None:
+    space = SPACE.replace("[train]", '[train]\ncontrol = "hypothesis-only"')
+    search = place.run("blind", space=space, trials=1, epochs=1)
+    best = best_row(search, trial_rows(search))
+    assert best is not None
+    found = retrain(search, best, None, 1, "val", Reporter())
+    (run,) = found["runs"]
+    # Each sentence is right for exactly half its photos: who sees the picture has another figure.
+    assert run["accuracy"] == 0.5
+    assert (Path(run["run"]) / "evaluate-val-hypothesis-only.json").exists()
+    assert not (Path(run["run"]) / "evaluate-val.json").exists()
+
+
+def test_the_cores_of_a_system_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usable_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert usable_cores() == 12
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cores() == 1
 
 
 def goal(values: dict[str, Any]) -> float:
@@ -335,12 +402,12 @@ import os, signal, sys
 from pathlib import Path
 from trainer.tuning import trials
 calls = iter(range(100))
-count = trials._count_attempt
+count = trials.count_attempt
 def die(trial, by):
     count(trial, by)
     if by > 0 and next(calls) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-trials._count_attempt = die
+trials.count_attempt = die
 trials.work_in(Path(sys.argv[1]), None, lambda: False, float("inf"))
 """
 
@@ -362,7 +429,7 @@ def test_a_trial_that_always_ends_its_worker_is_given_up(place: Place) -> None:
         # As a process leaves it that dies in the trial's first epoch.
         (claim,) = search.claim(1)
         assert claim.trial.number == 0
-        trainer.tuning.trials._count_attempt(claim.trial, 1)
+        count_attempt(claim.trial, 1)
         claim.held.close()
         search = place.again(search)
     (claim,) = search.claim(1)

@@ -246,7 +246,8 @@ def _extract_for_search(dataset: Any, configs: list[Any], dry_run: bool) -> None
 
 
 def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
-    from trainer.tuning.table import ranked, shown
+    from trainer.tuning.space import shown
+    from trainer.tuning.table import ranked
 
     names = [parameter.name for parameter in search.space.parameters]
     metric = search.space.search.metric
@@ -316,7 +317,8 @@ def search_best(
 ) -> None:
     """Show the best trial; train it again with more epochs or seeds."""
     search = _known_search(runs, name, storage)
-    from trainer.tuning.table import best_row, shown, trial_rows
+    from trainer.tuning.space import shown
+    from trainer.tuning.table import best_row, trial_rows
 
     best = best_row(search, trial_rows(search))
     if best is None:

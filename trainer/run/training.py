@@ -23,6 +23,7 @@ from featstore.publish import command_line, package_versions, write_json, write_
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import Features, row_counts
 from trainer.metrics import evaluate_logits
+from trainer.model.weights import seeded
 from trainer.run.checkpoint import (
     Progress,
     build_model,
@@ -138,9 +139,11 @@ class Training:
         self.rows = features.rows("train", self.train_config.control)
         self.val_rows = features.rows("val", self.train_config.control)
         row_shape = features.vision.row_shape
-        self.model = build_model(self.config, row_shape)
-        load_pretrained(self.model, self.config)
-        self.initialised = start_from(self.model, init_from) if init_from else []
+        # Every layer that Keras makes draws a seed from Python's random state, used or not.
+        with seeded("spared"):
+            self.model = build_model(self.config, row_shape)
+            load_pretrained(self.model, self.config)
+            self.initialised = start_from(self.model, init_from) if init_from else []
         self.optimizer = make_optimizer(self.train_config)
         self.optimizer.build(self.model.trainable_variables)
         self.progress = Progress()
