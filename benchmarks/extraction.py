@@ -20,8 +20,9 @@ from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import index_images
 from featstore.encoders.spec import vision_spec
 from featstore.encoders.tower import VisionEncoder
-from featstore.extract.extract import extract_images, writing
-from featstore.extract.plan import plan_images
+from featstore.extract.claims import writing
+from featstore.extract.extract import extract_alone
+from featstore.extract.plan import Job, make_plan
 
 
 def write_photos(folder: Path, count: int, seed: int = 0) -> Path:
@@ -85,10 +86,9 @@ def measure(
             return rates
 
         before = bare()
-        spec = vision_spec(encoders, store)
-        plan = plan_images(spec, store, ids, index)
+        plan = make_plan(Job(vision_spec(encoders, store), preset, store, ids, index))
         with writing(plan.folder):
-            summary = extract_images(plan, encoder, store, preset)
+            summary = extract_alone(plan, encoder)
         after = bare()
     rate = statistics.median(before + after)
     return {

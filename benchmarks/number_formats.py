@@ -22,8 +22,8 @@ from benchmarks.loop import new_training
 from benchmarks.measuring import ratios, seconds_of, spread, written
 from benchmarks.steps import release
 from benchmarks.tables import table
-from featstore.data.dataset import Dataset, load_dataset
-from featstore.extract.extract import bring_images
+from featstore.progress import SILENT
+from featstore.project import Project
 from featstore.store.shard import token_bytes
 from featstore.store.store import VisionStore
 from trainer.config import Config, load_config
@@ -136,11 +136,13 @@ def measure(
         given = dataclasses.replace(
             given, store=dataclasses.replace(given.store, root=str(root / "cache"))
         )
-        dataset = load_dataset(given.data, Path(given.store.root))
+        project = Project(given)
+        dataset = project.dataset
         found: dict[str, Any] = {dtype: {"k_txt": {}} for dtype in dtypes}
         stores: dict[str, VisionStore] = {}
         for dtype in dtypes:
-            _extract(with_settings(given, dtype, 0), dataset)
+            project.with_config(with_settings(given, dtype, 0)).extract("vit", show=SILENT)
+        project.forget_encoders()
         for k_txt in layers:
             exact: NDArray[np.float32] | None = None
             weights: Path | None = None
@@ -172,11 +174,6 @@ def measure(
             }
         rows = {split: len(features.rows(split).labels) for split in ("train", "val", "test")}
     return {"rows": rows, "row_shape": [tokens, width], "rounds": rounds, "dtypes": found}
-
-
-def _extract(config: Config, dataset: Dataset) -> None:
-    ids = dataset.examples.image_ids.tolist()
-    bring_images(config.encoders, config.store, ids, dataset.images)
 
 
 def report(figures: dict[str, Any]) -> str:

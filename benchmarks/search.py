@@ -26,8 +26,9 @@ from benchmarks.tables import table
 from featstore.config import StoreConfig
 from featstore.encoders.spec import text_spec
 from featstore.encoders.tower import TextEncoder
-from featstore.extract.extract import extract_text, writing
-from featstore.extract.plan import plan_text
+from featstore.extract.claims import writing
+from featstore.extract.extract import extract_alone
+from featstore.extract.plan import Job, make_plan
 from trainer.features import Features
 from trainer.run.fit import fit
 
@@ -68,14 +69,14 @@ def _text(root: Path, size: Size, k_txt: int, sentences: Sequence[str]) -> dict[
     """Extract sentences; return how fast, and the seconds of loading and compiling before."""
     encoders = encoders_of(root, size)
     store = StoreConfig(root=str(root / f"text-{k_txt}"))
-    plan = plan_text(text_spec(encoders, store, k_txt), store, sentences)
+    plan = make_plan(Job(text_spec(encoders, store, k_txt), encoders.text, store, sentences))
     started = time.perf_counter()
     encoder = TextEncoder(encoders.text, encoders.sequence_length)
     token_ids, mask = encoder.tokenize(sentences[: store.encode_batch_size])
     encoder.encode(token_ids, mask, k_txt)
     loaded = time.perf_counter() - started
     with writing(plan.folder):
-        summary = extract_text(plan, encoder, store, encoders.text)
+        summary = extract_alone(plan, encoder)
     return {"load_seconds": loaded, "sentences_per_second": summary.rows_per_second}
 
 

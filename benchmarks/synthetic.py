@@ -17,7 +17,8 @@ from featstore.data.examples import Examples
 from featstore.data.images import ImageIndex
 from featstore.data.splits import make_splits
 from featstore.encoders.spec import TextSpec, VisionSpec, text_spec
-from featstore.extract.extract import bring_text
+from featstore.extract.extract import extract
+from featstore.extract.plan import Job
 from featstore.publish import write_json
 from featstore.store.shard import ShardRows, digest_bytes, shard_name, write_shard
 from featstore.store.store import open_features_of
@@ -123,8 +124,9 @@ def write_sentences(root: Path, size: Size, k_txt: int, sentences: Sequence[str]
         The spec that names the folder.
     """
     encoders, store = encoders_of(root, size), StoreConfig(root=str(root))
-    bring_text(encoders, store, sentences, k_txt)
-    return text_spec(encoders, store, k_txt)
+    spec = text_spec(encoders, store, k_txt)
+    extract(Job(spec, encoders.text, store, sentences))
+    return spec
 
 
 def encoders_of(root: Path, size: Size) -> EncodersConfig:
@@ -153,7 +155,7 @@ def make_dataset(root: Path, rows: int, images: int, sentences: Sequence[str]) -
         sources=np.full(rows, "synthetic", np.object_),
     )
     splits = make_splits(examples, (0.8, 0.1, 0.1), 0)
-    return Dataset(examples, splits, ImageIndex(root, {}, {}), [], None, root / "splits.json")
+    return Dataset(examples, splits, ImageIndex(root, {}, {}), [], root)
 
 
 class SyntheticFeatures:

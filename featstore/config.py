@@ -1,11 +1,20 @@
-"""The sections of `featstore.toml` that decide rows, photos and features."""
+"""The sections of `featstore.toml` that decide rows, photos and features; how the file is read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
-from featstore.settings import setting
+from featstore.errors import ConfigError
+from featstore.settings import build_section, hints, read_toml, setting, suggest
 
+DEFAULT_FILE = "featstore.toml"
+DEFAULT_K_TXT = 3
+# Of the file, read by the trainer.
+OTHER_SECTIONS = ("train",)
 SPLITS = ("train", "val", "test")
 STUDY_VIT = "vit_base_patch16_224_imagenet21k"
 STUDY_TEXT = "distil_bert_base_en_uncased"
@@ -74,3 +83,104 @@ class StoreConfig:
         32, "rows in one forward pass; halved on its own when memory runs out", minimum=1
     )
     decode_threads: int = setting(2, "threads that read and decode photos", minimum=1)
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """The sections that decide what is stored."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    encoders: EncodersConfig = field(default_factory=EncodersConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+    @property
+    def is_demo(self) -> bool:
+        """True where no rows are named: everything runs on the built-in demo."""
+        return not self.data.rows
+
+
+Composite = TypeVar("Composite", bound=FeatureConfig)
+
+
+def sections_of(kind: type[FeatureConfig]) -> dict[str, type]:
+    """Return the sections of a composite by name."""
+    return {field.name: hints(kind)[field.name] for field in dataclasses.fields(kind)}
+
+
+def by_section(kind: type[FeatureConfig], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return settings, given by their keys alone, under their sections.
+
+    Args:
+        kind: The composite.
+        settings: Key to value.
+
+    Raises:
+        ConfigError: No section has such a key; the message names the nearest.
+    """
+    owners = {
+        field.name: name
+        for name, section in sections_of(kind).items()
+        for field in dataclasses.fields(section)
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        if key not in owners:
+            raise ConfigError(f"unknown setting {key!r}{suggest(key, owners)}")
+        found.setdefault(owners[key], {})[key] = value
+    return found
+
+
+def load_sections(
+    kind: type[Composite],
+    path: str | Path | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    others: Iterable[str] = (),
+    where: str = "command line",
+) -> Composite:
+    """Read settings: defaults, then the file, then what overrides them.
+
+    Without rows of the user's own, the built-in demo's encoders and training
+    settings take the place of the defaults.
+
+    Args:
+        kind: The composite of sections.
+        path: A TOML file; None takes `featstore.toml` of the working directory
+            where there is one.
+        overrides: Section to key to value. Relative paths among them are taken
+            from the working directory.
+        others: Sections that the file may have and that are not read.
+        where: What to call the overrides in an error.
+
+    Raises:
+        ConfigError: Unknown section or key (with the nearest known one), wrong
+            type, value out of bounds, unreadable file.
+    """
+    sections = sections_of(kind)
+    file = Path(path) if path is not None else Path(DEFAULT_FILE)
+    given = read_toml(file) if path is not None or file.exists() else {}
+    known = (*sections, *others)
+    for name, values in given.items():
+        if name not in known:
+            raise ConfigError(
+                f"{file}: unknown section {name!r}{suggest(name, known)}; known: {', '.join(known)}"
+            )
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file}: {name} must be a section: [{name}]")
+    parts: dict[str, dict[str, Any]] = {}
+    for name, section in sections.items():
+        parts[name] = {}
+        for values, source, folder in (
+            (given.get(name, {}), str(file), file.absolute().parent),
+            ((overrides or {}).get(name, {}), where, Path.cwd()),
+        ):
+            built: Any = build_section(name, section, values, source, folder)
+            parts[name] |= {key: getattr(built, key) for key in values}
+    if not parts["data"].get("rows"):
+        # Here, since the generator of the demo needs NumPy and `--help` does not.
+        from featstore import demo
+
+        for name in parts.keys() & demo.SETTINGS.keys():
+            parts[name] = demo.SETTINGS[name] | parts[name]
+    root = Path(parts["store"].get("root", StoreConfig.root)).absolute()
+    parts["store"]["root"] = str(root)
+    return kind(**{name: section(**parts[name]) for name, section in sections.items()})

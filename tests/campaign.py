@@ -45,10 +45,12 @@ import numpy as np
 from PIL import Image
 from tiny_runs import tiny_config
 
-from featstore.care.info import Source, open_folder
+from featstore import publish
+from featstore.care.info import open_folder
 from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.errors import FeatstoreError
+from featstore.project import Project
 from featstore.publish import TEMPORARY
 from featstore.store.folder import shard_paths, write_manifest
 from featstore.store.shard import INDEX_DATASETS
@@ -618,7 +620,7 @@ def search_worker(work: Work, name: str, attack: Callable[[], Any] = lambda: Non
 
         attack()
         try:
-            dataset = load_dataset(work.config.data, work.reference, save=False)
+            dataset = load_dataset(work.config.data, work.reference)
             space = read_space(work.folder / "space.toml", {}, {})
             base = space.base(work.config)
             folder = work.folder / "runs" / name
@@ -814,22 +816,20 @@ def odd_photos(rng: np.random.Generator) -> dict[str, tuple[str, bytes | None, b
     }
 
 
-def alone(config: Config, root: Path, keys: list[str], out: Path) -> None:
+def alone(config: Config, keys: list[str], out: Path) -> None:
     """Encode each photo in a batch of its own, and keep the values in a file."""
-    from featstore.data.dataset import load_dataset
-    from featstore.extract.extract import Batched, encode_photos
+    from featstore.extract.encode import encoding_of
 
-    images = load_dataset(config.data, root, save=False).images
-    source = Source(config.data, config.encoders, config.store, 0)
-    encoder = source.vision_encoder(config.store.tokens, config.store.precision)
-    batched = Batched(encoder, config.store.encode_batch_size, lambda size: None)
+    project = Project(config)
+    spec = project.vision_spec
+    encoding = encoding_of(spec, project.encoder(spec), config.store)
     values = {}
     for number, key in enumerate(keys):
-        path = images.lookup(key)
+        path = project.dataset.images.lookup(key)
         assert path is not None
-        (photo,) = encode_photos([(key, path)], encoder, batched, config.store, "float32")
-        assert photo.features is not None
-        values[str(number)] = photo.features
+        (photo,) = encoding.rows([key], [path])
+        assert photo.numbers is not None
+        values[str(number)] = photo.numbers.features
     np.savez(out, **values)
 
 
@@ -878,7 +878,7 @@ def broken_photos(work: Work, count: int, seed: int = 0) -> Figures:
     config = dataclasses.replace(
         work.config, data=dataclasses.replace(work.config.data, **data, fractions=(1.0, 0.0, 0.0))
     )
-    ended = start(lambda: alone(config, root, keys, out)).wait()
+    ended = start(lambda: alone(config, keys, out)).wait()
     if ended.code:
         figures.wrong.append(f"alone: {ended.err[-500:]}")
         return figures

@@ -21,10 +21,11 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, tiny_config
 
+from featstore.config import DEFAULT_FILE
 from featstore.settings import hints, toml_value
 from trainer.commands.console import read_config
 from trainer.commands.main import cli
-from trainer.config import DEFAULT_FILE, SECTIONS, Config, load_config, render_config
+from trainer.config import SECTIONS, Config, load_config, render_config
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("tensorflow", "keras", "keras_hub", "numpy", "pandas", "h5py", "matplotlib")

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featstore.config import StoreConfig
+from featstore.config import DEFAULT_FILE, StoreConfig
 from featstore.errors import ConfigError
 from featstore.settings import hints, suggest, toml_value
-from trainer.config import DEFAULT_FILE, SECTIONS, Config, load_config, render_config
+from trainer.config import SECTIONS, Config, load_config, render_config
 
 ALL = [(name, field) for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
 IDS = [f"{name}.{field.name}" for name, field in ALL]

@@ -72,6 +72,7 @@ def test_rows_photos_and_split(data: DataConfig, root: Path) -> None:
     assert sorted(np.concatenate(parts)) == dataset.rows("all").tolist() == list(range(20))
     assert dataset.report is None
     assert dataset.splits_path.name == f"{dataset.splits.digest()}.json"
+    dataset.save()
     assert files(root) == [f"splits/{dataset.splits_path.name}"]
     with pytest.raises(SplitError, match="no split 'dev'"):
         dataset.rows("dev")
@@ -84,6 +85,7 @@ def test_missing_photos_are_reported(data: DataConfig, root: Path, tmp_path: Pat
     dataset = load_dataset(replace(data, rows=rows), root)
     assert dataset.counts()["dropped"] == {"no photo": 2, "neutral": 1}
     assert "lost" not in dataset.examples.image_ids
+    dataset.save()
     assert dataset.report is not None
     with dataset.report.open(newline="") as file:
         found = [(row["reason"], row["image_id"], row["line"]) for row in csv.DictReader(file)]
@@ -131,45 +133,57 @@ def test_a_split_file_of_the_user(data: DataConfig, root: Path, tmp_path: Path) 
         load_dataset(replace(data, split_file=str(mine)), root)
 
 
-def test_the_second_load_finds_the_split_written(data: DataConfig, root: Path) -> None:
+def test_the_second_save_finds_the_split_written(data: DataConfig, root: Path) -> None:
     first = load_dataset(data, root)
+    first.save()
     stat = first.splits_path.stat()
     # A store that was made elsewhere is read as it is.
     with forbidden(first.splits_path.parent, left=0o555):
         second = load_dataset(data, root)
+        second.save()
     assert second.splits == first.splits
     assert second.splits_path.stat().st_mtime_ns == stat.st_mtime_ns
     assert second.splits_path.stat().st_ino == stat.st_ino
 
 
-def test_an_edited_stored_split_decides_nothing_and_is_written_again(
-    data: DataConfig, root: Path
-) -> None:
-    dataset = load_dataset(data, root)
-    whole = dataset.splits_path.read_bytes()
-    content = json.loads(whole)
+def test_a_saved_split_is_a_record_and_decides_nothing(data: DataConfig, root: Path) -> None:
+    first = load_dataset(data, root)
+    first.save()
+    written = first.splits_path.read_bytes()
+    content = json.loads(written)
     splits = content["splits"]
     splits["train"][0], splits["val"][0] = splits["val"][0], splits["train"][0]
-    for edited in (json.dumps(content), "{"):
-        dataset.splits_path.write_text(edited)
-        assert load_dataset(data, root).splits == dataset.splits
-        assert dataset.splits_path.read_bytes() == whole
+    for text in (json.dumps(content), "{"):
+        first.splits_path.write_text(text)
+        second = load_dataset(data, root)
+        assert second.splits == first.splits
+        assert second.splits_path == first.splits_path
+        second.save()
+        assert second.splits_path.read_bytes() == written
 
 
 def test_other_seed_other_split(data: DataConfig, root: Path) -> None:
     one, two = (load_dataset(replace(data, split_seed=seed), root) for seed in (0, 1))
     assert one.splits_path != two.splits_path
     assert one.examples.digest() == two.examples.digest()
+    one.save()
+    two.save()
     assert len(files(root)) == 2
 
 
-def test_a_dry_run_writes_nothing(data: DataConfig, root: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_before_it_is_saved(
+    data: DataConfig, root: Path, tmp_path: Path
+) -> None:
     rows = write_rows(tmp_path / "more.jsonl", [*IDS, "lost"])
     before = files(tmp_path)
-    dry = load_dataset(replace(data, rows=rows), root, save=False)
+    dataset = load_dataset(replace(data, rows=rows), root)
+    assert dataset.report is not None
     assert files(tmp_path) == before
     assert not root.exists()
-    assert load_dataset(replace(data, rows=rows), root).splits == dry.splits
+    dataset.save()
+    written = [f"reports/{dataset.report.name}", f"splits/{dataset.splits_path.name}"]
+    assert files(root) == written
+    assert load_dataset(replace(data, rows=rows), root).splits == dataset.splits
 
 
 def test_no_photos(data: DataConfig, root: Path, tmp_path: Path) -> None:

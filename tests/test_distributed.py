@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import image_job
 from PIL import Image
 from ray_processes import none_left, ray_processes
 from tiny_runs import write_data
@@ -26,8 +27,10 @@ from featstore.data.images import index_images
 from featstore.encoders.spec import vision_spec
 from featstore.errors import StoreError, UsageError
 from featstore.extract import ray as distributed
-from featstore.extract.extract import bring_images
-from featstore.extract.ray import ShardActor, bring_images_on_ray
+from featstore.extract.extract import extract
+from featstore.extract.plan import Job
+from featstore.extract.ray import ShardActor, extract_on_ray
+from featstore.progress import Show
 from featstore.publish import TEMPORARY
 from featstore.ray_cluster import Actors, connect, resources_of
 from featstore.store.folder import read_quarantine, shard_paths
@@ -78,7 +81,7 @@ def single(
 ) -> dict[str, Any]:
     """The store of one process."""
     root = tmp_path_factory.mktemp("single")
-    bring_images(encoders, store_in(root), IDS, index_images(photos))
+    extract(image_job(encoders, store_in(root), IDS, index_images(photos)))
     return contents(root, encoders)
 
 
@@ -121,14 +124,13 @@ def on_cluster(
     lines, rows = [], []
 
     @contextlib.contextmanager
-    def bar(total: int) -> Iterator[Callable[[int], None]]:
+    def bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
         rows.append(-total)
         yield rows.append
 
-    index = index_images(photos)
-    _, summary = bring_images_on_ray(
-        cluster.address, encoders, store_in(root), IDS, index, wanted, bar, say=lines.append
-    )
+    job = image_job(encoders, store_in(root), IDS, index_images(photos))
+    show = Show(bar, note=lines.append)
+    _, summary = extract_on_ray(job, cluster.address, wanted, show)
     return summary, lines, sum(rows)
 
 
@@ -237,10 +239,8 @@ def test_a_shard_that_always_ends_its_actor_is_named(
 
 
 def task_of(encoders: EncodersConfig, root: Path, photos: tuple[Path, ...] = ()) -> Any:
-    spec = vision_spec(encoders, store_in(root))
-    return distributed._Task(
-        encoders, store_in(root), spec, root, "token", "marker", photos, 0, False, {}, ("x",)
-    )
+    job = Job(vision_spec(encoders, store_in(root)), encoders.vit, store_in(root), ())
+    return distributed._Task(job, "token", "marker", photos, 0, False, {}, ("x",))
 
 
 def test_an_actor_refuses_what_would_give_other_features(
@@ -253,20 +253,23 @@ def test_an_actor_refuses_what_would_give_other_features(
         f"node {socket.gethostname()}: the photo {photos / 'none.jpg'} is not there; give every"
         " node the folder of the photos under the same path"
     )
-    other = dataclasses.replace(task.store, dtype="float16")
-    task = dataclasses.replace(task_of(encoders, tmp_path), store=other)
+    job = task.job
+    other = dataclasses.replace(job, store=dataclasses.replace(job.store, dtype="float16"))
+    task = dataclasses.replace(task, job=other, photos=())
     assert "install the same versions and weights" in ShardActor(task).ready().refusal
-    encoders = dataclasses.replace(encoders, vit=str(tmp_path / "nowhere"))
-    task = dataclasses.replace(task, encoders=encoders)
+    nowhere = dataclasses.replace(job, preset=str(tmp_path / "nowhere"))
+    task = dataclasses.replace(task, job=nowhere)
     assert "nowhere" in ShardActor(task).ready().refusal
 
 
 def test_an_actor_sees_the_folder_by_the_marker(encoders: EncodersConfig, tmp_path: Path) -> None:
     actor = ShardActor(task_of(encoders, tmp_path))
+    folder = actor.task.job.folder
     assert not actor._sees_folder()
-    (tmp_path / "marker").write_text("of another run")
+    folder.mkdir(parents=True)
+    (folder / "marker").write_text("of another run")
     assert not actor._sees_folder()
-    with distributed._marked(tmp_path, "token") as name:
+    with distributed._marked(folder, "token") as name:
         assert name.startswith(TEMPORARY)
         actor.task = dataclasses.replace(actor.task, marker=name)
         assert actor._sees_folder()

@@ -17,25 +17,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jobs import image_job, text_job
 from PIL import Image
 
-import featstore.extract.extract as extract_module
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import ImageIndex, decode_image, index_images
-from featstore.encoders.spec import VisionSpec, text_spec, vision_spec
+from featstore.encoders.spec import FeatureSpec, VisionSpec, text_spec, vision_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ConfigError, FeatstoreError, StoreError
-from featstore.extract.extract import (
-    Summary,
-    bring_images,
-    bring_text,
-    estimate_images,
-    estimate_text,
-    extract_images,
-    extract_text,
-    writing,
-)
-from featstore.extract.plan import Plan, plan_images, plan_text
+from featstore.extract.claims import writing
+from featstore.extract.extract import Summary, estimate, extract, extract_alone
+from featstore.extract.plan import Job, Plan, make_plan
+from featstore.progress import Show
 from featstore.store.folder import read_quarantine, shard_paths, write_manifest
 from featstore.store.store import open_features_of
 
@@ -94,17 +87,27 @@ PIXEL_SPEC = VisionSpec(
 )
 
 
+def pixel_job(
+    store: StoreConfig, ids: list[str], index: ImageIndex, spec: FeatureSpec = PIXEL_SPEC
+) -> Job:
+    return Job(spec, "pixels", store, ids, index)
+
+
+def run_alone(job: Job, encoder: Any) -> tuple[Plan, Summary]:
+    """Plan and extract with the folder for oneself, as a repair does, with a given encoder."""
+    with writing(job.folder):
+        plan = make_plan(job)
+        return plan, extract_alone(plan, encoder)
+
+
 def run_pixels(
     store: StoreConfig,
     ids: list[str],
     index: ImageIndex,
     encoder: Any = None,
-    spec: Any = PIXEL_SPEC,
+    spec: FeatureSpec = PIXEL_SPEC,
 ) -> tuple[Plan, Summary]:
-    """Plan and extract under the lock, as `bring_images` does, with a given encoder."""
-    with writing(spec.folder(Path(store.root))):
-        plan = plan_images(spec, store, ids, index)
-        return plan, extract_images(plan, encoder or PixelEncoder(), store, "pixels")
+    return run_alone(pixel_job(store, ids, index, spec), encoder or PixelEncoder())
 
 
 def worker(root: str, photos: str) -> None:
@@ -199,11 +202,13 @@ def test_images_of_the_real_encoder(
     index, seen = index_images(photos), []
 
     @contextlib.contextmanager
-    def bar(total: int) -> Iterator[Callable[[int], None]]:
+    def bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        assert unit == "images"
         seen.append(-total)
         yield seen.append
 
-    plan, summary = bring_images(encoders, store, [*IDS, *IDS[:3]], index, bar)
+    job = image_job(encoders, store, [*IDS, *IDS[:3]], index)
+    plan, summary = extract(job, Show(bar))
     assert (plan.requested, plan.cached, len(plan.keys), plan.changed) == (40, 0, 40, 0)
     assert (summary.extracted, summary.failed, summary.batch_size) == (40, {}, BATCH)
     assert summary.rows_per_second > 0
@@ -223,7 +228,7 @@ def test_images_of_the_real_encoder(
     assert [line["rows"] for line in manifest["shards"]] == [7, 7, 7, 7, 7, 5]
     assert json.loads((plan.folder / "spec.json").read_text())["names"] == {"preset": encoders.vit}
     before = tree(Path(store.root))
-    again, summary = bring_images(encoders, store, IDS, index)
+    again, summary = extract(image_job(encoders, store, IDS, index))
     assert (again.cached, again.keys, summary.extracted) == (40, [], 0)
     assert tree(Path(store.root)) == before
 
@@ -271,8 +276,8 @@ def test_out_of_memory_halves_the_batch(
     index, spec = index_images(photos), vision_spec(encoders, store)
     halved: list[int] = []
     store = dataclasses.replace(store, encode_batch_size=16)
-    plan = plan_images(spec, store, IDS, index)
-    summary = extract_images(plan, Small(vit), store, "x", on_halved=halved.append)  # type: ignore[arg-type]
+    job = image_job(encoders, store, IDS, index)
+    _, summary = extract(job, Show(halved=halved.append), load=lambda: Small(vit))
     assert halved == [8, 4, 2]
     assert (summary.batch_size, summary.extracted) == (2, 40)
     opened = open_features_of(Path(store.root), spec)
@@ -287,8 +292,7 @@ def test_out_of_memory_of_text_loses_no_sentence(
     sentences = [f"{a} {b} {c}" for a in WORDS[:5] for b in WORDS[:6] for c in WORDS[:3]]
     spec = text_spec(encoders, store, 2)
     store = dataclasses.replace(store, shard_rows=1000)
-    plan = plan_text(spec, store, sentences)
-    summary = extract_text(plan, Small(bert), store, "x")  # type: ignore[arg-type]
+    _, summary = run_alone(text_job(encoders, store, sentences, 2), Small(bert))
     assert summary.extracted == len(sentences) == 90
     assert summary.batch_size == 2
     opened = open_features_of(Path(store.root), spec)
@@ -324,7 +328,7 @@ def test_text_keeps_the_valid_tokens(
     sentences = [" ".join(WORDS[: 1 + i % 9]) + f" {WORDS[i]}" for i in range(17)]
     folders = set()
     for k_txt in (0, 2, 4):
-        plan, summary = bring_text(encoders, store, [*sentences, sentences[0]], k_txt)
+        plan, summary = extract(text_job(encoders, store, [*sentences, sentences[0]], k_txt))
         assert (plan.requested, summary.extracted) == (17, 17)
         folders.add(plan.folder)
         opened = open_features_of(Path(store.root), text_spec(encoders, store, k_txt))
@@ -339,9 +343,9 @@ def test_text_keeps_the_valid_tokens(
                 np.repeat(ids[i : i + 1], BATCH, 0), np.repeat(mask[i : i + 1], BATCH, 0), k_txt
             )
             assert np.array_equal(found[i][mask[i]], wanted[0][mask[i]])
-        assert bring_text(encoders, store, sentences, k_txt)[1].extracted == 0
+        assert extract(text_job(encoders, store, sentences, k_txt))[1].extracted == 0
     assert len(folders) == 3
-    more, summary = bring_text(encoders, store, [*sentences, "a new ball"], 2)
+    more, summary = extract(text_job(encoders, store, [*sentences, "a new ball"], 2))
     assert (more.cached, summary.extracted) == (17, 1)
 
 
@@ -353,7 +357,7 @@ def test_variants(
 ) -> None:
     store = dataclasses.replace(store, tokens=tokens, dtype=dtype)
     index = index_images(photos)
-    bring_images(encoders, store, IDS[:3], index)
+    extract(image_job(encoders, store, IDS[:3], index))
     opened = open_features_of(Path(store.root), vision_spec(encoders, store))
     assert opened.row_shape == shape
     encoder = VisionEncoder(encoders.vit, tokens, "float32")
@@ -367,10 +371,10 @@ def test_an_estimate_changes_nothing(
     index = index_images(photos)
     run_pixels(store, IDS[:3], index)
     before = tree(tmp_path)
-    plan, rate = estimate_images(encoders, store, IDS, index)
+    plan, rate = estimate(image_job(encoders, store, IDS, index))
     assert (len(plan.keys), plan.todo_bytes) == (40, 40 * 16 * 16 * 4)
     assert rate > 0
-    plan, rate = estimate_text(encoders, store, ["a dog", "a cat"], 2)
+    plan, rate = estimate(text_job(encoders, store, ["a dog", "a cat"], 2))
     assert len(plan.keys) == 2
     assert rate > 0
     assert plan.to_dict()["todo"] == 2
@@ -453,7 +457,7 @@ def test_a_changed_photo_is_extracted_again_and_no_other(own: Path, store: Store
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 1
     check_rows(store, index, IDS)
-    assert plan_images(PIXEL_SPEC, store, IDS, index).keys == []
+    assert make_plan(pixel_job(store, IDS, index)).keys == []
 
 
 def bomb(path: Path) -> None:
@@ -490,7 +494,7 @@ def test_bad_photos_are_quarantined_and_shift_no_row(own: Path, store: StoreConf
     for image_id, words in zip(bad, ("cut short", "empty", "not a JPEG", "pixels"), strict=True):
         assert words in entries[image_id]["reason"]
         assert entries[image_id]["source_digest"] is not None
-    again = plan_images(PIXEL_SPEC, store, IDS, index)
+    again = make_plan(pixel_job(store, IDS, index))
     assert (again.keys, again.quarantined, again.cached) == ([], 4, 36)
     Image.new("RGB", (9, 9), (1, 2, 3)).save(own / "p07.png")
     plan, summary = run_pixels(store, IDS, index)
@@ -506,7 +510,7 @@ def test_a_photo_that_changed_for_the_worse(own: Path, store: StoreConfig) -> No
     (own / "p04.png").write_bytes(b"x")
     _, summary = run_pixels(store, IDS, index)
     assert list(summary.failed) == ["p04"]
-    again = plan_images(PIXEL_SPEC, store, IDS, index)
+    again = make_plan(pixel_job(store, IDS, index))
     assert (again.keys, again.quarantined, again.cached) == ([], 1, 39)
     assert open_features_of(Path(store.root), PIXEL_SPEC).lookup(["p04"]).tolist() == [-1]
     (own / "p04.png").write_bytes(content)
@@ -523,7 +527,7 @@ def test_a_photo_that_cannot_be_read_is_tried_again(own: Path, store: StoreConfi
     plan, summary = run_pixels(store, IDS, index)
     assert "cannot be read" in summary.failed["p03"]
     assert read_quarantine(plan.folder)["p03"]["source_digest"] is None
-    assert plan_images(PIXEL_SPEC, store, IDS, index).keys == ["p03"]
+    assert make_plan(pixel_job(store, IDS, index)).keys == ["p03"]
     hidden.write_bytes(content)
     run_pixels(store, IDS, index)
     check_rows(store, index, IDS)
@@ -541,7 +545,7 @@ def test_an_overflow_is_quarantined_and_not_stored(own: Path, store: StoreConfig
     rows = opened.gather(np.arange(len(opened)))
     assert np.isfinite(rows).all()
     assert len(rows) == 39
-    assert plan_images(spec, store, IDS, index).keys == []
+    assert make_plan(pixel_job(store, IDS, index, spec)).keys == []
 
 
 def test_a_sentence_that_overflows_is_not_tried_again(
@@ -556,10 +560,10 @@ def test_a_sentence_that_overflows_is_not_tried_again(
     store = dataclasses.replace(store, dtype="float16")
     spec = text_spec(encoders, store, 1)
     sentences = ["a dog", "a dog .", "two dogs", "a cat"]
-    plan = plan_text(spec, store, sentences)
-    summary = extract_text(plan, Loud(bert), store, "x")  # type: ignore[arg-type]
+    job = text_job(encoders, store, sentences, 1)
+    _, summary = run_alone(job, Loud(bert))
     (failed,) = summary.failed
-    again = plan_text(spec, store, sentences)
+    again = make_plan(job)
     assert (again.keys, again.quarantined, again.cached) == ([], 1, 3)
     opened = open_features_of(Path(store.root), spec)
     assert opened.keys() == [text for text in sentences if text != failed]
@@ -571,7 +575,7 @@ def test_space_is_checked_before_anything_is_written(
     usage = shutil.disk_usage(photos)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(StoreError, match=r"need 0.00 GB and 0.00 GB are free; free some space"):
-        bring_images(encoders, store, IDS, index_images(photos))
+        extract(image_job(encoders, store, IDS, index_images(photos)))
     assert shards(vision_spec(encoders, store).folder(Path(store.root))) == {}
 
 
@@ -579,13 +583,13 @@ def test_a_shard_that_is_too_large_is_refused(photos: Path, store: StoreConfig) 
     fields = {"image_shape": [30_000, 30_000, 3], "patch_size": 1, "hidden_dim": 1}
     spec = dataclasses.replace(PIXEL_SPEC, architecture=fields)
     with pytest.raises(ConfigError, match=r"shard_rows = 7: one shard would take 25.2 GB .* 1$"):
-        plan_images(spec, store, IDS, index_images(photos))
-    assert len(plan_images(spec, store, IDS[:1], index_images(photos)).keys) == 1
+        make_plan(pixel_job(store, IDS, index_images(photos), spec))
+    assert len(make_plan(pixel_job(store, IDS[:1], index_images(photos), spec)).keys) == 1
 
 
 def test_an_id_without_a_photo(photos: Path, store: StoreConfig) -> None:
     with pytest.raises(StoreError, match="no photo for image id 'none'"):
-        plan_images(PIXEL_SPEC, store, ["p00", "none"], index_images(photos))
+        make_plan(pixel_job(store, ["p00", "none"], index_images(photos)))
 
 
 def test_the_lock(tmp_path: Path) -> None:
@@ -606,7 +610,7 @@ def test_two_at_once_share_the_work(
     index, results = index_images(photos), []
 
     def work() -> None:
-        results.append(bring_images(encoders, store, IDS, index)[1].extracted)
+        results.append(extract(image_job(encoders, store, IDS, index))[1].extracted)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -635,10 +639,9 @@ def test_two_processes_at_once_do_the_work_once(photos: Path, tmp_path: Path) ->
 def test_text_shards_are_bounded(
     store: StoreConfig, encoders: EncodersConfig, bert: TextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extract_module, "TEXT_SHARD_TOKENS", 24)
+    monkeypatch.setattr("featstore.extract.plan.TEXT_SHARD_TOKENS", 24)
     store = dataclasses.replace(store, shard_rows=10**9)
-    spec = text_spec(encoders, store, 2)
-    plan = plan_text(spec, store, [f"a {word}" for word in WORDS[:8]])
-    extract_text(plan, bert, store, "x")
-    opened = open_features_of(Path(store.root), spec)
+    job = text_job(encoders, store, [f"a {word}" for word in WORDS[:8]], 2)
+    extract(job, load=lambda: bert)
+    opened = open_features_of(Path(store.root), job.spec)
     assert [len(shard) for shard in opened.shards] == [3, 3, 2]

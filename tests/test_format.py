@@ -21,12 +21,13 @@ import h5py
 import numpy as np
 import pytest
 import xxhash
+from jobs import text_job
 from PIL import Image
 from test_golden import GOLDEN, golden_folder
 from tiny_runs import SENTENCES, extracted, tiny_config
 
 from featstore.care.info import open_folder
-from featstore.extract.extract import bring_text
+from featstore.extract.extract import extract
 from featstore.store.folder import read_quarantine
 from featstore.store.store import VisionStore
 
@@ -215,7 +216,7 @@ def written(
     (images / "photo009.png").write_bytes(b"no photo")
     extracted(config)
     halves = (SENTENCES[:3], SENTENCES)
-    plans = [bring_text(config.encoders, store, part, 2)[0] for part in halves]
+    plans = [extract(text_job(config.encoders, store, part, 2))[0] for part in halves]
     (vit,) = (folder / "cache" / "vit").iterdir()
     return {"vit": vit, "text": plans[0].folder}
 

@@ -22,12 +22,12 @@ from test_fit import Workspace
 from test_golden import SPECS, golden_folder
 from tiny_runs import extracted, tiny_config
 
-from featstore.care.info import Source, describe_folder, open_folder
+from featstore.care.info import describe_folder, open_folder
 from featstore.care.repair import repair_folder
 from featstore.care.verify import sample_folder, verify_folder
-from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.encoders.spec import canonical_json
 from featstore.errors import ConfigError, FeatstoreError, RunError, StoreError
+from featstore.project import Project
 from featstore.store.folder import (
     manifest_checksum,
     quarantine_checksum,
@@ -55,6 +55,11 @@ def folder(tmp_path: Path, kind: str) -> Path:
     golden = golden_folder(kind)
     (tmp_path / "precious").write_text("precious")
     return Path(shutil.copytree(golden, tmp_path / "store" / kind / golden.name))
+
+
+def without_encoders(folder: Path) -> Project:
+    """Return the store of a folder, asked for with presets that are nowhere."""
+    return Project(vit="no", text="no", root=str(folder.parent.parent))
 
 
 def read_everything(folder: Path) -> int:
@@ -340,9 +345,7 @@ def test_a_manifest_that_names_a_file_elsewhere_deletes_nothing(
     manifest["checksum"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     check_refused(folder, "manifest.json")
-    root = str(folder.parent.parent)
-    source = Source(DataConfig(), EncodersConfig("no", "no"), StoreConfig(root), 0)
-    assert repair_folder(folder, source).left == []
+    assert repair_folder(folder, without_encoders(folder)).left == []
     assert precious.read_text() == "precious"
     assert verify_folder(folder).problems == []
 
@@ -353,15 +356,7 @@ def test_a_folder_in_a_shards_place_is_not_deleted(folder: Path) -> None:
     (folder / SHARD).mkdir()
     (folder / SHARD / "notes").write_text("mine")
     with pytest.raises(FeatstoreError):
-        repair_folder(
-            folder,
-            Source(
-                DataConfig(),
-                EncodersConfig("no", "no"),
-                StoreConfig(str(folder.parent.parent)),
-                0,
-            ),
-        )
+        repair_folder(folder, without_encoders(folder))
     assert (folder / SHARD / "notes").read_text() == "mine"
 
 

@@ -20,23 +20,25 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from jobs import text_job
 from PIL import Image
-from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
+from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config, with_train
 from unprivileged import forbidden
 
-from featstore.care import info as maintain
-from featstore.care.dump import export_features
+from featstore.care.dump import dump_features
 from featstore.care.gc import compact, delete, find_garbage
-from featstore.care.info import Source, describe_store, open_folder
+from featstore.care.info import describe_store, open_folder
 from featstore.care.repair import RepairReport, repair_folder
 from featstore.care.verify import FolderReport, sample_folder, verify_folder, verify_store
-from featstore.config import DataConfig, EncodersConfig
+from featstore.config import EncodersConfig, FeatureConfig
 from featstore.encoders import tower as encoders
-from featstore.errors import CorruptShardError, RunError, StoreError, UsageError
-from featstore.extract import extract
-from featstore.extract.extract import bring_images, bring_text, writing
+from featstore.errors import Command, CorruptShardError, RunError, StoreError, UsageError, shown
+from featstore.extract import encode
+from featstore.extract.claims import writing
+from featstore.extract.extract import extract
+from featstore.progress import SILENT
+from featstore.project import Project
 from featstore.store.folder import LOST, read_manifest, read_quarantine, shard_paths
-from featstore.store.store import open_features_of
 from trainer.commands.main import cli
 from trainer.config import Config, render_config
 
@@ -49,9 +51,7 @@ def shared_encoders() -> Iterator[None]:
     """Load and compile each encoder once: that takes most of such a small extraction's time."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("VisionEncoder", "TextEncoder"):
-            cached = functools.cache(getattr(encoders, name))
-            for module in (extract, maintain):
-                patch.setattr(module, name, cached)
+            patch.setattr(encode, name, functools.cache(getattr(encoders, name)))
         yield
 
 
@@ -63,8 +63,8 @@ def made(
     folder = tmp_path_factory.mktemp("care")
     config = tiny_config(folder, tiny_vit, tiny_text)
     extracted(config)
-    for store in (dataclasses.replace(config.store, shard_rows=2),):
-        bring_text(config.encoders, store, SENTENCES, config.train.k_txt)
+    store = dataclasses.replace(config.store, shard_rows=2)
+    extract(text_job(config.encoders, store, SENTENCES, config.train.k_txt))
     return folder, config
 
 
@@ -76,20 +76,19 @@ class Own:
     config: Config
 
     @property
-    def source(self) -> Source:
-        config = self.config
-        return Source(config.data, config.encoders, config.store, config.train.k_txt)
+    def project(self) -> Project:
+        return Project(self.config)
 
     def features(self, kind: str = "vit") -> Path:
-        return self.source.asked[kind].folder(self.source.root)
+        return self.project.spec(kind).folder(self.project.root)
 
     def shard(self, number: int, kind: str = "vit") -> Path:
         return shard_paths(self.features(kind))[number]
 
     def gathered(self, kind: str = "vit") -> Any:
-        source = self.source
-        opened = open_features_of(source.root, source.asked[kind])
-        positions = opened.lookup(source.keys(kind))
+        project = self.project
+        opened = project.images() if kind == "vit" else project.sentences()
+        positions = opened.lookup(project.keys(kind))
         assert (positions >= 0).all()
         return opened.gather(positions) if kind == "vit" else opened.gather(positions, 24)[0]
 
@@ -101,9 +100,7 @@ class Own:
         return path
 
     def extract(self) -> None:
-        source = self.source
-        images = source.dataset.images
-        bring_images(self.config.encoders, self.config.store, source.keys("vit"), images)
+        self.project.extract("vit", show=SILENT)
 
     def file(self) -> str:
         path = self.folder / "featstore.toml"
@@ -166,7 +163,7 @@ def sound(own: Own, kind: str = "vit") -> None:
 
 
 def mend(own: Own, kind: str = "vit") -> RepairReport:
-    report = repair_folder(own.features(kind), own.source)
+    report = repair_folder(own.features(kind), own.project)
     assert report.left == []
     sound(own, kind)
     return report
@@ -176,7 +173,7 @@ def mend(own: Own, kind: str = "vit") -> RepairReport:
 
 
 def test_a_store_that_was_just_made_is_sound(own: Own) -> None:
-    reports = verify_store(own.source)
+    reports = verify_store(own.project)
     assert [whats(report) for report in reports] == [[], []]
     assert [(r.shards, r.rows, r.checked_rows) for r in reports] == [(3, 56, 56), (2, 4, 4)]
 
@@ -292,7 +289,7 @@ def test_a_copy_of_a_shard_under_another_number_is_refused(own: Own) -> None:
     with pytest.raises(CorruptShardError, match=r"shard-00007\.h5: number is 0, expected 7"):
         open_folder(own.features())
     mend(own)
-    assert describe_store(own.source)["features"][0]["superseded_rows"] == 0
+    assert describe_store(own.project)["features"][0]["superseded_rows"] == 0
     assert np.array_equal(own.gathered(), before)
 
 
@@ -315,7 +312,8 @@ def test_a_newest_shard_that_is_lost_with_the_manifest_brings_no_stale_row_back(
 def test_a_lost_manifest_is_rebuilt_without_encoders_and_photos(own: Own) -> None:
     rows = own.gathered()
     (own.features() / "manifest.json").write_text("{}")
-    other = Source(DataConfig(), EncodersConfig("absent", "absent"), own.config.store, 0)
+    encoders = EncodersConfig("absent", "absent")
+    other = Project(FeatureConfig(encoders=encoders, store=own.config.store))
     assert repair_folder(own.features(), other).left == []
     sound(own)
     assert np.array_equal(own.gathered(), rows)
@@ -355,19 +353,19 @@ def test_a_sample_is_quick_and_finds_what_it_meets(own: Own) -> None:
 def test_photos_that_changed_or_vanished_are_listed(own: Own) -> None:
     own.photo("photo003")
     (own.folder / "images" / "photo050.png").unlink()
-    report = verify_store(own.source, photos=True)[0]
+    report = verify_store(own.project, photos=True)[0]
     assert [(p.what, p.keys) for p in report.problems] == [
         ("changed photos", ("photo003",)),
         ("vanished photos", ("photo050",)),
     ]
-    assert report.problems[0].mend == "python cli.py extract-vit"
+    assert report.problems[0].mend == Command("extract-vit")
     own.extract()
-    assert [p.keys for p in verify_store(own.source, photos=True)[0].problems] == [("photo050",)]
+    assert [p.keys for p in verify_store(own.project, photos=True)[0].problems] == [("photo050",)]
 
 
 def test_photos_beside_damage_are_not_said_to_be_compared(own: Own) -> None:
     flip_row(own.shard(0), 7)
-    report = verify_store(own.source, photos=True)[0]
+    report = verify_store(own.project, photos=True)[0]
     assert whats(report) == ["damaged rows"]
     assert "the photos were not compared" in report.notes[0]
 
@@ -460,7 +458,7 @@ def test_damaged_rows_come_back_bit_for_bit(own: Own, kind: str) -> None:
         flip_row(shard, row)
     with pytest.raises(CorruptShardError, match=r"store repair"):
         own.gathered(kind)
-    planned = repair_folder(own.features(kind), own.source, dry_run=True)
+    planned = repair_folder(own.features(kind), own.project, dry_run=True)
     assert planned.actions
     assert whats(verify_folder(own.features(kind))) == ["damaged rows"]
     report = mend(own, kind)
@@ -501,7 +499,7 @@ def test_an_older_row_never_comes_back_when_the_newer_is_lost(
     newest = own.shard(3)
     path.write_bytes(b"no photo")
     damage(newest)
-    report = repair_folder(own.features(), own.source)
+    report = repair_folder(own.features(), own.project)
     assert report.failed.keys() == {"photo007"}
     sound(own)
     assert lookup(own, "photo007") == -1
@@ -525,8 +523,8 @@ def test_features_of_other_presets_are_left_with_one_line(own: Own, tiny_vit: Pa
     flip_row(own.shard(0), 7)
     folder, before = own.features(), tree(own.features())
     encoders = dataclasses.replace(own.config.encoders, vit=str(other))
-    source = Source(own.config.data, encoders, own.config.store, 0)
-    report = repair_folder(folder, source)
+    project = Project(dataclasses.replace(own.config, encoders=encoders))
+    report = repair_folder(folder, project)
     (line,) = report.left
     assert "interpolation" in line
     assert "--vit" in line
@@ -537,16 +535,33 @@ def test_another_dtype_of_the_same_encoder_is_mended(own: Own) -> None:
     flip_row(own.shard(0), 7)
     folder = own.features()
     store = dataclasses.replace(own.config.store, dtype="float16", tokens="all")
-    report = repair_folder(folder, Source(own.config.data, own.config.encoders, store, 2))
+    project = Project(with_train(dataclasses.replace(own.config, store=store), k_txt=2))
+    report = repair_folder(folder, project)
     assert (report.restored, report.identical) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["vit", "text"])
+def test_a_lost_spec_needs_the_settings_that_the_features_were_made_with(
+    own: Own, kind: str
+) -> None:
+    folder, before = own.features(kind), tree(own.features(kind))
+    (folder / "spec.json").unlink()
+    store = dataclasses.replace(own.config.store, dtype="float16")
+    report = repair_folder(folder, Project(dataclasses.replace(own.config, store=store)))
+    (error,) = report.left
+    assert "the configuration's encoder cannot make these features again" in str(error)
+    assert f"give the --{kind} and --config that they were extracted with" in shown(error.mend)
+    assert not (folder / "spec.json").exists()
+    mend(own, kind)
+    assert tree(folder) == before
 
 
 # Each repair is a fork of a process that has imported everything, which takes longer than it.
 REPAIRS = """
 import os, sys
 import campaign
-from featstore.care.info import Source
 from featstore.care.repair import repair_store
+from featstore.project import Project
 from trainer.config import load_config
 
 campaign.import_framework()
@@ -561,8 +576,7 @@ def repair():
             os._exit(9)
         replace(source, target)
     os.replace = dying
-    source = Source(config.data, config.encoders, config.store, config.train.k_txt)
-    repair_store(source, ("vit",))
+    repair_store(Project(config), ("vit",))
 
 for at in sys.stdin:
     print(campaign.start(repair).wait().code, flush=True)
@@ -621,23 +635,23 @@ def test_a_repair_killed_at_any_publication_goes_on(own: Own) -> None:
 
 def other_features(own: Own) -> Path:
     """Extract sentences for another boundary; return their folder."""
-    plan, _ = bring_text(own.config.encoders, own.config.store, SENTENCES, 2)
+    plan, _ = own.project.extract("text", k_txt=2, show=SILENT)
     return plan.folder
 
 
 def collected(own: Own) -> list[str]:
-    return [item.what for item in find_garbage(own.source, own.folder / "runs").garbage]
+    return [item.what for item in find_garbage(own.project, own.folder / "runs").garbage]
 
 
 def test_nothing_can_go_of_a_store_that_is_all_needed(own: Own) -> None:
-    found = find_garbage(own.source, own.folder / "runs")
+    found = find_garbage(own.project, own.folder / "runs")
     assert (found.garbage, found.unknown, found.notes) == ([], [], [])
 
 
 def test_gc_deletes_what_nothing_refers_to(own: Own) -> None:
     other = other_features(own)
     before = tree(own.features())
-    found = find_garbage(own.source, own.folder / "runs")
+    found = find_garbage(own.project, own.folder / "runs")
     assert [(item.what, item.path) for item in found.garbage] == [("features", other)]
     assert other.exists()
     delete(found)
@@ -685,7 +699,7 @@ def test_gc_refuses_runs_that_may_not_be_listed(own: Own) -> None:
 
 def test_gc_leaves_a_folder_whose_lock_is_held(own: Own) -> None:
     other = other_features(own)
-    found = find_garbage(own.source, own.folder / "runs")
+    found = find_garbage(own.project, own.folder / "runs")
     with writing(other):
         delete(found)
     assert found.deleted == []
@@ -696,14 +710,14 @@ def test_gc_leaves_a_folder_whose_lock_is_held(own: Own) -> None:
 def test_gc_never_deletes_what_it_does_not_know(own: Own) -> None:
     other = other_features(own)
     strange = [
-        own.source.root / "notes.txt",
-        own.source.root / "vit" / "mine",
+        own.project.root / "notes.txt",
+        own.project.root / "vit" / "mine",
         other / "shard-00000.h5.bak",
-        own.source.root / "splits" / "my.json",
+        own.project.root / "splits" / "my.json",
     ]
     for path in strange:
         path.write_text("mine")
-    found = find_garbage(own.source, own.folder / "runs")
+    found = find_garbage(own.project, own.folder / "runs")
     assert sorted(found.unknown) == sorted(strange)
     delete(found)
     assert all(path.read_text() == "mine" for path in strange)
@@ -711,7 +725,7 @@ def test_gc_never_deletes_what_it_does_not_know(own: Own) -> None:
 
 
 def test_gc_finds_leftovers_splits_and_reports(own: Own) -> None:
-    root = own.source.root
+    root = own.project.root
     leftover = own.features() / ".tmp-1-2-shard-00009.h5"
     leftover.write_bytes(b"x" * 7)
     young, old = root / "splits" / ".tmp-1-a.json", root / "splits" / ".tmp-2-b.json"
@@ -720,12 +734,12 @@ def test_gc_finds_leftovers_splits_and_reports(own: Own) -> None:
     for path in (young, old, report, split):
         path.write_text("x")
     os.utime(old, (0, 0))
-    found = find_garbage(own.source, own.folder / "runs")
+    found = find_garbage(own.project, own.folder / "runs")
     assert {item.path for item in found.garbage} == {leftover, old, report, split}
     delete(found)
     assert not any(path.exists() for path in (leftover, old, report, split))
     assert young.exists()
-    assert own.source.dataset.splits_path.exists()
+    assert own.project.dataset.splits_path.exists()
     sound(own)
 
 
@@ -738,7 +752,7 @@ def test_superseded_rows_are_compacted_and_a_mapped_file_stays_readable(own: Own
     reader = open_folder(own.features())
     old = reader.shards[0].features[3].copy()
     assert [len(shard) for shard in reader.shards] == [20, 20, 16, 20, 1]
-    found = find_garbage(own.source, own.folder / "runs")
+    found = find_garbage(own.project, own.folder / "runs")
     assert [(item.what, item.path.name) for item in found.garbage] == [
         ("superseded rows", "shard-00000.h5"),
         ("superseded rows", "shard-00002.h5"),
@@ -772,18 +786,18 @@ def read_keys(path: Path) -> list[dict[str, str]]:
 
 def test_images_as_npy(own: Own, tmp_path: Path) -> None:
     out = tmp_path / "out" / "images.npy"
-    found = export_features(own.source, "vit", out)
+    found = dump_features(own.project, "vit", out)
     assert (found["rows"], found["shape"], found["dtype"]) == (PHOTOS, [PHOTOS, 16, 16], "float32")
     assert np.array_equal(np.load(out, mmap_mode="r"), own.gathered())
     keys = read_keys(out.with_suffix(".keys.csv"))
-    assert [line["key"] for line in keys] == own.source.keys("vit")
+    assert [line["key"] for line in keys] == own.project.keys("vit")
     assert json.loads(out.with_suffix(".json").read_text())["fingerprint"] == own.features().name
     assert len(found["files"]) == len(list(out.parent.iterdir())) == 3
 
 
 def test_text_as_npy_with_offsets(own: Own, tmp_path: Path) -> None:
     out = tmp_path / "text.npy"
-    export_features(own.source, "text", out)
+    dump_features(own.project, "text", out)
     values, offsets = np.load(out), np.load(out.with_suffix(".offsets.npy"))
     padded = own.gathered("text")
     for row, line in enumerate(read_keys(out.with_suffix(".keys.csv"))):
@@ -796,10 +810,10 @@ def test_text_as_npy_with_offsets(own: Own, tmp_path: Path) -> None:
 def test_parquet(own: Own, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featstore.care.dump.GROUP_BYTES", 3000)
     out = tmp_path / "rows.parquet"
-    found = export_features(own.source, kind, out)
+    found = dump_features(own.project, kind, out)
     table = pq.read_table(out)
     assert pq.ParquetFile(out).num_row_groups > 1
-    assert table["key"].to_pylist() == own.source.keys(kind)
+    assert table["key"].to_pylist() == own.project.keys(kind)
     wanted = own.gathered(kind)
     for row, (length, values) in enumerate(
         zip(table["length"].to_pylist(), table["features"].to_pylist(), strict=True)
@@ -820,7 +834,7 @@ def test_short_floats_are_exported_exactly(
     )
     own.extract()
     out = tmp_path / f"x{suffix}"
-    assert export_features(own.source, "vit", out)["dtype"] == exported
+    assert dump_features(own.project, "vit", out)["dtype"] == exported
     if suffix == ".npy":
         values = np.load(out)
     else:
@@ -831,7 +845,7 @@ def test_short_floats_are_exported_exactly(
 
 
 def test_a_split_is_exported_in_the_order_of_its_rows(own: Own, tmp_path: Path) -> None:
-    found = export_features(own.source, "vit", tmp_path / "val.npy", "val")
+    found = dump_features(own.project, "vit", tmp_path / "val.npy", "val")
     assert found["rows"] == IMAGES_OF_SPLIT["val"]
     assert read_keys(tmp_path / "val.keys.csv")[0]["key"] == "photo032"
 
@@ -841,10 +855,10 @@ def test_damage_leaves_no_export(own: Own, tmp_path: Path) -> None:
     for suffix in (".npy", ".parquet"):
         out = tmp_path / "out" / f"x{suffix}"
         with pytest.raises(CorruptShardError, match="photo043"):
-            export_features(own.source, "vit", out)
+            dump_features(own.project, "vit", out)
         assert list(out.parent.iterdir()) == []
     with pytest.raises(UsageError, match=r"\.npy or \.parquet"):
-        export_features(own.source, "vit", tmp_path / "x.csv")
+        dump_features(own.project, "vit", tmp_path / "x.csv")
 
 
 # --- the commands -----------------------------------------------------------------------
@@ -860,7 +874,7 @@ def test_info_counts(own: Own) -> None:
     quarantined(own)
     own.photo("photo007")
     own.extract()
-    (own.source.root / "text" / ("0" * 32)).mkdir()
+    (own.project.root / "text" / ("0" * 32)).mkdir()
     found = json.loads(invoke(own, "info", "--json").stdout)
     vit, empty, text = found["features"]
     assert vit["asked_for"]
@@ -986,4 +1000,4 @@ def test_a_full_disk_is_said_before_the_export(
 ) -> None:
     monkeypatch.setattr("featstore.care.dump.free_space", lambda folder: 10)
     with pytest.raises(StoreError, match="more than is free"):
-        export_features(own.source, "vit", tmp_path / "x.npy")
+        dump_features(own.project, "vit", tmp_path / "x.npy")

@@ -17,15 +17,26 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from test_extract import BATCH, IDS, PIXEL_SPEC, PixelEncoder, bomb, check_rows, write_photos
+from test_extract import (
+    BATCH,
+    IDS,
+    PIXEL_SPEC,
+    PixelEncoder,
+    bomb,
+    check_rows,
+    pixel_job,
+    write_photos,
+)
 
 from featstore.care.gc import compact
 from featstore.config import StoreConfig
 from featstore.data.images import index_images
 from featstore.errors import StoreError, UsageError
-from featstore.extract.extract import ALL, Summary, share_images, share_of_images
+from featstore.extract.claims import writing
+from featstore.extract.extract import ALL, Summary, extract
 from featstore.extract.plan import Plan
-from featstore.extract.worklist import PLAN, Publisher, read_plan, request_token, writing
+from featstore.extract.publisher import PLAN, Publisher, read_plan, request_token
+from featstore.extract.worklist import sharing
 from featstore.publish import write_json
 from featstore.store.folder import read_quarantine, shard_paths
 from featstore.store.shard import ShardRows
@@ -68,8 +79,7 @@ def share(
     load: Callable[[], Any] | None = None,
 ) -> tuple[Plan, Summary]:
     load = load or (lambda: PixelEncoder(seconds=seconds))
-    store, index = store_in(root), index_images(photos)
-    return share_images(PIXEL_SPEC, load, "pixels", store, ids, index, shards=shards)
+    return extract(pixel_job(store_in(root), ids, index_images(photos)), shards=shards, load=load)
 
 
 def worker(root: str, photos: str, first: str, end: str, seconds: str) -> None:
@@ -291,7 +301,7 @@ def test_a_photo_that_changes_while_a_plan_is_open_is_not_left_stale(
 def test_another_shard_size_makes_another_plan(photos: Path, tmp_path: Path) -> None:
     share(tmp_path, photos, range(1))
     store = dataclasses.replace(store_in(tmp_path), shard_rows=10)
-    share_images(PIXEL_SPEC, PixelEncoder, "x", store, IDS, index_images(photos))
+    extract(pixel_job(store, IDS, index_images(photos)), load=PixelEncoder)
     counts = [len(shard) for shard in open_features_of(tmp_path, PIXEL_SPEC).shards]
     assert counts == [6, 8, 9, 3, 3]
 
@@ -313,8 +323,8 @@ def test_a_process_that_was_taken_for_dead_publishes_nothing_wrong(
     photos: Path, tmp_path: Path
 ) -> None:
     """Its plan was given up, and another one uses the numbers."""
-    index, store = index_images(photos), store_in(tmp_path)
-    with share_of_images(PIXEL_SPEC, "x", store, IDS, index) as part:
+    job = pixel_job(store_in(tmp_path), IDS, index_images(photos))
+    with sharing(job) as part:
         assert part.work is not None
         token = part.work.publisher.token
         rows = ShardRows(["p01"], np.zeros((1, 1, 4, 3), np.float32), [(1, 2)])
@@ -328,8 +338,8 @@ def test_a_process_that_was_taken_for_dead_publishes_nothing_wrong(
 
 
 def test_two_who_make_the_same_shard_publish_it_once(photos: Path, tmp_path: Path) -> None:
-    index, store = index_images(photos), store_in(tmp_path)
-    with share_of_images(PIXEL_SPEC, "x", store, IDS, index) as part:
+    job = pixel_job(store_in(tmp_path), IDS, index_images(photos))
+    with sharing(job) as part:
         assert part.work is not None
         rows = ShardRows(["p01"], np.zeros((1, 1, 4, 3), np.float32), [(1, 2)])
         two = Publisher(folder_of(tmp_path), PIXEL_SPEC, part.work.publisher.token)
@@ -344,7 +354,7 @@ def test_two_who_make_the_same_shard_publish_it_once(photos: Path, tmp_path: Pat
 
 
 def test_bytes_that_changed_on_the_way_are_refused(photos: Path, tmp_path: Path) -> None:
-    index, store = index_images(photos), store_in(tmp_path)
+    job = pixel_job(store_in(tmp_path), IDS, index_images(photos))
     rows = ShardRows(["p01"], np.zeros((1, 1, 4, 3), np.float32), [(1, 2)])
     other = Publisher(PIXEL_SPEC.folder(tmp_path / "other"), PIXEL_SPEC, None)
     other.folder.mkdir(parents=True)
@@ -353,7 +363,7 @@ def test_bytes_that_changed_on_the_way_are_refused(photos: Path, tmp_path: Path)
     path = other.folder / "shard-00000.h5"
     spec = PIXEL_SPEC
     line = write_shard(path, "vit", spec.fingerprint, spec.dtype, rows, other.versions)
-    with share_of_images(PIXEL_SPEC, "x", store, IDS, index) as part:
+    with sharing(job) as part:
         assert part.work is not None
         data = path.read_bytes()
         wrong = data[:-1] + bytes([data[-1] ^ 1])

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
-from featstore.data.dataset import Dataset, load_dataset
-from featstore.extract.extract import bring_images
+from featstore.data.dataset import Dataset
+from featstore.progress import SILENT
+from featstore.project import Project
 from trainer.config import Config, TrainConfig
 
 SENTENCES = (
@@ -82,10 +83,9 @@ def tiny_config(folder: Path, vit: Path, text: Path, **train: Any) -> Config:
 
 def extracted(config: Config) -> Dataset:
     """Extract the image features of a configuration; return its dataset."""
-    dataset = load_dataset(config.data, Path(config.store.root))
-    ids = dataset.examples.image_ids.tolist()
-    bring_images(config.encoders, config.store, ids, dataset.images)
-    return dataset
+    project = Project(config)
+    project.extract("vit", show=SILENT)
+    return project.dataset
 
 
 def with_train(config: Config, **changes: Any) -> Config:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from featstore.config import DataConfig, EncodersConfig, StoreConfig
-from featstore.errors import ConfigError
-from featstore.settings import build_section, read_toml, render_toml, setting, suggest
+from featstore.config import DEFAULT_K_TXT, FeatureConfig, load_sections, sections_of
+from featstore.settings import build_section, render_toml, setting
 
-DEFAULT_FILE = "featstore.toml"
+if TYPE_CHECKING:
+    from featstore.project import Project
+
 CONTROLS = ("none", "hypothesis-only", "shuffled-images")
 
 
@@ -20,7 +21,7 @@ CONTROLS = ("none", "hypothesis-only", "shuffled-images")
 class TrainConfig:
     """One training run over cached features."""
 
-    k_txt: int = setting(3, "last text layers that train, 0 to all of them", minimum=0)
+    k_txt: int = setting(DEFAULT_K_TXT, "last text layers that train, 0 to all of them", minimum=0)
     lr: float = setting(1e-4, "AdamW learning rate", above=0)
     weight_decay: float = setting(1e-5, "AdamW decoupled weight decay", minimum=0)
     clipnorm: float = setting(
@@ -59,77 +60,45 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(FeatureConfig):
     """All sections of `featstore.toml`."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    encoders: EncodersConfig = field(default_factory=EncodersConfig)
-    store: StoreConfig = field(default_factory=StoreConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-    @property
-    def is_demo(self) -> bool:
-        """True where no rows are named: the commands run on the built-in demo."""
-        return not self.data.rows
+    @classmethod
+    def of(cls, features: FeatureConfig, train: TrainConfig) -> Config:
+        """Return the settings of a run over the features of a configuration."""
+        return cls(features.data, features.encoders, features.store, train)
 
 
-SECTIONS: dict[str, type] = {
-    "data": DataConfig,
-    "encoders": EncodersConfig,
-    "store": StoreConfig,
-    "train": TrainConfig,
-}
+SECTIONS = sections_of(Config)
 
 
 def load_config(
     path: str | Path | None = None, overrides: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Config:
-    """Read the settings: defaults, then the file, then the flags.
-
-    Without rows of the user's own, the built-in demo's encoders and training
-    settings take the place of the defaults.
-
-    Args:
-        path: A TOML file; None takes `featstore.toml` of the working directory
-            where there is one.
-        overrides: Section to key to value, from flags. Relative paths among
-            them are taken from the working directory.
-
-    Raises:
-        ConfigError: Unknown section or key (with the nearest known one), wrong
-            type, value out of bounds, unreadable file.
-    """
-    file = Path(path) if path is not None else Path(DEFAULT_FILE)
-    given = read_toml(file) if path is not None or file.exists() else {}
-    for name, values in given.items():
-        if name not in SECTIONS:
-            raise ConfigError(
-                f"{file}: unknown section {name!r}{suggest(name, SECTIONS)};"
-                f" known: {', '.join(SECTIONS)}"
-            )
-        if not isinstance(values, dict):
-            raise ConfigError(f"{file}: {name} must be a section: [{name}]")
-    flags = overrides or {}
-    parts: dict[str, dict[str, Any]] = {}
-    for name, section in SECTIONS.items():
-        parts[name] = {}
-        for values, where, folder in (
-            (given.get(name, {}), str(file), file.absolute().parent),
-            (flags.get(name, {}), "command line", Path.cwd()),
-        ):
-            built: Any = build_section(name, section, values, where, folder)
-            parts[name] |= {key: getattr(built, key) for key in values}
-    if not parts["data"].get("rows"):
-        # Here, since the generator of the demo needs NumPy and `--help` does not.
-        from featstore import demo
-
-        parts["encoders"] = {"vit": demo.VIT_PRESET, "text": demo.TEXT_PRESET} | parts["encoders"]
-        parts["train"] = demo.DEMO_TRAIN | parts["train"]
-    sections = {name: section(**parts[name]) for name, section in SECTIONS.items()}
-    root = Path(sections["store"].root).absolute()
-    return Config(**{**sections, "store": dataclasses.replace(sections["store"], root=str(root))})
+    """Read all settings; see `featstore.config.load_sections`."""
+    return load_sections(Config, path, overrides)
 
 
 def render_config(config: Config, comments: bool = False, defaults: bool = True) -> str:
     """Return the settings as TOML that `load_config` reads back; see `render_toml`."""
     return render_toml(config, comments, defaults)
+
+
+def config_of(project: Project, **settings: Any) -> Config:
+    """Return the settings of a run on a project.
+
+    Args:
+        project: Its rows and features, and the `[train]` section of its file.
+        settings: `[train]` settings by their names; they win.
+
+    Raises:
+        ConfigError: Unknown setting, wrong type, or a value out of bounds.
+    """
+    known = project.config
+    if not isinstance(known, Config):
+        known = load_sections(Config, project.file or os.devnull, project.overrides)
+    values = {**vars(known.train), **settings}
+    train = build_section("train", TrainConfig, values, "settings", Path.cwd())
+    return Config.of(project.config, train)

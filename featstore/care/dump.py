@@ -26,12 +26,11 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.care.info import Source
 from featstore.encoders.spec import QUANTISED
 from featstore.errors import (
     Command,
@@ -41,12 +40,15 @@ from featstore.errors import (
     StoreError,
     UsageError,
 )
-from featstore.extract.extract import ProgressBar, no_progress
 from featstore.extract.plan import free_space
+from featstore.progress import SILENT, Show
 from featstore.publish import command_line, package_versions, publish
 from featstore.store.folder import read_quarantine
 from featstore.store.numbers import dequantise
-from featstore.store.store import IntArray, TextStore, VisionStore, open_features_of
+from featstore.store.store import IntArray, TextStore, VisionStore
+
+if TYPE_CHECKING:
+    from featstore.project import Project
 
 GROUP_BYTES = 64 << 20
 STORED = "stored"
@@ -54,13 +56,13 @@ Groups = Iterator[tuple[list[str], NDArray[np.int64], NDArray[Any]]]
 
 
 def _positions(
-    source: Source, opened: VisionStore | TextStore, kind: str, split: str
+    project: Project, opened: VisionStore | TextStore, kind: str, split: str
 ) -> tuple[IntArray, list[str], int]:
     """Return the rows to write, their keys, and how many inputs are quarantined."""
     if split == STORED:
         live, keys = opened.live(), opened.keys()
         return live, [keys[position] for position in live.tolist()], 0
-    wanted = source.keys(kind, split)
+    wanted = project.keys(kind, split)
     positions = opened.lookup(wanted)
     absent = [key for key, found in zip(wanted, positions.tolist(), strict=True) if found < 0]
     quarantine = read_quarantine(opened.folder)
@@ -177,19 +179,19 @@ def _write_parquet(
 WRITERS = {".npy": _write_npy, ".parquet": _write_parquet}
 
 
-def export_features(
-    source: Source, kind: str, out: Path, split: str = STORED, bar: ProgressBar = no_progress
+def dump_features(
+    project: Project, kind: str, out: Path, split: str = STORED, show: Show = SILENT
 ) -> dict[str, Any]:
     """Write the configuration's features of one kind to one file, checked while read.
 
     Args:
-        source: The configuration.
+        project: The configuration.
         kind: "vit" or "text".
         out: `.npy` or `.parquet`; what is there is replaced, at the end.
         split: "stored" for every row in the order of the store, or a split of
             the configuration's rows ("all", "train", "val", "test"): each
             distinct photo or sentence once.
-        bar: Makes a progress display for a number of rows.
+        show: How it is shown.
 
     Returns:
         JSON-able: files, rows, shape, dtype, bytes, quarantined (inputs of the
@@ -207,9 +209,9 @@ def export_features(
     write = WRITERS.get(out.suffix.lower())
     if write is None:
         raise UsageError(f"--out {out}: expected a name that ends in {' or '.join(WRITERS)}")
-    spec = source.asked[kind]
-    opened = open_features_of(source.root, spec, Command(f"extract-{kind}"))
-    positions, keys, quarantined = _positions(source, opened, kind, split)
+    opened: VisionStore | TextStore = project.images() if kind == "vit" else project.sentences()
+    spec = project.spec(kind)
+    positions, keys, quarantined = _positions(project, opened, kind, split)
     if not len(positions):
         raise DataError(f"{opened.folder}: no row to write")
     widened = spec.dtype in ("bfloat16", QUANTISED)
@@ -233,7 +235,7 @@ def export_features(
         "command": command_line(),
         "versions": package_versions(),
     }
-    with bar(len(positions)) as progress:
+    with show.bar(len(positions), "rows") as progress:
         files = write(out, _groups(opened, positions, keys, dtype, progress), shape, dtype, about)
     return {
         "files": [str(path) for path in files],

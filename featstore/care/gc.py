@@ -13,13 +13,15 @@ import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featstore.care.info import KINDS, Source, disk_bytes, feature_folders, open_folder
+from featstore.care.info import disk_bytes, feature_folders, open_folder
 from featstore.errors import RunError, StoreError
-from featstore.extract.worklist import CLAIM, PLAN, writing
+from featstore.extract.claims import CLAIM, writing
+from featstore.extract.plan import KINDS
+from featstore.extract.publisher import PLAN
 from featstore.publish import TEMPORARY, read_json
 from featstore.store.folder import (
     listed,
@@ -29,6 +31,9 @@ from featstore.store.folder import (
     write_manifest,
 )
 from featstore.store.shard import MAKE_READABLE, open_shard, rewrite_shard, shard_number
+
+if TYPE_CHECKING:
+    from featstore.project import Project
 
 DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
 # The manifest goes first: a folder that is deleted in part is refused until this goes on.
@@ -179,18 +184,18 @@ def _inside(folder: Path, needed: set[str], found: Collection) -> None:
         found.notes.append(f"superseded rows not looked for: {error}")
 
 
-def _beside(source: Source, needed: set[str], found: Collection) -> None:
+def _beside(project: Project, needed: set[str], found: Collection) -> None:
     """Judge the splits and the reports."""
     asked_split = asked_report = ""
-    if source.has_dataset:
-        asked_split = source.dataset.splits_path.name
-        asked_report = source.dataset.report.name if source.dataset.report else ""
+    if project.has_dataset:
+        asked_split = project.dataset.splits_path.name
+        asked_report = project.dataset.report.name if project.dataset.report else ""
     now = time.time()
     for kind, pattern, asked in (
         ("split", re.compile(r"([0-9a-f]{32})\.json"), asked_split),
         ("report", re.compile(r"rows-([0-9a-f]{16})\.csv"), asked_report),
     ):
-        for path in listed(source.root / f"{kind}s"):
+        for path in listed(project.root / f"{kind}s"):
             match = pattern.fullmatch(path.name)
             if path.name.startswith(TEMPORARY) and path.is_file():
                 if now - path.stat().st_mtime > TEMPORARY_SECONDS:
@@ -207,11 +212,11 @@ def _beside(source: Source, needed: set[str], found: Collection) -> None:
                 found.garbage.append(Garbage(kind, path, disk_bytes([path]), detail))
 
 
-def find_garbage(source: Source, runs: Path) -> Collection:
+def find_garbage(project: Project, runs: Path) -> Collection:
     """List what neither the configuration nor a run needs; change nothing.
 
     Args:
-        source: The configuration.
+        project: The configuration.
         runs: Folder of the runs; may be absent.
 
     Raises:
@@ -220,16 +225,16 @@ def find_garbage(source: Source, runs: Path) -> Collection:
         PresetError: The configuration's fingerprints cannot be computed.
     """
     found = Collection()
-    folders = feature_folders(source.root)
-    needed = referenced_by_runs(runs) | {spec.fingerprint for spec in source.asked.values()}
+    folders = feature_folders(project.root)
+    needed = referenced_by_runs(runs) | {spec.fingerprint for spec in project.asked.values()}
     found.unknown += [
-        path for path in sorted(source.root.iterdir()) if path.name not in ROOT_ENTRIES
+        path for path in sorted(project.root.iterdir()) if path.name not in ROOT_ENTRIES
     ]
     for kind in KINDS:
-        found.unknown += [path for path in listed(source.root / kind) if path not in folders]
+        found.unknown += [path for path in listed(project.root / kind) if path not in folders]
     for folder in folders:
         _inside(folder, needed, found)
-    _beside(source, needed, found)
+    _beside(project, needed, found)
     return found
 
 

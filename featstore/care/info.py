@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from featstore.config import SPLITS, DataConfig, EncodersConfig, StoreConfig
-from featstore.data.dataset import Dataset, load_dataset
-from featstore.encoders.spec import TextSpec, VisionSpec, text_spec, vision_spec
-from featstore.encoders.tower import TextEncoder, VisionEncoder
+from featstore.config import SPLITS
+from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.errors import Advice, Command, CorruptShardError, FeatstoreError, StoreError
+from featstore.extract.plan import KINDS, UNITS
 from featstore.publish import TEMPORARY, read_json
 from featstore.store.folder import listed, read_quarantine, read_spec, shard_paths
 from featstore.store.store import TextStore, VisionStore
 
-KINDS = ("vit", "text")
+if TYPE_CHECKING:
+    from featstore.project import Project
+
 FINGERPRINT = re.compile("[0-9a-f]{32}")
 
 
@@ -54,88 +54,6 @@ def open_folder(folder: Path) -> VisionStore | TextStore:
             f"{folder}: holds {spec.get('kind')!r} features, expected {folder.parent.name!r}"
         )
     return (VisionStore if spec["kind"] == "vit" else TextStore)(folder, spec)
-
-
-class Source:
-    """What a configuration can make features of, read when it is first needed.
-
-    Args:
-        data, encoders, store: The configuration.
-        k_txt: Text layers that it trains.
-    """
-
-    def __init__(
-        self, data: DataConfig, encoders: EncodersConfig, store: StoreConfig, k_txt: int
-    ) -> None:
-        self.data, self.encoders, self.store, self.k_txt = data, encoders, store, k_txt
-        self.root = Path(store.root)
-
-    @functools.cached_property
-    def dataset(self) -> Dataset:
-        """The configuration's rows and photos; its split is not written."""
-        return load_dataset(self.data, self.root, save=False)
-
-    @property
-    def has_dataset(self) -> bool:
-        """Whether rows are named, or the demo's are there already."""
-        return bool(self.data.rows) or (self.root / "demo").is_dir()
-
-    @functools.cached_property
-    def vision(self) -> VisionSpec:
-        """The spec of the image features that the configuration asks for."""
-        return vision_spec(self.encoders, self.store)
-
-    @functools.cached_property
-    def text(self) -> TextSpec:
-        """The spec of the sentence features that the configuration asks for."""
-        return text_spec(self.encoders, self.store, self.k_txt)
-
-    @property
-    def asked(self) -> dict[str, VisionSpec | TextSpec]:
-        """Kind to the spec that the configuration asks for.
-
-        Raises:
-            PresetError: An encoder cannot be found.
-        """
-        return {"vit": self.vision, "text": self.text}
-
-    def keys(self, kind: str, split: str = "all") -> list[str]:
-        """Return the distinct image ids or sentences of a split, in the order of the rows."""
-        examples, rows = self.dataset.examples, self.dataset.rows(split)
-        column = examples.image_ids if kind == "vit" else examples.hypotheses
-        return list(dict.fromkeys(column[rows].tolist()))
-
-    @functools.cached_property
-    def possible(self) -> dict[str, VisionSpec | TextSpec]:
-        """Fingerprint to every spec that the two encoders can be run for.
-
-        Stored dtype, arithmetic, tokens and boundary do not need other files,
-        so the features of another `--dtype` or `--k-txt` can be made too.
-        """
-        choices = {
-            field.name: field.metadata["choices"] for field in dataclasses.fields(StoreConfig)
-        }
-        found: dict[str, VisionSpec | TextSpec] = {}
-        layers = int(self.text.architecture["num_layers"])
-        for dtype, precision in itertools.product(choices["dtype"], choices["precision"]):
-            vision = dataclasses.replace(self.vision, dtype=dtype, precision=precision)
-            text = dataclasses.replace(self.text, dtype=dtype, precision=precision)
-            variants: list[VisionSpec | TextSpec] = [
-                *(dataclasses.replace(vision, tokens=tokens) for tokens in choices["tokens"]),
-                *(dataclasses.replace(text, boundary=layer) for layer in range(layers + 1)),
-            ]
-            found |= {spec.fingerprint: spec for spec in variants}
-        return found
-
-    @functools.cache  # noqa: B019
-    def vision_encoder(self, tokens: str, precision: str) -> VisionEncoder:
-        """Load the vision encoder."""
-        return VisionEncoder(self.encoders.vit, tokens, precision)
-
-    @functools.cache  # noqa: B019
-    def text_encoder(self, precision: str) -> TextEncoder:
-        """Load the text encoder."""
-        return TextEncoder(self.encoders.text, self.encoders.sequence_length, precision)
 
 
 def _names(folder: Path) -> list[str]:
@@ -210,23 +128,23 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _coverage(source: Source) -> dict[str, dict[str, int]]:
+def _coverage(project: Project) -> dict[str, dict[str, int]]:
     """Count, for each split, the inputs that have features."""
     counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
-    for kind, what in (("vit", "images"), ("text", "sentences")):
-        folder = source.asked[kind].folder(source.root)
+    for kind, what in UNITS.items():
+        folder = project.spec(kind).folder(project.root)
         try:
             opened = open_folder(folder) if shard_paths(folder) else None
         except StoreError:
             continue
         for split in SPLITS:
-            keys = source.keys(kind, split)
+            keys = project.keys(kind, split)
             stored = 0 if opened is None else int((opened.lookup(keys) >= 0).sum())
             counts[split] |= {what: len(keys), f"{what}_with_features": stored}
     return counts
 
 
-def describe_store(source: Source) -> dict[str, Any]:
+def describe_store(project: Project) -> dict[str, Any]:
     """Return what a store holds and what of it the configuration asks for, JSON-able.
 
     Reads every shard's index, no features. TensorFlow is not needed where the
@@ -240,29 +158,43 @@ def describe_store(source: Source) -> dict[str, Any]:
     Raises:
         StoreError: There is no store.
     """
-    folders = feature_folders(source.root)
+    folders = feature_folders(project.root)
     problems: list[str] = []
     asked: dict[str, str] = {}
     coverage = None
     try:
-        asked = {kind: spec.fingerprint for kind, spec in source.asked.items()}
-        coverage = _coverage(source) if source.has_dataset else None
+        asked = {kind: spec.fingerprint for kind, spec in project.asked.items()}
+        coverage = _coverage(project) if project.has_dataset else None
     except FeatstoreError as error:
         problems.append(str(error))
     result: dict[str, Any] = {
-        "root": str(source.root),
+        "root": str(project.root),
         "asked_for": asked,
         "features": [describe_folder(folder, list(asked.values())) for folder in folders],
         "coverage": coverage,
         "problems": problems,
     }
     for name in ("splits", "reports"):
-        files = sorted((source.root / name).glob("*"))
+        files = sorted((project.root / name).glob("*"))
         result[name] = {"files": len(files), "bytes": disk_bytes(files)}
     return result
 
 
-def matching_spec(source: Source, folder: Path) -> VisionSpec | TextSpec | None:
-    """Return the spec of a folder where the configuration's encoders can make it."""
-    spec = source.possible.get(folder.name)
-    return spec if spec is not None and spec.kind == folder.parent.name else None
+def matching_spec(project: Project, folder: Path) -> VisionSpec | TextSpec | None:
+    """Return the spec of a folder where the configuration's encoders can make its features.
+
+    Number format, arithmetic, tokens and boundary need no other files, so the
+    features of another `--dtype` or `--k-txt` can be made too. Where the
+    folder's spec is lost, only the configuration's own can be told from its name.
+    """
+    own = project.spec(folder.parent.name)
+    free = (
+        ("dtype", "precision", "tokens")
+        if own.kind == "vit"
+        else ("dtype", "precision", "boundary")
+    )
+    found: dict[str, Any] = {}
+    with contextlib.suppress(StoreError):
+        found = read_spec(folder)
+    spec = dataclasses.replace(own, **{name: found[name] for name in free if name in found})
+    return spec if spec.fingerprint == folder.name else None

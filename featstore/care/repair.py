@@ -22,31 +22,22 @@ the older one must not come back to life: it is marked as lost first.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featstore.care.info import KINDS, Source, feature_folders, matching_spec
+from featstore.care.info import feature_folders, matching_spec
 from featstore.care.verify import FolderReport, Problem, verify_folder
-from featstore.encoders.spec import TextSpec, VisionSpec, differing_fields
-from featstore.encoders.tower import TextEncoder, VisionEncoder
+from featstore.encoders.spec import VisionSpec, differing_fields
 from featstore.errors import Advice, Command, FeatstoreError, StoreError
-from featstore.extract.extract import (
-    Batched,
-    ProgressBar,
-    encode_photos,
-    encode_sentences,
-    extract_images,
-    extract_text,
-    no_progress,
-    text_batches,
-    writing,
-)
-from featstore.extract.plan import Plan, photo_digest, plan_images, plan_text
+from featstore.extract.claims import writing
+from featstore.extract.encode import encoding_of
+from featstore.extract.extract import extract_alone
+from featstore.extract.plan import KINDS, Job, make_plan, photo_digests
+from featstore.progress import SILENT, Progress, Show
 from featstore.store.folder import (
     LOST,
     read_manifest,
@@ -59,6 +50,9 @@ from featstore.store.folder import (
     write_spec,
 )
 from featstore.store.shard import Shard, open_shard, rewrite_shard
+
+if TYPE_CHECKING:
+    from featstore.project import Project
 
 ACTIONS = {
     "spec": "write it again from the configuration",
@@ -106,11 +100,11 @@ class RepairReport:
         return {**vars(self), "folder": str(self.folder), "left": list(map(str, self.left))}
 
 
-def _no_match(folder: Path, source: Source) -> StoreError:
+def _no_match(folder: Path, project: Project) -> StoreError:
     """Say which configuration a folder's repair needs."""
     kind = folder.parent.name
     try:
-        fields = differing_fields(source.asked[kind].to_dict(), read_spec(folder))
+        fields = differing_fields(project.spec(kind).to_dict(), read_spec(folder))
         differs = f" ({'; '.join(fields)})"
     except StoreError:
         differs = ""
@@ -126,10 +120,10 @@ def _no_match(folder: Path, source: Source) -> StoreError:
 class _Repair:
     """The repair of one folder; its lock is held."""
 
-    def __init__(self, report: FolderReport, source: Source) -> None:
+    def __init__(self, report: FolderReport, project: Project, show: Show = SILENT) -> None:
         self.folder = report.folder
         self.problems = report.problems
-        self.source = source
+        self.project, self.show = project, show
         self.result = RepairReport(report.folder)
         # Nothing is known of a file that may not be read: it must not be replaced.
         self.result.left += [
@@ -139,13 +133,13 @@ class _Repair:
         needed = self.of(*NEEDS_ENCODER)
         self.spec = None
         if needed:
-            self.spec = matching_spec(source, report.folder)
+            self.spec = matching_spec(project, report.folder)
         elif self.of("manifest"):
             # Not needed to rebuild it, only to tell which rows may be stale.
             with contextlib.suppress(FeatstoreError):
-                self.spec = matching_spec(source, report.folder)
+                self.spec = matching_spec(project, report.folder)
         if needed and self.spec is None:
-            self.result.left.append(_no_match(report.folder, source))
+            self.result.left.append(_no_match(report.folder, project))
         bad = {problem.path.name for problem in report.problems}
         self.lines = {
             line["name"]: line
@@ -195,10 +189,8 @@ class _Repair:
                 if (keys is None or key in keys) and not (path in without and row in rows):
                     newest[key] = tuple(digest)
         entries = salvage_quarantine(self.folder)
-        index = self.source.dataset.images
-        paths = [index.lookup(key) for key in newest]
-        with ThreadPoolExecutor(max(4, self.source.store.decode_threads)) as pool:
-            found = list(pool.map(lambda path: path and photo_digest(path), paths))
+        paths = [self.project.dataset.images.lookup(key) for key in newest]
+        found = photo_digests(paths, self.project.config.store.decode_threads)
         for (key, digest), now in zip(newest.items(), found, strict=True):
             known = now is not None or keys is not None
             if known and now != digest and not entries.get(key, {}).get("source_digest"):
@@ -209,66 +201,45 @@ class _Repair:
         if entries or (self.folder / "quarantine.json").exists():
             write_quarantine(self.folder, entries)
 
-    def restore(self, shard: Shard, rows: Sequence[int], bar: ProgressBar) -> set[int]:
+    def restore(self, shard: Shard, rows: Sequence[int]) -> set[int]:
         """Compute rows again, into the shard's private features; return those that succeeded."""
         if not rows:
             return set()
-        with bar(len(rows)) as progress:
-            if isinstance(self.spec, VisionSpec):
-                restored = self._restore_photos(shard, rows, self.spec, progress)
-            else:
-                assert self.spec is not None
-                restored = self._restore_sentences(shard, rows, self.spec, progress)
+        with self.show.bar(len(rows), "rows") as progress:
+            restored = self._restore(shard, rows, progress)
         self.result.restored += len(restored)
         self.result.identical += sum(shard.row_is_intact(row) for row in restored)
         return restored
 
-    def _restore_photos(
-        self, shard: Shard, rows: Sequence[int], spec: VisionSpec, progress: Callable[[int], None]
-    ) -> set[int]:
-        keys, index = shard.keys(), self.source.dataset.images
-        paths = [(str(row), index.lookup(keys[row])) for row in rows]
-        photos = [(name, path) for name, path in paths if path is not None]
-        encoder = self.vision_encoder(spec)
-        batched = Batched(encoder, self.source.store.encode_batch_size, lambda size: None)
+    def _restore(self, shard: Shard, rows: Sequence[int], progress: Progress) -> set[int]:
+        spec, keys = self.spec, shard.keys()
+        assert spec is not None
+        row_of = {keys[row]: row for row in rows}
+        names, paths = list(row_of), []
+        if isinstance(spec, VisionSpec):
+            lookup = self.project.dataset.images.lookup
+            found = {key: path for key in names if (path := lookup(key)) is not None}
+            names, paths = list(found), list(found.values())
+        encoding = encoding_of(spec, self.project.encoder(spec), self.project.config.store)
         restored = set()
-        for item in encode_photos(photos, encoder, batched, self.source.store, spec.dtype):
+        for item in encoding.rows(names, paths):
             progress(1)
-            row = int(item.key)
-            same = item.digest == tuple(shard.index["source_digests"][row].tolist())
-            if same and item.features is not None:
-                shard.features[row, 0] = item.features
+            row = row_of[item.key]
+            part: Any
+            if isinstance(spec, VisionSpec):
+                part = (row, 0)
+                same = item.digest == tuple(shard.index["source_digests"][row].tolist())
+            else:
+                part = slice(*shard.index["offsets"][row : row + 2].tolist())
+                same = np.array_equal(shard.index["token_ids"][part], np.asarray(item.token_ids))
+            if same and item.numbers is not None:
+                shard.features[part] = item.numbers.features
                 if shard.scales is not None:
-                    shard.scales[row, 0] = item.scales
+                    shard.scales[part] = item.numbers.scales
                 restored.add(row)
         return restored
 
-    def _restore_sentences(
-        self, shard: Shard, rows: Sequence[int], spec: TextSpec, progress: Callable[[int], None]
-    ) -> set[int]:
-        keys, store = shard.keys(), self.source.store
-        encoder = self.text_encoder(spec)
-        batched = text_batches(encoder, spec, store)
-        restored = set()
-        items = encode_sentences([keys[row] for row in rows], encoder, batched, store, spec.dtype)
-        for row, item in zip(rows, items, strict=True):
-            progress(1)
-            a, b = shard.index["offsets"][row : row + 2].tolist()
-            same = np.array_equal(item.token_ids, shard.index["token_ids"][a:b])
-            if same and item.features is not None:
-                shard.features[a:b] = item.features
-                if shard.scales is not None:
-                    shard.scales[a:b] = item.scales
-                restored.add(row)
-        return restored
-
-    def vision_encoder(self, spec: VisionSpec) -> VisionEncoder:
-        return self.source.vision_encoder(spec.tokens, spec.precision)
-
-    def text_encoder(self, spec: TextSpec) -> TextEncoder:
-        return self.source.text_encoder(spec.precision)
-
-    def rewrite(self, path: Path, bar: ProgressBar) -> None:
+    def rewrite(self, path: Path) -> None:
         """Replace a shard whose index can be read."""
         shard = self.open(path, private=True)
         damaged = [
@@ -283,7 +254,7 @@ class _Repair:
             for row in problem.rows
             if problem.path == path
         }
-        restored = self.restore(shard, damaged, bar)
+        restored = self.restore(shard, damaged)
         gone = (set(damaged) - restored) | repeated
         keys = shard.keys()
         dropped = {keys[row] for row in set(damaged) - restored}
@@ -314,29 +285,23 @@ class _Repair:
         self.result.dropped += sorted(keys)
         return known
 
-    def extract(self, keys: Sequence[str] | None, bar: ProgressBar) -> None:
+    def extract(self, keys: Sequence[str] | None) -> None:
         """Extract what is missing of some keys; None: of all that the rows ask for."""
-        source, spec = self.source, self.spec
-        plan: Plan
-        if isinstance(spec, VisionSpec):
-            ids = source.keys("vit")
-            wanted = ids if keys is None else sorted(set(keys) & set(ids))
-            plan = plan_images(spec, source.store, wanted, source.dataset.images)
-        else:
-            assert spec is not None
-            wanted = source.keys("text") if keys is None else list(keys)
-            plan = plan_text(spec, source.store, wanted)
+        project, spec = self.project, self.spec
+        assert spec is not None
+        wanted, images = project.keys(spec.kind), None
+        if spec.kind == "vit":
+            images = project.dataset.images
+            wanted = wanted if keys is None else sorted(set(keys) & set(wanted))
+        elif keys is not None:
+            wanted = list(keys)
+        name = project.preset_name(spec.kind)
+        job = Job(spec, name, project.config.store, wanted, images, lambda: project.encoder(spec))
+        plan = make_plan(job)
         if not plan.keys:
             return
         plan.check_space()
-        with bar(len(plan.keys)) as progress:
-            if isinstance(spec, VisionSpec):
-                encoder = self.vision_encoder(spec)
-                summary = extract_images(plan, encoder, source.store, source.encoders.vit, progress)
-            else:
-                summary = extract_text(
-                    plan, self.text_encoder(spec), source.store, source.encoders.text, progress
-                )
+        summary = extract_alone(plan, self.show)
         self.result.extracted += summary.extracted
         self.result.failed |= summary.failed
 
@@ -349,7 +314,7 @@ class _Repair:
             ]
         return self.result
 
-    def run(self, bar: ProgressBar) -> RepairReport:
+    def run(self) -> RepairReport:
         """Advice everything, in an order in which a kill never makes it worse.
 
         Raises:
@@ -364,16 +329,14 @@ class _Repair:
                     " the command again"
                 )
         if self.of("spec") and self.spec is not None:
-            encoders = self.source.encoders
-            name = encoders.vit if self.spec.kind == "vit" else encoders.text
-            write_spec(self.folder, self.spec, {"preset": name})
+            write_spec(self.folder, self.spec, {"preset": self.project.preset_name(self.spec.kind)})
         if self.of("quarantine"):
             self.mend_quarantine()
         if self.of("manifest"):
             self.mark_stale()
         for path in sorted({problem.path for problem in self.of(*REWRITTEN)}):
             if path not in {problem.path for problem in self.of(*DROPPED)}:
-                self.rewrite(path, bar)
+                self.rewrite(path)
         known = self.drop()
         if self.of("manifest"):
             self.lines.clear()
@@ -382,7 +345,7 @@ class _Repair:
         write_manifest(self.folder, self.folder.name, reconcile_manifest(self.folder))
         if self.of(*DROPPED) or self.result.dropped:
             # Of an unreadable or missing shard, keys may be lost that nothing names.
-            self.extract(sorted(self.result.dropped) if known else None, bar)
+            self.extract(sorted(self.result.dropped) if known else None)
         return self.result
 
     def mark_stale(self) -> None:
@@ -399,14 +362,14 @@ class _Repair:
 
 
 def repair_folder(
-    folder: Path, source: Source, bar: ProgressBar = no_progress, dry_run: bool = False
+    folder: Path, project: Project, show: Show = SILENT, dry_run: bool = False
 ) -> RepairReport:
-    """Advice one feature folder.
+    """Mend one feature folder.
 
     Args:
         folder: Of the features.
-        source: The configuration: what the damaged rows are computed with.
-        bar: Makes a progress display for a number of rows.
+        project: The configuration: what the damaged rows are computed with.
+        show: How it is shown.
         dry_run: Say what would be done; change nothing.
 
     Returns:
@@ -424,20 +387,20 @@ def repair_folder(
         return RepairReport(folder)
     # The lock of a folder that may not even be listed cannot be taken.
     if dry_run or any(problem.what == "no access" for problem in report.problems):
-        return _Repair(report, source).planned()
+        return _Repair(report, project).planned()
     with writing(folder):
         # Again: another process may have changed the folder before the lock was ours.
-        return _Repair(verify_folder(folder), source).run(bar)
+        return _Repair(verify_folder(folder), project, show).run()
 
 
 def repair_store(
-    source: Source,
+    project: Project,
     kinds: Sequence[str] = KINDS,
-    bar: ProgressBar = no_progress,
+    show: Show = SILENT,
     dry_run: bool = False,
 ) -> list[RepairReport]:
-    """Advice the feature folders of a store; see `repair_folder`."""
+    """Mend the feature folders of a store; see `repair_folder`."""
     return [
-        repair_folder(folder, source, bar, dry_run)
-        for folder in feature_folders(source.root, kinds)
+        repair_folder(folder, project, show, dry_run)
+        for folder in feature_folders(project.root, kinds)
     ]

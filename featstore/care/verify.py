@@ -13,17 +13,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 import xxhash
 
-from featstore.care.info import KINDS, Source, feature_folders, open_folder
+from featstore.care.info import feature_folders, open_folder
 from featstore.data.images import ImageIndex
 from featstore.errors import Advice, Command, CorruptShardError, StoreError, shown
-from featstore.extract.extract import ProgressBar, no_progress
-from featstore.extract.plan import photo_digest
+from featstore.extract.plan import KINDS, photo_digest
+from featstore.progress import SILENT, Progress, Show
 from featstore.publish import TEMPORARY, read_json
 from featstore.store.folder import (
     manifest_damage,
@@ -43,6 +43,9 @@ from featstore.store.shard import (
     shard_number,
 )
 from featstore.store.store import VisionStore
+
+if TYPE_CHECKING:
+    from featstore.project import Project
 
 LISTS = ("spec.json", "manifest.json", "quarantine.json")
 BLOCK_BYTES = 4 << 20
@@ -297,7 +300,7 @@ def _check_lists(report: FolderReport) -> None:
         )
 
 
-def verify_folder(folder: Path, progress: Callable[[int], None] = lambda n: None) -> FolderReport:
+def verify_folder(folder: Path, progress: Progress = lambda n: None) -> FolderReport:
     """Check every byte of a feature folder.
 
     Args:
@@ -394,7 +397,7 @@ def sample_folder(folder: Path, rows: int, seed: int = 0) -> FolderReport:
 
 
 def compare_sources(
-    folder: Path, index: ImageIndex, threads: int, progress: Callable[[int], None] = lambda n: None
+    folder: Path, index: ImageIndex, threads: int, progress: Progress = lambda n: None
 ) -> list[Problem]:
     """Compare each live row's photo with the bytes that the row was made from.
 
@@ -451,25 +454,23 @@ def compare_sources(
 
 
 def verify_store(
-    source: Source,
+    project: Project,
     kinds: Sequence[str] = KINDS,
     mine: bool = False,
     sample: int | None = None,
     photos: bool = False,
-    bar: ProgressBar = no_progress,
-    photo_bar: ProgressBar = no_progress,
+    show: Show = SILENT,
 ) -> list[FolderReport]:
     """Check the feature folders of a store.
 
     Args:
-        source: The configuration; of it, only the store's root is needed
+        project: The configuration; of it, only the store's root is needed
             unless `mine` or `photos` is set.
         kinds: "vit", "text" or both.
         mine: Only the folders that the configuration asks for.
         sample: Check that many random rows of each folder instead of all.
         photos: Compare the photos with what the rows were made from, too.
-        bar: Makes a progress display for a number of MiB.
-        photo_bar: Makes one for a number of photos.
+        show: How it is shown.
 
     Returns:
         One report a folder; all is well where none has a problem.
@@ -477,15 +478,15 @@ def verify_store(
     Raises:
         StoreError: There is no store.
     """
-    folders = feature_folders(source.root, kinds)
+    folders = feature_folders(project.root, kinds)
     if mine:
-        wanted = {spec.fingerprint for spec in source.asked.values()}
+        wanted = {spec.fingerprint for spec in project.asked.values()}
         folders = [folder for folder in folders if folder.name in wanted]
     if sample is not None:
         reports = [sample_folder(folder, sample) for folder in folders]
     else:
         block_mib = BLOCK_BYTES >> 20
-        with bar(sum(map(blocks_of, folders)) * block_mib) as progress:
+        with show.bar(sum(map(blocks_of, folders)) * block_mib, "MiB") as progress:
             reports = [
                 verify_folder(folder, lambda blocks: progress(blocks * block_mib))
                 for folder in folders
@@ -495,11 +496,7 @@ def verify_store(
             if report.problems:
                 report.notes.append(Advice("the photos were not compared; mend the folder first"))
                 continue
-            with photo_bar(report.rows) as progress:
-                report.problems += compare_sources(
-                    report.folder,
-                    source.dataset.images,
-                    source.store.decode_threads,
-                    progress,
-                )
+            images, threads = project.dataset.images, project.config.store.decode_threads
+            with show.bar(report.rows, "photos") as progress:
+                report.problems += compare_sources(report.folder, images, threads, progress)
     return reports

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from featstore.data.examples import (
     write_report,
 )
 from featstore.data.images import ImageIndex, index_images
-from featstore.data.rows import read_examples
+from featstore.data.rows import read_examples, read_frame
 from featstore.data.splits import (
     Splits,
     make_splits,
@@ -28,6 +30,9 @@ from featstore.data.splits import (
     splits_from_parts,
 )
 from featstore.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -39,19 +44,43 @@ class Dataset:
         splits: Their split by image.
         images: Where the photos are.
         issues: Rows dropped, and rows kept with a warning.
-        report: The CSV that names them; None where there are none.
-        splits_path: The split on disk.
+        root: The store's root: splits and reports are kept below it.
     """
 
     examples: Examples
     splits: Splits
     images: ImageIndex
     issues: list[RowIssue]
-    report: Path | None
-    splits_path: Path
+    root: Path
 
-    def rows(self, split: str) -> NDArray[np.int64]:
-        """Return the rows of a split, or of all splits for "all"."""
+    @property
+    def splits_path(self) -> Path:
+        """The split on disk, once it is saved."""
+        return self.root / "splits" / f"{self.splits.digest()}.json"
+
+    @property
+    def report(self) -> Path | None:
+        """The CSV that names the issues, once it is saved; None where there are none."""
+        if not self.issues:
+            return None
+        return self.root / "reports" / f"rows-{self.examples.digest()[:16]}.csv"
+
+    def save(self) -> None:
+        """Write the split and the report; nothing of rows that are not split.
+
+        Raises:
+            FeatstoreError: They cannot be written.
+        """
+        if self.splits.source == "none":
+            return
+        save_splits(self.splits_path, self.splits)
+        if self.report is not None:
+            write_report(self.report, self.issues)
+
+    def rows(self, split: str | Sequence[str]) -> NDArray[np.int64]:
+        """Return the rows of a split, of several one after the other, or of all for "all"."""
+        if not isinstance(split, str):
+            return np.concatenate([self.rows(name) for name in split])
         if split == "all":
             return np.arange(len(self.examples))
         return self.splits.rows(self.examples, split)
@@ -78,19 +107,45 @@ def _read(path: str, data: DataConfig, images: ImageIndex) -> tuple[Examples, li
     return examples, [*result.issues, *missing]
 
 
-def load_dataset(data: DataConfig, root: Path, save: bool = True) -> Dataset:
+def rows_to_predict(
+    rows: str | os.PathLike[str] | pd.DataFrame, images: str | os.PathLike[str], root: Path
+) -> Dataset:
+    """Read rows that need no label, and find their photos.
+
+    Args:
+        rows: A row file, or a table with such columns; see `featstore.data.rows`.
+        images: Folder of the photos.
+        root: The store's root.
+
+    Returns:
+        The rows that can be predicted, in order, repeats included, in no split.
+        Its issues have the others.
+
+    Raises:
+        RowError, DataError: None of the rows can be used, or they cannot be read.
+    """
+    index = index_images(images)
+    if isinstance(rows, str | os.PathLike):
+        result = read_examples(rows, labelled=False, duplicates="keep")
+    else:
+        result = read_frame(rows)
+    examples, missing = drop_missing(result.examples, index.lookup)
+    issues = [*result.issues, *missing]
+    return Dataset(examples, Splits.none(examples), index, issues, root)
+
+
+def load_dataset(data: DataConfig, root: Path) -> Dataset:
     """Read the rows, find the photos, make or read the split.
 
     Args:
         data: The `[data]` settings; without rows, the built-in demo is used
             (and made on first use).
         root: The store's root: splits and reports are kept below it.
-        save: Write the split and the report; False for a dry run.
 
     Raises:
         ConfigError: No folder of photos is named.
         RowError, DataError: Rows or photos cannot be used.
-        SplitError: A split leaks, or does not cover the rows.
+        SplitError: A split leaks, or belongs to other rows.
     """
     rows, folder = data.rows, data.images
     if not rows:
@@ -115,10 +170,4 @@ def load_dataset(data: DataConfig, root: Path, save: bool = True) -> Dataset:
             if data.split_file
             else make_splits(examples, data.fractions, data.split_seed)
         )
-    splits_path = root / "splits" / f"{splits.digest()}.json"
-    if save:
-        save_splits(splits_path, splits)
-    report = root / "reports" / f"rows-{examples.digest()[:16]}.csv" if issues else None
-    if report is not None and save:
-        write_report(report, issues)
-    return Dataset(examples, splits, images, issues, report, splits_path)
+    return Dataset(examples, splits, images, issues, root)

@@ -29,6 +29,11 @@ DEMO_TRAIN: dict[str, Any] = {
     "head_dim": 64,
     "mlp_dim": 512,
 }
+# What takes the place of the defaults where no rows are named, section by section.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "encoders": {"vit": VIT_PRESET, "text": TEXT_PRESET},
+    "train": DEMO_TRAIN,
+}
 
 # A change of what the generator writes needs a new version.
 VERSION = 1

@@ -1,11 +1,11 @@
-"""What an extraction has to do: the specs a configuration asks for, less what is stored."""
+"""What an extraction is asked for, and what of it is missing."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,67 @@ from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, vision_ro
 from featstore.errors import ConfigError, ImageError, StoreError
 from featstore.store.folder import read_quarantine, shard_paths
 from featstore.store.shard import digest_bytes, token_bytes
-from featstore.store.store import TextStore, VisionStore, read_spec
+from featstore.store.store import Store, VisionStore, open_store
 
 MAX_SHARD_BYTES = 4 << 30
+TEXT_SHARD_TOKENS = 1 << 18
+UNITS = {"vit": "images", "text": "sentences"}
+KINDS = tuple(UNITS)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Inputs whose features by one spec the store is to hold.
+
+    Attributes:
+        spec: Of the features.
+        preset: The encoder's preset, as the user named it.
+        store: Root of the store, rows of a shard, rows of a batch, threads.
+        keys: Image ids or sentences, in order; repeats count once.
+        images: Where the photos are; None for sentences.
+        load: Loads the spec's encoder; None: from the preset, each time.
+    """
+
+    spec: FeatureSpec
+    preset: str
+    store: StoreConfig
+    keys: Sequence[str] = field(repr=False)
+    images: ImageIndex | None = field(default=None, repr=False)
+    load: Callable[[], Any] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", list(dict.fromkeys(self.keys)))
+
+    @property
+    def folder(self) -> Path:
+        """Where the features go."""
+        return self.spec.folder(Path(self.store.root))
+
+    @property
+    def unit(self) -> str:
+        """What the inputs are called."""
+        return UNITS[self.spec.kind]
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard; of sentences, at most so many that its tokens fit into memory."""
+        if not isinstance(self.spec, TextSpec):
+            return self.store.shard_rows
+        return min(self.store.shard_rows, max(1, TEXT_SHARD_TOKENS // self.spec.sequence_length))
+
+    def paths_of(self, keys: Sequence[str]) -> list[Path]:
+        """Return the photos of image ids; none for sentences.
+
+        Raises:
+            StoreError: An id has no photo.
+        """
+        if self.images is None:
+            return []
+        found = [self.images.lookup(key) for key in keys]
+        for key, path in zip(keys, found, strict=True):
+            if path is None:
+                raise StoreError(f"{self.images.folder}: no photo for image id {key!r}")
+        return [path for path in found if path is not None]
 
 
 @dataclass
@@ -27,26 +85,30 @@ class Plan:
     """What an extraction has to do.
 
     Attributes:
-        spec: Of the features.
-        folder: Where they go.
+        job: What was asked for.
         keys: Image ids or sentences to encode, in order.
-        paths: Photos of `keys`; empty for text.
-        requested: Distinct inputs asked for.
         changed: How many of `keys` are stored from a photo that has changed.
         quarantined: Inputs passed over because they failed before.
-        todo_bytes: Size of the features of `keys` on disk.
+        todo_bytes: Size of the features of `keys` on disk; of sentences, at most.
         free_bytes: Free space where they go.
     """
 
-    spec: FeatureSpec
-    folder: Path
+    job: Job
     keys: list[str]
-    paths: list[Path]
-    requested: int
     changed: int
     quarantined: int
     todo_bytes: int
     free_bytes: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the features go."""
+        return self.job.folder
+
+    @property
+    def requested(self) -> int:
+        """Distinct inputs asked for."""
+        return len(self.job.keys)
 
     @property
     def cached(self) -> int:
@@ -69,8 +131,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan's figures, JSON-able."""
         return {
-            "kind": self.spec.kind,
-            "fingerprint": self.spec.fingerprint,
+            "kind": self.job.spec.kind,
+            "fingerprint": self.job.spec.fingerprint,
             "folder": str(self.folder),
             "requested": self.requested,
             "cached": self.cached,
@@ -89,10 +151,6 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _open_if_there(kind: type[Any], folder: Path) -> Any:
-    return kind(folder, read_spec(folder)) if shard_paths(folder) else None
-
-
 def photo_digest(path: Path) -> tuple[int, int] | None:
     """Return the digest of a photo's bytes, or None where it cannot be read."""
     try:
@@ -101,92 +159,86 @@ def photo_digest(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def plan_images(
-    spec: VisionSpec, store: StoreConfig, image_ids: Sequence[str], index: ImageIndex
-) -> Plan:
-    """Find which photos have no features, or features of other bytes.
+def photo_digests(paths: Sequence[Path | None], threads: int) -> list[tuple[int, int] | None]:
+    """Return the digests of photos, read by threads; None where one is absent or unreadable."""
+    with ThreadPoolExecutor(max(4, threads)) as pool:
+        return list(pool.map(lambda path: path and photo_digest(path), paths))
+
+
+def make_plan(job: Job) -> Plan:
+    """Find which inputs have no features, or features of a photo that has changed since.
 
     Args:
-        spec: Of the features.
-        store: Root and threads.
-        image_ids: Ids asked for; repeats are counted once. Each has a photo.
-        index: Where the photos are.
+        job: What is asked for.
 
     Returns:
         The plan. Nothing is changed.
 
+    Raises:
+        StoreError: An image id has no photo; the store cannot be read.
+        ConfigError: A shard would be larger than `MAX_SHARD_BYTES`.
+
     Cost: reads every photo that is stored already, to compare its digest.
     """
-    folder = spec.folder(Path(store.root))
-    ids = list(dict.fromkeys(image_ids))
-    paths = [index.lookup(image_id) for image_id in ids]
-    lost = [image_id for image_id, path in zip(ids, paths, strict=True) if path is None]
-    if lost:
-        raise StoreError(f"{index.folder}: no photo for image id {lost[0]!r}")
-    known = read_quarantine(folder)
-    opened = _open_if_there(VisionStore, folder)
-    positions = np.full(len(ids), -1, np.int64) if opened is None else opened.lookup(ids)
-    to_compare = [i for i, key in enumerate(ids) if positions[i] >= 0 or key in known]
-    with ThreadPoolExecutor(max(4, store.decode_threads)) as pool:
-        found = dict(
-            zip(to_compare, pool.map(photo_digest, [paths[i] for i in to_compare]), strict=True)
-        )
-    todo, changed, quarantined = [], 0, 0
-    for i, key in enumerate(ids):
-        digest = found.get(i)
-        if positions[i] >= 0:
-            stored = tuple(opened.source_digests(positions[i : i + 1])[0].tolist())
-            if digest == stored:
-                continue
-            changed += 1
-        elif key in known and digest is not None and list(digest) == known[key]["source_digest"]:
-            quarantined += 1
-            continue
-        todo.append(i)
+    keys, spec = job.keys, job.spec
+    paths = job.paths_of(keys)
+    known = read_quarantine(job.folder)
+    opened = open_store(job.folder) if shard_paths(job.folder) else None
+    positions = np.full(len(keys), -1, np.int64) if opened is None else opened.lookup(keys)
+    stored = positions >= 0
+    if isinstance(spec, VisionSpec):
+        looked_at = [i for i, key in enumerate(keys) if stored[i] or key in known]
+        found = photo_digests([paths[i] for i in looked_at], job.store.decode_threads)
+        same = _unchanged(opened, positions, keys, known, dict(zip(looked_at, found, strict=True)))
+    else:
+        # A sentence never changes: one that failed under this spec always fails.
+        same = [bool(there) or key in known for there, key in zip(stored, keys, strict=True)]
+    todo = [i for i, unchanged in enumerate(same) if not unchanged]
+    row_bytes = _row_bytes(job, [keys[i] for i in todo])
+    return Plan(
+        job=job,
+        keys=[keys[i] for i in todo],
+        changed=sum(bool(stored[i]) for i in todo),
+        quarantined=sum(unchanged and not stored[i] for i, unchanged in enumerate(same)),
+        todo_bytes=row_bytes,
+        free_bytes=free_space(job.folder),
+    )
+
+
+def _unchanged(
+    opened: Store | None,
+    positions: Any,
+    keys: Sequence[str],
+    known: dict[str, dict[str, Any]],
+    found: dict[int, tuple[int, int] | None],
+) -> list[bool]:
+    """Tell of each image whether it is stored, or failed, with the bytes that its photo has now."""
+    expected: dict[int, Any] = {
+        i: known[key]["source_digest"] for i, key in enumerate(keys) if key in known
+    }
+    if isinstance(opened, VisionStore):
+        there = np.flatnonzero(positions >= 0)
+        digests = opened.source_digests(positions[there]).tolist()
+        expected |= dict(zip(there.tolist(), digests, strict=True))
+    return [
+        (digest := found.get(i)) is not None and list(digest) == expected[i]
+        for i in range(len(keys))
+    ]
+
+
+def _row_bytes(job: Job, keys: Sequence[str]) -> int:
+    """Return the bytes that the features of some inputs take; of sentences, at most."""
+    spec, store = job.spec, job.store
+    if not isinstance(spec, VisionSpec):
+        assert isinstance(spec, TextSpec)
+        words = sum(min(len(key.split()) * 2 + 2, spec.sequence_length) for key in keys)
+        return words * token_bytes(spec.dtype, int(spec.architecture["hidden_dim"]))
     tokens, width = vision_row_shape(spec.architecture, spec.tokens)
     row_bytes = spec.views * tokens * token_bytes(spec.dtype, width)
-    if min(store.shard_rows, len(todo)) * row_bytes > MAX_SHARD_BYTES:
-        fitting = MAX_SHARD_BYTES // row_bytes
+    if min(store.shard_rows, len(keys)) * row_bytes > MAX_SHARD_BYTES:
         raise ConfigError(
             f"[store] shard_rows = {store.shard_rows}: one shard would take"
-            f" {store.shard_rows * row_bytes / 1e9:.1f} GB of memory; choose at most {fitting}"
+            f" {store.shard_rows * row_bytes / 1e9:.1f} GB of memory; choose at most"
+            f" {MAX_SHARD_BYTES // row_bytes}"
         )
-    return Plan(
-        spec=spec,
-        folder=folder,
-        keys=[ids[i] for i in todo],
-        paths=[path for i in todo if (path := paths[i]) is not None],
-        requested=len(ids),
-        changed=changed,
-        quarantined=quarantined,
-        todo_bytes=len(todo) * row_bytes,
-        free_bytes=free_space(folder),
-    )
-
-
-def plan_text(spec: TextSpec, store: StoreConfig, sentences: Sequence[str]) -> Plan:
-    """Find which sentences have no features yet.
-
-    The size is an upper bound: each sentence is taken at its full length.
-    """
-    folder = spec.folder(Path(store.root))
-    distinct = list(dict.fromkeys(sentences))
-    known = read_quarantine(folder)
-    opened = _open_if_there(TextStore, folder)
-    positions = np.full(len(distinct), -1) if opened is None else opened.lookup(distinct)
-    missing = [key for key, position in zip(distinct, positions, strict=True) if position < 0]
-    # A sentence never changes: one that failed under this spec always fails.
-    todo = [key for key in missing if key not in known]
-    width = int(spec.architecture["hidden_dim"])
-    words = sum(min(len(key.split()) * 2 + 2, spec.sequence_length) for key in todo)
-    return Plan(
-        spec=spec,
-        folder=folder,
-        keys=todo,
-        paths=[],
-        requested=len(distinct),
-        changed=0,
-        quarantined=len(missing) - len(todo),
-        todo_bytes=words * token_bytes(spec.dtype, width),
-        free_bytes=free_space(folder),
-    )
+    return len(keys) * row_bytes

@@ -18,28 +18,20 @@ import tempfile
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featstore.config import EncodersConfig, StoreConfig
-from featstore.data.images import ImageIndex
-from featstore.encoders.spec import VisionSpec, vision_spec
-from featstore.encoders.tower import VisionEncoder
+from featstore.config import EncodersConfig
+from featstore.encoders.spec import FeatureSpec, TextSpec, text_spec, vision_spec
 from featstore.errors import FeatstoreError, StoreError
-from featstore.extract.extract import (
-    ALL,
-    Batched,
-    Progress,
-    ProgressBar,
-    Summary,
-    make_shards,
-    no_progress,
-    share_of_images,
-)
-from featstore.extract.plan import Plan
-from featstore.extract.worklist import PlannedShard, Publisher, WorkList
+from featstore.extract.encode import Encoding, encoding_of, load_encoder
+from featstore.extract.extract import ALL, Summary
+from featstore.extract.plan import Job, Plan
+from featstore.extract.publisher import Publisher
+from featstore.extract.worklist import PlannedShard, WorkList, sharing
+from featstore.progress import SILENT, Progress, Show
 from featstore.publish import TEMPORARY, package_versions, write_text
 from featstore.ray_cluster import (
     ENVIRONMENT,
@@ -65,15 +57,13 @@ class _Task:
     """What every actor of an extraction is told.
 
     Attributes:
-        folder: Of the features; `marker` in it holds `token`.
+        job: What is extracted, without its inputs.
+        token: What the file `marker` in the features' folder holds.
         photos: Some of the photos that are there on the driver's machine.
         threads: Of a forward pass; 0: as many as TensorFlow takes.
     """
 
-    encoders: EncodersConfig
-    store: StoreConfig
-    spec: VisionSpec
-    folder: Path
+    job: Job
     token: str
     marker: str
     photos: tuple[Path, ...]
@@ -121,12 +111,12 @@ class ShardActor:
         self.task = task
         self.name = socket.gethostname()
         self.sees_folder = False
-        self.batched: Batched | None = None
+        self.encoding: Encoding | None = None
 
     def ready(self) -> _Host:
         """Look at the folders and load the encoder; a refusal is returned, not raised."""
         task = self.task
-        if self.batched is None:
+        if self.encoding is None:
             os.environ.update(task.environment)
             # Outputs record the command of the one who asked.
             sys.argv[:] = task.command
@@ -147,24 +137,24 @@ class ShardActor:
         return _Host(self.name, refusal=f"node {self.name}: {why}")
 
     def _sees_folder(self) -> bool:
-        marker = self.task.folder / self.task.marker
+        marker = self.task.job.folder / self.task.marker
         try:
             same = marker.read_text() == self.task.token
         except OSError:
             return False
-        return same and os.access(self.task.folder, os.W_OK)
+        return same and os.access(self.task.job.folder, os.W_OK)
 
     def _load(self) -> None:
         task = self.task
         limit_threads(task.threads)
-        found = vision_spec(task.encoders, task.store).fingerprint
-        if found != task.spec.fingerprint:
+        job = task.job
+        found = _spec_here(job).fingerprint
+        if found != job.spec.fingerprint:
             raise StoreError(
-                f"{task.encoders.vit} gives features {found}, expected {task.spec.fingerprint};"
+                f"{job.preset} gives features {found}, expected {job.spec.fingerprint};"
                 " install the same versions and weights on every node"
             )
-        encoder = VisionEncoder(task.encoders.vit, task.store.tokens, task.store.precision)
-        self.batched = Batched(encoder, task.store.encode_batch_size, lambda size: None)
+        self.encoding = encoding_of(job.spec, load_encoder(job.spec, job.preset), job.store)
 
     def make(self, shard: PlannedShard) -> _Finished:
         """Encode a planned shard; publish it, or return it.
@@ -178,23 +168,31 @@ class ShardActor:
             return _Finished(refusal=f"node {self.name}: {error}")
 
     def _make(self, shard: PlannedShard) -> _Finished:
-        task, batched = self.task, self.batched
-        assert batched is not None
-        made = make_shards([shard], batched.encoder, batched, task.store, task.spec.dtype)  # type: ignore[arg-type]
-        _, rows, failed = next(iter(made))
-        keys, size = tuple(rows.keys), batched.batch_size
+        job, encoding = self.task.job, self.encoding
+        assert encoding is not None
+        _, rows, failed = next(iter(encoding.shards([shard], lambda count: None)))
+        keys, size = tuple(rows.keys), encoding.batched.batch_size
         if self.sees_folder:
-            publisher = Publisher(task.folder, task.spec, task.token)
+            publisher = Publisher(job.folder, job.spec, self.task.token)
             if not publisher.publish(shard.number, rows, failed):
                 return _Finished(batch_size=size)
             return _Finished(keys, dict(failed), size)
         if not keys:
             return _Finished(keys, dict(failed), size)
-        line, data = _file_of(shard.number, rows, task.spec)
+        line, data = _file_of(shard.number, rows, job.spec)
         return _Finished(keys, dict(failed), size, line, data)
 
 
-def _file_of(number: int, rows: ShardRows, spec: VisionSpec) -> tuple[dict[str, Any], bytes]:
+def _spec_here(job: Job) -> FeatureSpec:
+    """Return a job's spec as this machine's preset files and packages make it."""
+    spec = job.spec
+    if not isinstance(spec, TextSpec):
+        return vision_spec(EncodersConfig(vit=job.preset), job.store)
+    encoders = EncodersConfig(text=job.preset, sequence_length=spec.sequence_length)
+    return text_spec(encoders, job.store, int(spec.architecture["num_layers"]) - spec.boundary)
+
+
+def _file_of(number: int, rows: ShardRows, spec: FeatureSpec) -> tuple[dict[str, Any], bytes]:
     """Return a shard's line of the manifest and its file's bytes."""
     with tempfile.TemporaryDirectory(prefix="featstore-") as scratch:
         path = Path(scratch) / shard_name(number)
@@ -212,13 +210,12 @@ class _Driver:
         work: WorkList,
         task: _Task,
         resources: tuple[int, float, float],
-        say: Callable[[str], None],
-        on_halved: Callable[[int], None],
+        show: Show,
         progress: Progress,
         summary: Summary,
     ) -> None:
-        self.ray, self.work, self.task, self.say = ray, work, task, say
-        self.on_halved, self.progress, self.summary = on_halved, progress, summary
+        self.ray, self.work, self.task, self.show = ray, work, task, show
+        self.progress, self.summary = progress, summary
         self.count, gpus, cpus = resources
         self.make_actor = ray.remote(ShardActor).options(
             num_gpus=gpus, num_cpus=cpus, max_restarts=-1, max_task_retries=0
@@ -274,7 +271,9 @@ class _Driver:
             ready, _ = self.ray.wait(refs, num_returns=1, timeout=WAIT_SECONDS)
             if not ready and not self.running and not waited:
                 waited = True
-                self.say("Ray: no actor has started yet; waiting for a node with room for one")
+                self.show.note(
+                    "Ray: no actor has started yet; waiting for a node with room for one"
+                )
             for ref in ready:
                 self._settle(ref, queue)
         return others
@@ -332,7 +331,7 @@ class _Driver:
         work = self.work
         if work.pending(range(position, position + 1)):
             return False
-        shard, spec = work.shard(position), self.task.spec
+        shard, spec = work.shard(position), self.task.job.spec
         path = work.folder / shard_name(shard.number)
         made: list[str] = []
         if path.exists():
@@ -357,8 +356,8 @@ class _Driver:
         self.versions = host.versions
         if not host.sees_folder and not self.task.return_shards and host.name not in self.blind:
             self.blind.add(host.name)
-            self.say(
-                f"Ray: node {host.name} does not see {self.task.folder}; its shards are sent here"
+            self.show.note(
+                f"Ray: node {host.name} does not see {self.work.folder}; its shards are sent here"
             )
 
     def _take(self, position: int, found: _Finished) -> None:
@@ -378,7 +377,7 @@ class _Driver:
         self.summary.failed |= {key: reason for key, (reason, _) in failed.items()}
         if found.batch_size < self.summary.batch_size:
             self.summary.batch_size = found.batch_size
-            self.on_halved(found.batch_size)
+            self.show.halved(found.batch_size)
         self.progress(len(self.work.shard(position).keys))
 
 
@@ -396,9 +395,6 @@ def _marked(folder: Path, token: str) -> Iterator[str]:
 def _task(
     work: WorkList,
     pending: Sequence[int],
-    encoders: EncodersConfig,
-    store: StoreConfig,
-    spec: VisionSpec,
     wanted: Actors,
     resources: tuple[int, float, float],
     marker: str,
@@ -407,10 +403,7 @@ def _task(
     assert token is not None
     _, gpus, cpus = resources
     return _Task(
-        encoders=encoders,
-        store=store,
-        spec=spec,
-        folder=work.folder,
+        job=dataclasses.replace(work.job, keys=(), images=None, load=None),
         token=token,
         marker=marker,
         photos=tuple(filter(Path.is_file, work.shard(pending[0]).paths[:SAMPLED_PHOTOS])),
@@ -421,26 +414,29 @@ def _task(
     )
 
 
-def bring_images_on_ray(
+def _anywhere(job: Job) -> Job:
+    """Return a job with absolute paths: actors have another working folder."""
+    store = dataclasses.replace(job.store, root=str(Path(job.store.root).absolute()))
+    preset = str(Path(job.preset).absolute()) if Path(job.preset).exists() else job.preset
+    images = job.images
+    if images is not None:
+        images = dataclasses.replace(images, folder=images.folder.absolute())
+    return dataclasses.replace(job, store=store, preset=preset, images=images)
+
+
+def extract_on_ray(
+    job: Job,
     address: str,
-    encoders: EncodersConfig,
-    store: StoreConfig,
-    image_ids: Sequence[str],
-    index: ImageIndex,
     wanted: Actors | None = None,
-    bar: ProgressBar = no_progress,
-    on_halved: Callable[[int], None] = lambda size: None,
+    show: Show = SILENT,
     shards: range = ALL,
-    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Plan, Summary]:
-    """Make the store hold the features of these images, encoded on a Ray cluster.
+    """Make the store hold the features of a job's inputs, encoded on a Ray cluster.
 
     Args:
+        job, show, shards: As in `featstore.extract.extract.extract`.
         address: As in `connect`. Not used where there is nothing to do.
-        encoders, store, image_ids, index, bar, on_halved, shards: As in
-            `featstore.extract.extract.bring_images`.
         wanted: The actors.
-        say: Called with lines for people.
 
     Returns:
         What was missing, and what was done.
@@ -450,43 +446,48 @@ def bring_images_on_ray(
         StoreError: A node does not see the photos or has another encoder; a
             shard, or every shard, ends its actor again and again.
     """
-    wanted = wanted or Actors()
-    # Actors have another working folder.
-    store = dataclasses.replace(store, root=str(Path(store.root).absolute()))
-    index = dataclasses.replace(index, folder=index.folder.absolute())
-    if Path(encoders.vit).exists():
-        encoders = dataclasses.replace(encoders, vit=str(Path(encoders.vit).absolute()))
-    spec = vision_spec(encoders, store)
+    wanted, job = wanted or Actors(), _anywhere(job)
     begun: Plan | None = None
-    total = Summary(batch_size=store.encode_batch_size)
+    total = Summary(batch_size=job.store.encode_batch_size)
     rest = True
     with contextlib.ExitStack() as held:
         ray: Any = None
         while rest:
-            with share_of_images(spec, encoders.vit, store, image_ids, index, shards) as share:
+            with sharing(job, shards.start) as share:
                 begun = begun or share.plan
                 rest = share.rest and shards == ALL
                 work = share.work
                 pending = work.pending(shards) if work else []
                 if work and pending:
                     ray = ray or held.enter_context(connect(address))
-                    started = time.perf_counter()
-                    resources = resources_of(ray, wanted, len(pending))
-                    say("Ray: {} actors, each with {:g} GPUs and {:g} CPUs".format(*resources))
-                    with _marked(work.folder, str(work.publisher.token)) as marker:
-                        task = _task(
-                            work, pending, encoders, store, spec, wanted, resources, marker
-                        )
-                        with bar(work.rows(shards)) as progress:
-                            driver = _Driver(
-                                ray, work, task, resources, say, on_halved, progress, total
-                            )
-                            try:
-                                driver.run(shards)
-                            finally:
-                                driver.stop()
-                    total.seconds += time.perf_counter() - started
+                    _drive(ray, work, pending, wanted, show, shards, total)
                 elif work:
                     work.finish()
     assert begun is not None
     return begun, total
+
+
+def _drive(
+    ray: Any,
+    work: WorkList,
+    pending: Sequence[int],
+    wanted: Actors,
+    show: Show,
+    shards: range,
+    total: Summary,
+) -> None:
+    """Have actors make planned shards."""
+    started = time.perf_counter()
+    resources = resources_of(ray, wanted, len(pending))
+    show.note("Ray: {} actors, each with {:g} GPUs and {:g} CPUs".format(*resources))
+    with (
+        _marked(work.folder, str(work.publisher.token)) as marker,
+        show.bar(work.rows(shards), work.job.unit) as progress,
+    ):
+        task = _task(work, pending, wanted, resources, marker)
+        driver = _Driver(ray, work, task, resources, show, progress, total)
+        try:
+            driver.run(shards)
+        finally:
+            driver.stop()
+    total.seconds += time.perf_counter() - started

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from featstore.config import DEFAULT_FILE
 from featstore.errors import Command, UsageError
 from featstore.publish import program
 from trainer.commands.console import Commands, quoted
@@ -17,7 +18,7 @@ from trainer.commands.extract import extract_text, extract_vit
 from trainer.commands.search import search_group
 from trainer.commands.store import store_group
 from trainer.commands.train import evaluate, parity, train
-from trainer.config import DEFAULT_FILE, Config, render_config
+from trainer.config import Config, render_config
 
 # Said before TensorFlow is imported: it reads them then.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -20,32 +20,28 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.data.dataset import load_dataset
-from featstore.data.examples import NO_PHOTO
 from featstore.data.images import decode_image, read_bytes
-from featstore.encoders.spec import QUANTISED, vision_spec
+from featstore.encoders.spec import QUANTISED
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import Advice, Command, ImageError, RunError
-from featstore.extract.extract import ProgressBar, no_progress
+from featstore.progress import SILENT, Show
 from featstore.publish import command_line, package_versions, write_json
 from featstore.store.numbers import dequantise
 from featstore.store.shard import digest_bytes
-from featstore.store.store import open_features_of
 from trainer.batches import CachedRows, IntArray
 from trainer.config import Config
-from trainer.features import Features, extract_command
+from trainer.features import prepare
 from trainer.metrics import binary_metrics, log_loss, sigmoid
 from trainer.model.end_to_end import build_end_to_end
 from trainer.model.head import VISION_NAME
 from trainer.model.weights import transfer_weights
-from trainer.results.evaluate import open_run_features
+from trainer.results.score import Scorer, project_of, some
 from trainer.results.tolerance import Floats, arithmetic_noise, feature_tolerance, logit_tolerance
-from trainer.run.checkpoint import build_model, load_best
+from trainer.run.checkpoint import build_model
 from trainer.run.folder import Run
-from trainer.run.step import Predictor, make_predictor, predict_logits
+from trainer.run.step import Predictor, make_predictor
 
 BATCH_ROWS = 8
-NAMED = 5
 
 
 class _Quantity:
@@ -115,32 +111,37 @@ class _Models:
     text: TextEncoder
 
 
-def _load_models(config: Config, features: Features, best: keras.Model) -> _Models:
-    """Build both models with the weights of `best`."""
+def _load_models(scorer: Scorer) -> _Models:
+    """Build both models with the weights of a run."""
+    config, best = scorer.run.config, scorer.model
     train = dataclasses.replace(config.train, dtype_policy="float32")
-    cached = best
+    predictor = scorer.predictor
     if config.train != train:
-        cached = build_model(dataclasses.replace(config, train=train), features.vision.row_shape)
+        row_shape = scorer.project.images().row_shape
+        cached = build_model(dataclasses.replace(config, train=train), row_shape)
         transfer_weights(best, cached)
-    encoders = config.encoders
-    vision = VisionEncoder(encoders.vit, config.store.tokens)
+        predictor = make_predictor([cached])
+    encoders, store = config.encoders, config.store
+    vision = VisionEncoder(encoders.vit, store.tokens)
     text = TextEncoder(encoders.text, encoders.sequence_length)
-    model = build_end_to_end(vision.backbone, text.backbone, train, config.store.tokens)
+    model = build_end_to_end(vision.backbone, text.backbone, train, store.tokens)
     transfer_weights(best, model)
     outputs = {"features": model.get_layer(VISION_NAME).output, "logits": model.output}
     both = keras.Model(model.input, outputs)
     both.compile(jit_compile=False)
-    return _Models(make_predictor([cached]), both, vision, text)
+    return _Models(predictor, both, vision, text)
 
 
 class _Comparison:
     """Computes rows of a split on both paths, a batch at a time."""
 
-    def __init__(self, features: Features, split: str, models: _Models) -> None:
-        store = features.config.store
-        self.features, self.models = features, models
-        self.rows, _ = features.usable(split)
-        self.cached: CachedRows = features.rows(split)
+    def __init__(self, scorer: Scorer, split: str, models: _Models) -> None:
+        project = scorer.project
+        store, k_txt = project.config.store, scorer.train.k_txt
+        self.dataset, self.k_txt, self.models = project.dataset, k_txt, models
+        self.vision_store, self.text_store = project.images(), project.sentences(k_txt)
+        self.rows, _ = project.usable(split)
+        self.cached: CachedRows = scorer.rows(split)
         self.precision = store.precision
         self.logit_tolerance = logit_tolerance(store.dtype, store.precision)
         rounding = (
@@ -161,18 +162,18 @@ class _Comparison:
 
     def name(self, pick: int) -> dict[str, str]:
         """Return what people know a row by."""
-        examples, row = self.features.dataset.examples, self.rows[pick]
+        examples, row = self.dataset.examples, self.rows[pick]
         return {"image_id": examples.image_ids[row], "hypothesis": examples.hypotheses[row]}
 
     def _pixels(self, pick: int) -> NDArray[np.float32] | None:
         """Return the pixels of a row's photo as it is now, or None where it cannot be read."""
         image_id = self.name(pick)["image_id"]
-        path = self.features.dataset.images.lookup(image_id)
+        path = self.dataset.images.lookup(image_id)
         try:
             if path is None:
                 raise ImageError(f"{image_id}: no photo of that name")
             data = read_bytes(path)
-            stored = self.features.vision.source_digests(self.cached.image_positions[[pick]])[0]
+            stored = self.vision_store.source_digests(self.cached.image_positions[[pick]])[0]
             if digest_bytes(data) != tuple(stored.tolist()):
                 self.changed.add(image_id)
             return self.models.vision.to_pixels(decode_image(data, path.name))
@@ -204,10 +205,9 @@ class _Comparison:
         scales = None if batch.feature_scales is None else batch.feature_scales[: len(kept)]
         self._add_features(self.vision, batch.features[: len(kept)], fresh, scales)
         # Padding is zero in the store and whatever the layers make of it here.
-        k_txt = self.features.config.train.k_txt
-        states = self.models.text.encode(token_ids, mask, k_txt) * mask[..., None]
+        states = self.models.text.encode(token_ids, mask, self.k_txt) * mask[..., None]
         fresh = states[: len(kept)]
-        text, positions = self.features.text, self.cached.text_positions[kept]
+        text, positions = self.text_store, self.cached.text_positions[kept]
         stored, _ = text.gather(positions, mask.shape[1])
         scales = text.gather_scales(positions, mask.shape[1]) if text.quantised else None
         self._add_features(self.text, stored, fresh, scales)
@@ -262,22 +262,21 @@ class _Comparison:
         return results
 
 
-def _recorded_loss(run: Run, features: Features, best: keras.Model) -> dict[str, Any]:
+def _recorded_loss(scorer: Scorer) -> dict[str, Any]:
     """Compare the val loss of the weights with the one that the run wrote down.
 
     Both paths share the weights, so that those of another run would agree
     with themselves; they do not have this run's loss.
     """
-    train = features.config.train
-    rows = features.rows("val")
-    logits = predict_logits(make_predictor([best]), rows, train.batch_size)[0]
-    found = log_loss(rows.labels, logits) if np.isfinite(logits).all() else np.nan
-    expected = float(run.metrics()["loss"])
-    policy = train.dtype_policy.removeprefix("mixed_")
+    scores = scorer.score("val")
+    finite = np.isfinite(scores.logits).all()
+    found = log_loss(scores.labels, scores.logits) if finite else np.nan
+    expected = float(scorer.run.metrics["loss"])
+    policy = scorer.train.dtype_policy.removeprefix("mixed_")
     tolerance = logit_tolerance("float32", policy)
     return {
         "name": "recorded val loss",
-        "rows": len(rows),
+        "rows": len(scores.rows),
         "expected": expected,
         "found": _plain(found),
         "tolerance": tolerance,
@@ -285,25 +284,22 @@ def _recorded_loss(run: Run, features: Features, best: keras.Model) -> dict[str,
     }
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(repr(name) for name in names[:NAMED]) + more
-
-
-def _failure(run: Run, features: Features, split: str, result: dict[str, Any]) -> RunError | None:
+def _failure(
+    scorer: Scorer, comparison: _Comparison, split: str, result: dict[str, Any]
+) -> RunError | None:
     """Return the error, for the first cause found from the photo to the metric."""
-    photos, found = result["photos"], result["quantities"]
-    again = extract_command("vit", split)
+    run, photos, found = scorer.run, result["photos"], result["quantities"]
+    again = Command("extract-vit", split=split)
     if photos["unreadable"]:
         reason = next(iter(photos["unreadable"].values()))
         return RunError(
             f"{run.folder}: {len(photos['unreadable'])} of the photos drawn cannot be read any more"
-            f" ({_some(list(photos['unreadable']))}): {reason}; put them back as they were"
+            f" ({some(list(photos['unreadable']))}): {reason}; put them back as they were"
         )
     if photos["changed"]:
         return RunError(
             f"{run.folder}: {len(photos['changed'])} of the photos drawn changed since their"
-            f" features were extracted ({_some(photos['changed'])})",
+            f" features were extracted ({some(photos['changed'])})",
             Advice("put them back as they were, or run ", again, " and train again"),
         )
 
@@ -329,10 +325,12 @@ def _failure(run: Run, features: Features, split: str, result: dict[str, Any]) -
         )
 
     if not found["vision_features"]["met"]:
-        return error(found["vision_features"], filled_wrongly(features.vision.folder, again))
+        mend = filled_wrongly(comparison.vision_store.folder, again)
+        return error(found["vision_features"], mend)
     if not found["text_hidden_states"]["met"]:
-        command = Command("extract-text", split=split, k_txt=features.config.train.k_txt)
-        return error(found["text_hidden_states"], filled_wrongly(features.text.folder, command))
+        command = Command("extract-text", split=split, k_txt=comparison.k_txt)
+        mend = filled_wrongly(comparison.text_store.folder, command)
+        return error(found["text_hidden_states"], mend)
     if not found["logits"]["met"]:
         return error(
             found["logits"],
@@ -365,35 +363,8 @@ def _notes(config: Config) -> list[str]:
     return notes
 
 
-def _open_features(run: Run, bar: ProgressBar) -> Features:
-    """Open a run's features; say which photos are gone where that changed the rows."""
-    try:
-        return open_run_features(run, bar)
-    except RunError as error:
-        config = run.config()
-        dataset = load_dataset(config.data, Path(config.store.root), save=False)
-        absent = [issue.image_id for issue in dataset.issues if issue.reason == NO_PHOTO]
-        absent = list(dict.fromkeys(absent))
-        spec = vision_spec(config.encoders, config.store)
-        store = open_features_of(Path(config.store.root), spec, extract_command("vit", "all"))
-        extracted = store.lookup(absent) >= 0
-        gone = [image_id for image_id, was in zip(absent, extracted, strict=True) if was]
-        if not gone:
-            raise
-        raise RunError(
-            f"{run.folder}: {len(gone)} photos are gone since their features were extracted"
-            f" ({_some(gone)}), so the rows are not the run's; put them back in"
-            f" {dataset.images.folder}"
-        ) from error
-
-
 def check_parity(
-    run: Run,
-    split: str,
-    count: int,
-    seed: int = 0,
-    sentences_bar: ProgressBar = no_progress,
-    rows_bar: ProgressBar = no_progress,
+    run: Run, split: str = "test", count: int = 64, seed: int = 0, show: Show = SILENT
 ) -> tuple[dict[str, Any], RunError | None]:
     """Compare a run with the end-to-end model on rows drawn from a split.
 
@@ -405,8 +376,7 @@ def check_parity(
         split: "train", "val" or "test".
         count: Rows drawn, without repeats; more than there are means all.
         seed: Decides which.
-        sentences_bar: Shows the encoding of sentences that the store lacks.
-        rows_bar: Shows the rows.
+        show: Shows the encoding of sentences that the store lacks, and the rows.
 
     Returns:
         `quantities` (largest and mean difference, tolerance and whether it is
@@ -423,18 +393,19 @@ def check_parity(
     Cost: one pass of both encoders over the rows, in batches of `BATCH_ROWS`,
     and one pass of the cached model over the val split.
     """
-    config = run.config()
+    config = run.config
     if config.train.control != "none":
         raise RunError(
             f"{run.folder}: trained with control {config.train.control}, whose features are not the"
             " photo's: no end-to-end model equals it; name a run with control none"
         )
-    features = _open_features(run, sentences_bar)
-    best = load_best(run)
-    comparison = _Comparison(features, split, _load_models(config, features, best))
+    project = project_of(run)
+    prepare(project, config.train.k_txt, show)
+    scorer = Scorer(run, project)
+    comparison = _Comparison(scorer, split, _load_models(scorer))
     total = len(comparison.rows)
     picks = np.random.default_rng(seed).permutation(total)[:count]
-    with rows_bar(len(picks)) as progress:
+    with show.bar(len(picks), "rows") as progress:
         for start in range(0, len(picks), BATCH_ROWS):
             part = picks[start : start + BATCH_ROWS]
             comparison.add(part)
@@ -442,10 +413,10 @@ def check_parity(
     if not comparison.compared:
         raise RunError(
             f"{run.folder}: none of the photos drawn from split {split!r} can be read"
-            f" ({_some(list(comparison.unreadable))}); put them back in"
-            f" {features.dataset.images.folder}"
+            f" ({some(list(comparison.unreadable))}); put them back in"
+            f" {project.dataset.images.folder}"
         )
-    threshold = float(run.metrics()["threshold"])
+    threshold = float(run.metrics["threshold"])
     result: dict[str, Any] = {
         "run": run.name,
         "split": split,
@@ -458,13 +429,13 @@ def check_parity(
         "quantities": comparison.quantities(),
         "predictions": comparison.predictions(threshold),
         "metrics": comparison.metrics(threshold),
-        "recorded_loss": _recorded_loss(run, features, best),
+        "recorded_loss": _recorded_loss(scorer),
         "photos": {
             "changed": sorted(comparison.changed),
             "unreadable": comparison.unreadable,
         },
     }
-    failure = _failure(run, features, split, result)
+    failure = _failure(scorer, comparison, split, result)
     result["failure"] = None if failure is None else str(failure)
     write_json(
         run.folder / f"parity-{split}.json",

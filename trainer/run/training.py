@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import RunError
+from featstore.project import Project
 from featstore.publish import command_line, package_versions, write_json, write_text
 from trainer.config import Config, TrainConfig, render_config
-from trainer.features import Features, row_counts
+from trainer.features import cached_rows, row_counts
 from trainer.metrics import evaluate_logits
 from trainer.model.weights import seeded
 from trainer.run.checkpoint import (
@@ -111,7 +112,8 @@ class Training:
 
     Args:
         run: Where it is kept; its lock is held by the caller.
-        features: The features and rows.
+        project: Its rows and features, see `trainer.features.prepare`.
+        train: Its settings.
         init_from: A run to take the head (and shared text layers) from.
         reporter: How it is shown.
         hparams: What a search chose for it, for TensorBoard's HParams tab.
@@ -124,27 +126,27 @@ class Training:
     def __init__(
         self,
         run: Run,
-        features: Features,
+        project: Project,
+        train: TrainConfig,
         init_from: Run | None = None,
         reporter: Reporter | None = None,
         hparams: Mapping[str, Any] | None = None,
     ) -> None:
-        self.run, self.features = run, features
-        self.config: Config = features.config
-        self.train_config = self.config.train
+        self.run, self.project, self.train_config = run, project, train
+        self.config = Config.of(project.config, train)
         self.reporter = reporter or Reporter()
         self.hparams = hparams
         self._events = EventLog(run.tensorboard_path)
         self.started = self._drawn = time.perf_counter()
-        self.rows = features.rows("train", self.train_config.control)
-        self.val_rows = features.rows("val", self.train_config.control)
-        row_shape = features.vision.row_shape
+        self.rows = cached_rows(project, train, "train", train.control)
+        self.val_rows = cached_rows(project, train, "val", train.control)
+        row_shape = project.images().row_shape
         # Every layer that Keras makes draws a seed from Python's random state, used or not.
         with seeded("spared"):
             self.model = build_model(self.config, row_shape)
             load_pretrained(self.model, self.config)
             self.initialised = start_from(self.model, init_from) if init_from else []
-        self.optimizer = make_optimizer(self.train_config)
+        self.optimizer = make_optimizer(train)
         self.optimizer.build(self.model.trainable_variables)
         self.progress = Progress()
         self.manifest = self._manifest(row_shape, init_from)
@@ -154,9 +156,10 @@ class Training:
         self._earlier_seconds = self.progress.total_seconds
 
     def _manifest(self, row_shape: tuple[int, int], init_from: Run | None) -> dict[str, Any]:
-        features = self.features
+        project, dataset = self.project, self.project.dataset
+        text = project.text_spec(self.train_config.k_txt)
         # Not of the test split, whose photos need not be extracted yet.
-        unread = features.usable("train")[1] | features.usable("val")[1]
+        unread = project.usable("train")[1] | project.usable("val")[1]
         trainable = sum(math.prod(v.shape) for v in self.model.trainable_variables)
         return {
             "name": self.run.name,
@@ -164,23 +167,23 @@ class Training:
             "command": command_line(),
             "versions": package_versions(),
             "backend": keras.backend.backend(),
-            "seeds": {"train": self.train_config.seed, "split": features.dataset.splits.seed},
+            "seeds": {"train": self.train_config.seed, "split": dataset.splits.seed},
             "data": {
-                "rows_digest": features.dataset.examples.digest(),
-                "splits_digest": features.dataset.splits.digest(),
-                "splits_file": str(features.dataset.splits_path),
-                "counts": row_counts(features),
-                "rows_left_out": features.dataset.counts()["dropped"],
+                "rows_digest": dataset.examples.digest(),
+                "splits_digest": dataset.splits.digest(),
+                "splits_file": str(dataset.splits_path),
+                "counts": row_counts(project),
+                "rows_left_out": dataset.counts()["dropped"],
                 "quarantined_photos": unread,
             },
             "features": {
                 "vision": {
-                    "fingerprint": features.vision_spec.fingerprint,
+                    "fingerprint": project.vision_spec.fingerprint,
                     "row_shape": list(row_shape),
                 },
                 "text": {
-                    "fingerprint": features.text_spec.fingerprint,
-                    "boundary": features.text_spec.boundary,
+                    "fingerprint": text.fingerprint,
+                    "boundary": text.boundary,
                 },
             },
             "parameters": {"trainable": trainable},
@@ -191,7 +194,7 @@ class Training:
 
     def _check_same_start(self) -> None:
         """Refuse to go on with other inputs than those that the run was started with."""
-        found, expected = self.manifest, self.run.manifest()
+        found, expected = self.manifest, self.run.manifest
         for what, ours, theirs in (
             ("rows", found["data"]["rows_digest"], expected["data"]["rows_digest"]),
             ("split", found["data"]["splits_digest"], expected["data"]["splits_digest"]),

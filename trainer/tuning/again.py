@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from pathlib import Path
 from typing import Any
 
-from featstore.data.dataset import load_dataset
+from featstore.project import Project
 from featstore.publish import command_line, package_versions, write_json
+from trainer.config import Config
+from trainer.features import prepare
 from trainer.results.evaluate import evaluate
+from trainer.results.score import Scorer
 from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training
 from trainer.tuning.study import Search
-from trainer.tuning.trials import FeaturesOf
 
 
 def retrain(
@@ -48,22 +49,21 @@ def retrain(
         MissingFeaturesError: The split was not extracted.
         StoppedError: `reporter.stopping` said so.
     """
-    base = search.run_of(best["trial"]).config()
+    base = search.run_of(best["trial"]).config
     count = epochs or base.train.epochs
-    features_of = FeaturesOf(load_dataset(base.data, Path(base.store.root)))
+    project = Project(base)
     # A split without features would be found out after the training.
-    features_of(base).usable(split)
+    project.usable(split)
+    prepare(project, base.train.k_txt)
     figures = []
     for seed in range(base.train.seed, base.train.seed + seeds):
         train = dataclasses.replace(base.train, epochs=count, seed=seed)
-        config = dataclasses.replace(base, train=train)
         run = Run(search.folder / f"best-{best['trial']:04d}-e{count}-s{seed}")
-        features = features_of(config)
-        if not (run.exists and run.manifest()["status"] == "finished"):
+        if not (run.exists and run.manifest["status"] == "finished"):
             with run.writing():
-                run.check_free_or_same(config)
-                fit(Training(run, features, search.init_from, reporter))
-        at = evaluate(run, features, split, config.train.control)["at_threshold"]
+                run.check_free_or_same(Config.of(base, train))
+                fit(Training(run, project, train, search.init_from, reporter))
+        at = evaluate(Scorer(run, project), split)["at_threshold"]
         figures.append(
             {
                 "run": str(run.folder),

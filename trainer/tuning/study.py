@@ -23,24 +23,22 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import filelock
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from featstore.encoders.spec import differing_fields, text_spec, vision_spec
+from featstore.encoders.spec import differing_fields
 from featstore.errors import Advice, Command, RunError, UsageError
-from featstore.extract.plan import plan_images, plan_text
+from featstore.extract.plan import Job
+from featstore.project import Project
 from featstore.publish import command_line, package_versions, write_json
 from trainer.config import Config, load_config, render_config
 from trainer.run.folder import SEARCH_FILE, Run, find_run
 from trainer.tuning.space import Space, space_from_json
 from trainer.tuning.storage import masked, open_storage, quiet_optuna
-
-if TYPE_CHECKING:
-    from featstore.data.dataset import Dataset
 
 FORMAT = 1
 # A trial that ends its worker as often as this without finishing an epoch is given up.
@@ -257,7 +255,7 @@ class Search:
 
 
 def _identity(
-    base: Config, space: Space, init_from: Run | None, url: str | None, dataset: Dataset
+    base: Config, space: Space, init_from: Run | None, url: str | None, project: Project
 ) -> dict[str, Any]:
     """Return what must stay the same while a search goes on."""
     varied = space.to_json()
@@ -266,56 +264,34 @@ def _identity(
     }
     features = set()
     for config in space.feature_configs(base):
-        features.add(vision_spec(config.encoders, config.store).fingerprint)
-        features.add(text_spec(config.encoders, config.store, config.train.k_txt).fingerprint)
+        own = project.with_config(config)
+        features |= {spec.fingerprint for spec in own.asked.values()}
     content = {
         "space": varied,
         "settings": dataclasses.asdict(base),
         "init_from": None if init_from is None else str(init_from.folder),
         "storage": None if url is None else masked(url),
-        "rows": dataset.examples.digest(),
-        "split": dataset.splits.digest(),
+        "rows": project.dataset.examples.digest(),
+        "split": project.dataset.splits.digest(),
         "features": sorted(features),
     }
     return dict(json.loads(json.dumps(content)))
 
 
-@dataclass(frozen=True)
-class Missing:
-    """Features that trials will read and the store does not have.
-
-    Attributes:
-        kind: "images" or "sentences".
-        config: A configuration that reads them.
-        inputs: All image ids, or sentences, that it reads.
-    """
-
-    kind: str
-    config: Config
-    inputs: list[str]
-
-
-def missing_features(dataset: Dataset, configs: Sequence[Config]) -> list[Missing]:
-    """Return what has to be extracted before trials can start.
+def jobs_of(project: Project, configs: Sequence[Config]) -> list[Job]:
+    """Return what has to be in the store before trials can start, each set of features once.
 
     Args:
-        dataset: The rows.
+        project: The search's.
         configs: `Space.feature_configs`.
     """
-    trained = np.concatenate([dataset.rows(split) for split in ("train", "val")])
-    ids = dataset.examples.image_ids[trained].tolist()
-    sentences = dataset.examples.hypotheses.tolist()
-    found: dict[str, Missing] = {}
+    found: dict[str, Job] = {}
     for config in configs:
-        vision = vision_spec(config.encoders, config.store)
-        text = text_spec(config.encoders, config.store, config.train.k_txt)
-        if (
-            vision.fingerprint not in found
-            and plan_images(vision, config.store, ids, dataset.images).keys
-        ):
-            found[vision.fingerprint] = Missing("images", config, ids)
-        if text.fingerprint not in found and plan_text(text, config.store, sentences).keys:
-            found[text.fingerprint] = Missing("sentences", config, sentences)
+        own, k_txt = project.with_config(config), config.train.k_txt
+        # The test split is no trial's business.
+        for kind, split in (("vit", ("train", "val")), ("text", "all")):
+            if own.spec(kind, k_txt).fingerprint not in found:
+                found[own.spec(kind, k_txt).fingerprint] = own.job(kind, split, k_txt)
     return list(found.values())
 
 
@@ -367,7 +343,7 @@ def start_search(
     space: Space,
     init_from: Run | None,
     url: str | None,
-    dataset: Dataset,
+    project: Project,
 ) -> Search:
     """Start a search, or go on with the one of that folder.
 
@@ -377,7 +353,7 @@ def start_search(
         space: What is varied. Another number of trials than before is taken over.
         init_from: Run that each trial starts from.
         url: The study's storage; None: a journal in the folder.
-        dataset: The rows of `base`.
+        project: Of `base`.
 
     Raises:
         UsageError: The folder has a run, or a search of something else.
@@ -387,7 +363,7 @@ def start_search(
     earlier = _read(folder) if exists(folder) else None
     if earlier is not None and earlier["storage"] != (None if url is None else masked(url)):
         open_search(folder, url)  # says what is wrong
-    identity = _identity(base, space, init_from, url, dataset)
+    identity = _identity(base, space, init_from, url, project)
     if earlier is not None:
         before = {key: earlier[key] for key in identity}
         before["space"]["search"] = {

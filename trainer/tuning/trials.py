@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import os
 import socket
@@ -16,43 +15,20 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from featstore.errors import FeatstoreError, RunError, StoppedError
-from trainer.config import Config
 from trainer.run.folder import Run
 from trainer.tuning.study import Claim, Search, open_search
 
 if TYPE_CHECKING:
-    from featstore.data.dataset import Dataset
-    from trainer.features import Features
+    from featstore.project import Project
     from trainer.run.training import Training
 
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
-class FeaturesOf:
-    """Opens the features of trials, each set once.
-
-    Args:
-        dataset: The search's rows.
-    """
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-        self._opened: dict[Any, Features] = {}
-
-    def __call__(self, config: Config) -> Features:
-        """Return the features of a configuration; missing sentences are encoded."""
-        from trainer.features import open_features
-
-        key = (config.encoders, config.store, config.train.k_txt)
-        if key not in self._opened:
-            self._opened[key] = open_features(config, self.dataset)
-        return dataclasses.replace(self._opened[key], config=config)
-
-
 def work(
     search: Search,
-    dataset: Dataset,
+    project: Project,
     stopping: Callable[[], bool] = lambda: False,
     deadline: float = float("inf"),
     growth: float = float("inf"),
@@ -61,7 +37,7 @@ def work(
 
     Args:
         search: The search.
-        dataset: Its rows.
+        project: Of its settings.
         stopping: Asked after each step; True saves the running trials' state
             and ends. They are gone on with by whoever comes next.
         deadline: No trial is drawn after this `time.time()`.
@@ -75,7 +51,6 @@ def work(
         StoppedError: `stopping` said so.
     """
     first_bytes = 0
-    features_of = FeaturesOf(dataset)
     ks = {config.train.k_txt for config in search.space.feature_configs(search.base)}
     limit = search.space.search.group_size if 0 in ks else 1
     while not stopping():
@@ -84,7 +59,7 @@ def work(
             return False
         try:
             for group in _groups(search, claims):
-                _run_trials(search, group, features_of, stopping)
+                _run_trials(search, group, project, stopping)
         finally:
             for claim in claims:
                 claim.held.close()
@@ -111,14 +86,14 @@ def _groups(search: Search, claims: Sequence[Claim]) -> list[list[Claim]]:
 def _run_trials(
     search: Search,
     claims: Sequence[Claim],
-    features_of: FeaturesOf,
+    project: Project,
     stopping: Callable[[], bool],
 ) -> None:
     """Train trials in one pass over the store, and tell the study how each ended."""
     from trainer.run.fit import train_together
 
     trials = [_Trial(search, claim, len(claims)) for claim in claims]
-    trials = [trial for trial in trials if trial.starts(features_of, stopping)]
+    trials = [trial for trial in trials if trial.starts(project, stopping)]
     again: list[Claim] = []
     try:
         failures = train_together([trial.training for trial in trials]) if trials else []
@@ -142,7 +117,7 @@ def _run_trials(
     gc.collect()
     for claim in again:
         count_attempt(claim.trial, -1)
-        _run_trials(search, [claim], features_of, stopping)
+        _run_trials(search, [claim], project, stopping)
 
 
 class _Trial:
@@ -161,17 +136,22 @@ class _Trial:
         self.trial, self.run = claim.trial, claim.run
         self.trial.set_user_attr("together", together)
 
-    def starts(self, features_of: FeaturesOf, stopping: Callable[[], bool]) -> bool:
+    def starts(self, project: Project, stopping: Callable[[], bool]) -> bool:
         """Make or restore the trial's training; what hinders it is told at once."""
+        from trainer.features import prepare
         from trainer.run.training import Reporter, Training
 
         trial, search = self.trial, self.search
         trial.set_user_attr("worker", f"{socket.gethostname()} {os.getpid()}")
         count_attempt(trial, 1)
         try:
-            features = features_of(search.config_of(trial.params))
+            config = search.config_of(trial.params)
+            own = project.with_config(config)
+            prepare(own, config.train.k_txt)
             reporter = Reporter(epoch=self._epoch, stopping=stopping)
-            self.training = Training(self.run, features, search.init_from, reporter, trial.params)
+            self.training = Training(
+                self.run, own, config.train, search.init_from, reporter, trial.params
+            )
             trial.set_user_attr("began", time.time() - self.training.progress.total_seconds)
             known = self._found().intermediate_values
             history = self.training.progress.history
@@ -268,7 +248,7 @@ def _reason(error: Exception) -> str:
 
 def _set_status(run: Run, status: str) -> None:
     if run.exists:
-        run.write_manifest({**run.manifest(), "status": status})
+        run.write_manifest({**run.manifest, "status": status})
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
@@ -293,8 +273,7 @@ def work_in(
         RunError, UsageError: The search cannot be opened.
         StoppedError: `stopping` said so.
     """
-    from featstore.data.dataset import load_dataset
+    from featstore.project import Project
 
     search = open_search(folder, url)
-    dataset = load_dataset(search.base.data, Path(search.base.store.root))
-    return work(search, dataset, stopping, deadline, growth)
+    return work(search, Project(search.base), stopping, deadline, growth)

@@ -1,0 +1,378 @@
+"""Photos and sentences through a frozen encoder, in batches of one shape, into rows of shards.
+
+No batch spans two shards: a shard's bytes are the same whichever process makes
+it, and whatever was made before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.config import StoreConfig
+from featstore.data.images import decode_image, read_bytes
+from featstore.encoders.spec import QUANTISED, FeatureSpec, TextSpec, VisionSpec
+from featstore.encoders.tower import TextEncoder, VisionEncoder
+from featstore.errors import ImageError
+from featstore.extract.worklist import PlannedShard
+from featstore.progress import Progress
+from featstore.store.numbers import SCALE_DTYPE, quantise
+from featstore.store.shard import ShardRows, digest_bytes, feature_dtype
+
+# Sentences are encoded by so many batches at once.
+SENTENCE_BATCHES = 8
+PhotoDigest = tuple[int, int]
+# Key to the reason and the digest of a photo that failed.
+Failed = Mapping[str, tuple[str, PhotoDigest | None]]
+# A planned shard's rows, and why the others of it failed.
+Made = tuple[PlannedShard, ShardRows, Failed]
+Encoder = VisionEncoder | TextEncoder
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an accelerator ran out of memory, for TensorFlow and JAX alike."""
+    text = f"{type(error).__name__} {error}".lower()
+    marks = ("resourceexhausted", "resource_exhausted", "out of memory")
+    return any(mark in text for mark in marks)
+
+
+class Batched:
+    """Calls an encoder with one fixed batch shape; halves it when memory runs out.
+
+    Args:
+        encode: The compiled forward pass.
+        batch_size: Rows of a batch.
+        on_halved: Called with the new batch size.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[..., NDArray[Any]],
+        batch_size: int,
+        on_halved: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self.encode, self.batch_size, self.on_halved = encode, batch_size, on_halved
+
+    def __call__(self, *inputs: NDArray[Any]) -> NDArray[Any]:
+        """Encode rows of any number; the last batch is filled up with its first row."""
+        while True:
+            try:
+                return np.concatenate(list(self._parts(inputs)))
+            except Exception as error:
+                if not is_out_of_memory(error) or self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+                self.on_halved(self.batch_size)
+
+    def _parts(self, inputs: tuple[NDArray[Any], ...]) -> Iterator[NDArray[Any]]:
+        size = self.batch_size
+        for start in range(0, len(inputs[0]), size):
+            part = [array[start : start + size] for array in inputs]
+            count = len(part[0])
+            if count < size:
+                part = [np.concatenate([a, np.repeat(a[:1], size - count, axis=0)]) for a in part]
+            yield np.asarray(self.encode(*part))[:count]
+
+
+@dataclass(frozen=True)
+class StoredNumbers:
+    """Features in the stored dtype.
+
+    Attributes:
+        features: Shape (rows, tokens, width).
+        scales: int8 only: float32 of shape (rows, tokens).
+    """
+
+    features: NDArray[Any]
+    scales: NDArray[np.float32] | None = None
+
+    def row(self, row: int, tokens: int | None = None) -> StoredNumbers:
+        """Return one row, or its first tokens."""
+        scales = None if self.scales is None else self.scales[row, :tokens]
+        return StoredNumbers(self.features[row, :tokens], scales)
+
+    def fits(self) -> bool:
+        """Tell whether every number is finite in the stored dtype."""
+        # int8 levels always are; the scale of a token that was not tells it.
+        return bool(np.isfinite(self.features if self.scales is None else self.scales).all())
+
+
+def to_stored(values: NDArray[Any], dtype: str) -> StoredNumbers:
+    """Round features to the stored dtype.
+
+    Args:
+        values: Float of shape (rows, tokens, width).
+        dtype: Stored number format.
+    """
+    if dtype == QUANTISED:
+        return StoredNumbers(*quantise(values))
+    with np.errstate(over="ignore"):
+        return StoredNumbers(values.astype(feature_dtype(dtype)))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One input's features, or why it has none.
+
+    Attributes:
+        key: Image id or sentence.
+        numbers: Stored dtype, shape (tokens, width); None where it failed.
+        reason: Why it failed.
+        digest: Of a photo's bytes; None where it cannot be read.
+        token_ids: Of a sentence, int32 of shape (valid tokens,).
+    """
+
+    key: str
+    numbers: StoredNumbers | None
+    reason: str = ""
+    digest: PhotoDigest | None = None
+    token_ids: NDArray[np.int32] | None = None
+
+
+def _fitting(row: StoredNumbers, dtype: str) -> tuple[StoredNumbers | None, str]:
+    """Return a row that fits its stored dtype, or None and the reason."""
+    if row.fits():
+        return row, ""
+    return None, f"features do not fit {dtype}; use [store] dtype float32"
+
+
+class Encoding(Protocol):
+    """One kind of input through its encoder."""
+
+    batched: Batched
+
+    def rows(self, keys: Sequence[str], paths: Sequence[Path]) -> Iterator[Encoded]:
+        """Encode inputs, each once; one that fails never shifts another.
+
+        Photos come in order but for those that cannot be decoded, which come
+        as soon as that is known.
+        """
+        ...
+
+    def shards(self, planned: Iterable[PlannedShard], progress: Progress) -> Iterator[Made]:
+        """Encode planned shards, one after the other.
+
+        Args:
+            planned: Taken one at a time, maybe some batches before they are encoded.
+            progress: Called with the number of rows just dealt with.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    key: str
+    digest: PhotoDigest | None
+    pixels: NDArray[np.float32] | None
+    reason: str = ""
+
+
+class PhotoEncoding:
+    """Photos: read, decode and convert in threads, encode.
+
+    Args:
+        spec: Of the features.
+        encoder: The frozen vision encoder.
+        store: Threads and batch size.
+        on_halved: Called with the new batch size after memory ran out.
+    """
+
+    def __init__(
+        self,
+        spec: VisionSpec,
+        encoder: VisionEncoder,
+        store: StoreConfig,
+        on_halved: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self.dtype, self.encoder, self.store = spec.dtype, encoder, store
+        self.batched = Batched(encoder.encode, store.encode_batch_size, on_halved)
+
+    def rows(self, keys: Sequence[str], paths: Sequence[Path]) -> Iterator[Encoded]:
+        """Encode photos; see `Encoding`."""
+        return self._encoded(self._decoded(zip(keys, paths, strict=True)))
+
+    def shards(self, planned: Iterable[PlannedShard], progress: Progress) -> Iterator[Made]:
+        """Encode planned shards, the photos of the next ones decoded meanwhile; see `Encoding`."""
+        begun: deque[PlannedShard] = deque()
+
+        def photos() -> Iterator[tuple[str, Path]]:
+            for shard in planned:
+                begun.append(shard)
+                yield from zip(shard.keys, shard.paths, strict=True)
+
+        decoded = self._decoded(photos())
+        for first in decoded:
+            shard = begun.popleft()
+            own = chain([first], islice(decoded, len(shard.keys) - 1))
+            yield self._made(shard, self._encoded(own), progress)
+
+    def _decoded(self, photos: Iterable[tuple[str, Path]]) -> Iterator[_Decoded]:
+        """Yield photos in order, decoded some batches ahead of the reader by threads."""
+        ahead = 3 * self.store.encode_batch_size
+        with ThreadPoolExecutor(self.store.decode_threads) as pool:
+            waiting: deque[Future[_Decoded]] = deque()
+            try:
+                for key, path in photos:
+                    waiting.append(pool.submit(self._decode, key, path))
+                    if len(waiting) >= ahead:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _decode(self, key: str, path: Path) -> _Decoded:
+        digest = None
+        try:
+            data = read_bytes(path)
+            digest = digest_bytes(data)
+            return _Decoded(key, digest, self.encoder.to_pixels(decode_image(data, path.name)))
+        except ImageError as error:
+            return _Decoded(key, digest, None, str(error))
+
+    def _encoded(self, photos: Iterable[_Decoded]) -> Iterator[Encoded]:
+        batch: list[_Decoded] = []
+
+        def encoded() -> Iterator[Encoded]:
+            pixels = np.stack([item.pixels for item in batch if item.pixels is not None])
+            stored = to_stored(self.batched(pixels), self.dtype)
+            for i, item in enumerate(batch):
+                yield Encoded(item.key, *_fitting(stored.row(i), self.dtype), item.digest)
+            batch.clear()
+
+        for item in photos:
+            if item.pixels is None:
+                yield Encoded(item.key, None, item.reason, item.digest)
+                continue
+            batch.append(item)
+            if len(batch) >= self.batched.batch_size:
+                yield from encoded()
+        if batch:
+            yield from encoded()
+
+    def _made(self, shard: PlannedShard, items: Iterable[Encoded], progress: Progress) -> Made:
+        shape = (len(shard.keys), 1, self.encoder.num_tokens, self.encoder.width)
+        # In place: lists of rows, joined at the end, would take the memory of two shards.
+        features = np.empty(shape, feature_dtype(self.dtype))
+        scales = np.empty(shape[:-1], SCALE_DTYPE) if self.dtype == QUANTISED else None
+        keys: list[str] = []
+        digests: list[PhotoDigest] = []
+        failed: dict[str, tuple[str, PhotoDigest | None]] = {}
+        for item in items:
+            progress(1)
+            if item.numbers is None:
+                failed[item.key] = (item.reason, item.digest)
+                continue
+            assert item.digest is not None
+            features[len(keys), 0] = item.numbers.features
+            if scales is not None:
+                scales[len(keys), 0] = item.numbers.scales
+            keys.append(item.key)
+            digests.append(item.digest)
+        rows = ShardRows(keys, features[: len(keys)], digests)
+        rows.scales = None if scales is None else scales[: len(keys)]
+        return shard, rows, failed
+
+
+class SentenceEncoding:
+    """Sentences: tokenise, encode up to the boundary, keep the valid tokens.
+
+    Args:
+        spec: Of the features.
+        encoder: The frozen text encoder.
+        store: Batch size.
+        on_halved: Called with the new batch size after memory ran out.
+    """
+
+    def __init__(
+        self,
+        spec: TextSpec,
+        encoder: TextEncoder,
+        store: StoreConfig,
+        on_halved: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self.dtype, self.encoder, self.store = spec.dtype, encoder, store
+        k_txt = encoder.num_layers - spec.boundary
+        self.batched = Batched(
+            lambda ids, mask: encoder.encode(ids, mask, k_txt), store.encode_batch_size, on_halved
+        )
+
+    def rows(self, keys: Sequence[str], paths: Sequence[Path] = ()) -> Iterator[Encoded]:
+        """Encode sentences; see `Encoding`."""
+        token_ids, mask = self.encoder.tokenize(keys)
+        lengths = mask.sum(axis=1)
+        step = self.store.encode_batch_size * SENTENCE_BATCHES
+        for first in range(0, len(keys), step):
+            span = slice(first, first + step)
+            stored = to_stored(self.batched(token_ids[span], mask[span]), self.dtype)
+            for i in range(first, first + len(stored.features)):
+                ids = token_ids[i, : lengths[i]]
+                row, reason = _fitting(stored.row(i - first, len(ids)), self.dtype)
+                if row is not None:
+                    # Copied, else a sentence would keep its whole batch in memory.
+                    row = StoredNumbers(row.features.copy(), row.scales)
+                yield Encoded(keys[i], row, reason, token_ids=ids)
+
+    def shards(self, planned: Iterable[PlannedShard], progress: Progress) -> Iterator[Made]:
+        """Encode planned shards; see `Encoding`."""
+        for shard in planned:
+            yield self._made(shard, self.rows(shard.keys), progress)
+
+    def _made(self, shard: PlannedShard, items: Iterable[Encoded], progress: Progress) -> Made:
+        kept: list[tuple[str, StoredNumbers, NDArray[np.int32]]] = []
+        failed: dict[str, tuple[str, PhotoDigest | None]] = {}
+        for item in items:
+            progress(1)
+            if item.numbers is None:
+                failed[item.key] = (item.reason, None)
+            else:
+                assert item.token_ids is not None
+                kept.append((item.key, item.numbers, item.token_ids))
+        nothing = np.empty((0, self.encoder.width), feature_dtype(self.dtype))
+        lengths = [len(ids) for _, _, ids in kept]
+        rows = ShardRows(
+            [key for key, _, _ in kept],
+            np.concatenate([nothing, *(numbers.features for _, numbers, _ in kept)]),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            token_ids=np.concatenate([np.empty(0, np.int32), *(ids for _, _, ids in kept)]),
+        )
+        if self.dtype == QUANTISED:
+            scales = [numbers.scales for _, numbers, _ in kept if numbers.scales is not None]
+            rows.scales = np.concatenate([np.empty(0, SCALE_DTYPE), *scales])
+        return shard, rows, failed
+
+
+def load_encoder(spec: FeatureSpec, preset: str) -> Encoder:
+    """Load the encoder of a spec.
+
+    Args:
+        spec: Of the features.
+        preset: The preset, as the user names it.
+
+    Raises:
+        PresetError: It cannot be loaded.
+    """
+    if isinstance(spec, VisionSpec):
+        return VisionEncoder(preset, spec.tokens, spec.precision)
+    assert isinstance(spec, TextSpec)
+    return TextEncoder(preset, spec.sequence_length, spec.precision)
+
+
+def encoding_of(
+    spec: FeatureSpec,
+    encoder: Encoder,
+    store: StoreConfig,
+    on_halved: Callable[[int], None] = lambda size: None,
+) -> Encoding:
+    """Return what runs a spec's inputs through its encoder."""
+    if isinstance(spec, VisionSpec):
+        return PhotoEncoding(spec, cast(VisionEncoder, encoder), store, on_halved)
+    return SentenceEncoding(cast(TextSpec, spec), cast(TextEncoder, encoder), store, on_halved)

@@ -1,0 +1,77 @@
+"""How long work is shown while it goes: bars, and lines for people."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+# Called with the number of rows just dealt with.
+Progress = Callable[[int], None]
+Bar = Callable[[int, str], contextlib.AbstractContextManager[Progress]]
+
+BAR_SECONDS, LOGGED_BAR_SECONDS = 0.1, 30.0
+
+
+@contextlib.contextmanager
+def no_bar(total: int, unit: str) -> Iterator[Progress]:
+    """Show nothing."""
+    yield lambda rows: None
+
+
+@contextlib.contextmanager
+def bar(total: int, unit: str) -> Iterator[Progress]:
+    """Show rows done, rows a second and the time that is left: in a terminal, a notebook or a log.
+
+    Args:
+        total: Rows to be done.
+        unit: What they are, such as "images".
+    """
+    with warnings.catch_warnings():
+        # Where a notebook lacks widgets, the bar is text.
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit=f" {unit}", smoothing=0.1, mininterval=bar_seconds()) as shown:
+
+        def advance(rows: int) -> None:
+            shown.update(rows)
+
+        yield advance
+
+
+def bar_seconds() -> float:
+    """Return how often a bar is drawn: rarely where it becomes lines of a log."""
+    return BAR_SECONDS if sys.stderr.isatty() or "ipykernel" in sys.modules else LOGGED_BAR_SECONDS
+
+
+@dataclass(frozen=True)
+class Show:
+    """What is shown while work goes; nothing by default.
+
+    Attributes:
+        bar: Makes a progress display from a number of rows and what they are.
+        halved: Called with the new batch size after memory ran out.
+        note: Called with lines for people.
+    """
+
+    bar: Bar = no_bar
+    halved: Callable[[int], None] = lambda size: None
+    note: Callable[[str], None] = lambda line: None
+
+
+SILENT = Show()
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _print_halved(size: int) -> None:
+    _print(f"out of memory: going on with batches of {size}")
+
+
+SHOWN = Show(bar, _print_halved, _print)
+"""What the Python interface and the commands show: bars and lines on stderr."""

@@ -1,0 +1,363 @@
+"""A configuration opened: rows, presets, specs, stores, encoders; each made once and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.config import (
+    DEFAULT_FILE,
+    DEFAULT_K_TXT,
+    OTHER_SECTIONS,
+    FeatureConfig,
+    by_section,
+    load_sections,
+)
+from featstore.data.dataset import Dataset, load_dataset
+from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, text_spec, vision_spec
+from featstore.errors import Command, DataError, MissingFeaturesError, UsageError
+from featstore.extract.encode import Encoder, load_encoder
+from featstore.extract.extract import ALL, Summary, estimate, extract
+from featstore.extract.plan import KINDS, Job, Plan, make_plan
+from featstore.progress import SHOWN, Show
+from featstore.ray_cluster import Actors
+from featstore.settings import read_toml
+from featstore.store.folder import read_quarantine
+from featstore.store.store import TextStore, VisionStore, open_features_of
+
+Made = TypeVar("Made")
+# "train", "val", "test", "all", or some of them.
+Split = str | Sequence[str]
+
+
+class Project:
+    """What a configuration means, opened.
+
+    Nothing is read or made before it is asked for, and nothing twice.
+
+    Args:
+        config: The settings; None: `settings` under the defaults.
+        settings: Settings by their names, such as `rows="a2.jsonl"`,
+            `images="photos"`, `vit="vit_base_patch16_224_imagenet21k"`,
+            `text="distil_bert_base_en_uncased"`, `root="cache"`.
+
+    Raises:
+        ConfigError: Unknown setting, wrong type, or a value out of bounds.
+    """
+
+    def __init__(self, config: FeatureConfig | None = None, **settings: Any) -> None:
+        if config is not None and settings:
+            raise TypeError("give a configuration or settings, not both")
+        self.file: Path | None = None
+        self.overrides: Mapping[str, Mapping[str, Any]] = by_section(FeatureConfig, settings)
+        if config is None:
+            config = load_sections(FeatureConfig, os.devnull, self.overrides, where="Project")
+        self.config = config
+        self.root = Path(config.store.root)
+        self._made: dict[str, Any] = {}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] = DEFAULT_FILE, **settings: Any) -> Project:
+        """Open the configuration of a file.
+
+        Args:
+            path: The TOML file; its relative paths are taken from its folder.
+            settings: Settings by their names; they win.
+
+        Raises:
+            ConfigError: As in `Project`, or the file cannot be read.
+        """
+        overrides = by_section(FeatureConfig, settings)
+        config = load_sections(FeatureConfig, Path(path), overrides, OTHER_SECTIONS, "Project.load")
+        project = cls(config)
+        project.file, project.overrides = Path(path), overrides
+        return project
+
+    def __repr__(self) -> str:
+        data, encoders, store = self.config.data, self.config.encoders, self.config.store
+        rows = "built-in demo" if self.config.is_demo else data.rows
+        return (
+            f"<Project rows={rows!r} images={data.images!r} vit={encoders.vit!r}"
+            f" text={encoders.text!r} dtype={store.dtype!r} root={store.root!r}>"
+        )
+
+    def with_config(self, config: FeatureConfig) -> Project:
+        """Return a project of other settings that keeps what it has in common with this one."""
+        other = Project(config)
+        other.file, other.overrides, other._made = self.file, self.overrides, self._made
+        return other
+
+    def once(self, key: str, make: Callable[[], Made]) -> Made:
+        """Return what was made under a key, by this project or one `with_config`; else make it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(Made, self._made[key])
+
+    @property
+    def dataset(self) -> Dataset:
+        """The rows, photos and split; `dataset.save()` writes split and report.
+
+        Raises:
+            ConfigError, RowError, DataError, SplitError: See `load_dataset`.
+        """
+        return self.once(self._rows_key, lambda: load_dataset(self.config.data, self.root))
+
+    def with_dataset(self, dataset: Dataset) -> Project:
+        """Return a project of the same encoders and store over other rows."""
+        other = self.with_config(self.config)
+        other._made = {key: made for key, made in self._made.items() if key != self._rows_key}
+        other._made[self._rows_key] = dataset
+        return other
+
+    @property
+    def _rows_key(self) -> str:
+        return f"dataset {self.config.data!r} {self.root}"
+
+    @property
+    def has_dataset(self) -> bool:
+        """Whether rows are named, or the demo's are there already."""
+        return not self.config.is_demo or (self.root / "demo").is_dir()
+
+    @functools.cached_property
+    def k_txt(self) -> int:
+        """The text layers that the configuration trains: `[train] k_txt`."""
+        train = getattr(self.config, "train", None)
+        if train is not None:
+            return int(train.k_txt)
+        given = read_toml(self.file).get("train", {}) if self.file else {}
+        return int(given.get("k_txt", DEFAULT_K_TXT))
+
+    @property
+    def vision_spec(self) -> VisionSpec:
+        """The spec of the image features.
+
+        Raises:
+            PresetError: The preset cannot be found or is not a vision encoder.
+        """
+        encoders, store = self.config.encoders, self.config.store
+        key = f"spec {encoders!r} {dataclasses.replace(store, root='')!r}"
+        return self.once(key, lambda: vision_spec(encoders, store))
+
+    def text_spec(self, k_txt: int | None = None) -> TextSpec:
+        """Return the spec of the hidden states that enter the last `k_txt` text layers.
+
+        Args:
+            k_txt: None: as the configuration says.
+
+        Raises:
+            PresetError: The preset cannot be found or is not a text encoder.
+            ConfigError: The encoder has fewer layers.
+        """
+        encoders, store = self.config.encoders, self.config.store
+        layers = self.k_txt if k_txt is None else k_txt
+        key = f"spec {encoders!r} {dataclasses.replace(store, root='')!r} {layers}"
+        return self.once(key, lambda: text_spec(encoders, store, layers))
+
+    def spec(self, kind: str, k_txt: int | None = None) -> VisionSpec | TextSpec:
+        """Return the spec of one kind of features, "vit" or "text"; see `text_spec`.
+
+        Raises:
+            UsageError: Another kind.
+        """
+        if kind not in KINDS:
+            raise UsageError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
+        return self.vision_spec if kind == "vit" else self.text_spec(k_txt)
+
+    @property
+    def asked(self) -> dict[str, VisionSpec | TextSpec]:
+        """Kind to the spec that the configuration asks for."""
+        return {kind: self.spec(kind) for kind in KINDS}
+
+    def preset_name(self, kind: str) -> str:
+        """Return the name of the encoder of one kind, as the user wrote it."""
+        encoders = self.config.encoders
+        return encoders.vit if kind == "vit" else encoders.text
+
+    def encoder(self, spec: FeatureSpec) -> Encoder:
+        """Return the encoder of a spec with its weights; see `forget_encoders`.
+
+        Raises:
+            PresetError: It cannot be loaded.
+        """
+        fixed = dataclasses.replace(spec, dtype="", boundary=0, weights="", architecture={})
+        key = f"encoder {self.preset_name(spec.kind)} {fixed!r}"
+        return self.once(key, lambda: load_encoder(spec, self.preset_name(spec.kind)))
+
+    def forget_encoders(self) -> None:
+        """Let go of the encoders' memory; they are loaded again when they are needed."""
+        for key in [key for key in self._made if key.startswith("encoder ")]:
+            del self._made[key]
+
+    def images(self) -> VisionStore:
+        """Open the image features.
+
+        Raises:
+            MissingFeaturesError: Nothing of this kind was ever extracted.
+            StaleFeaturesError: What was extracted is of other specs.
+            CorruptShardError: The features are damaged.
+        """
+        return cast(VisionStore, self._opened(self.vision_spec))
+
+    def sentences(self, k_txt: int | None = None) -> TextStore:
+        """Open the sentence features of `k_txt`; see `images`."""
+        return cast(TextStore, self._opened(self.text_spec(k_txt)))
+
+    def _opened(self, spec: FeatureSpec) -> VisionStore | TextStore:
+        folder = spec.folder(self.root)
+        key, state = f"store {folder}", _state(folder)
+        if key not in self._made or self._made[key][0] != state:
+            self._made[key] = state, open_features_of(self.root, spec)
+        return cast(VisionStore | TextStore, self._made[key][1])
+
+    def keys(self, kind: str, split: Split = "all") -> list[str]:
+        """Return the distinct image ids or sentences of a split, in the order of the rows."""
+        examples, rows = self.dataset.examples, self.dataset.rows(split)
+        column = examples.image_ids if kind == "vit" else examples.hypotheses
+        return list(dict.fromkeys(column[rows].tolist()))
+
+    def usable(self, split: str) -> tuple[NDArray[np.int64], dict[str, str]]:
+        """Return a split's rows whose photo has features.
+
+        Args:
+            split: "train", "val", "test" or "all".
+
+        Returns:
+            int64 rows of the dataset's examples, and image id to reason of the
+            split's photos that are quarantined.
+
+        Raises:
+            MissingFeaturesError: A photo was never extracted.
+            DataError: No row is left.
+        """
+        rows, opened = self.dataset.rows(split), self.images()
+        if not len(rows):
+            raise DataError(f"split {split!r} has no rows; give it a share in [data] fractions")
+        ids = self.dataset.examples.image_ids[rows]
+        present = opened.lookup(ids) >= 0
+        absent = dict.fromkeys(ids[~present])
+        quarantine = read_quarantine(opened.folder) if absent else {}
+        missing = [image_id for image_id in absent if image_id not in quarantine]
+        if missing:
+            raise MissingFeaturesError(
+                f"{opened.folder}: {len(missing)} of {len(set(ids))} photos of split"
+                f" {split!r} have no features (first: {missing[0]!r})",
+                Command("extract-vit", split=split),
+            )
+        if not present.any():
+            raise DataError(f"split {split!r} has no row whose photo could be read")
+        return rows[present], {key: quarantine[key]["reason"] for key in absent}
+
+    def job(self, kind: str, split: Split = "all", k_txt: int | None = None) -> Job:
+        """Return what it takes to have a split's features of one kind, "vit" or "text"."""
+        spec = self.spec(kind, k_txt)
+        images = self.dataset.images if kind == "vit" else None
+        keys, name, store = self.keys(kind, split), self.preset_name(kind), self.config.store
+        return Job(spec, name, store, keys, images, lambda: self.encoder(spec))
+
+    def plan(self, kind: str, split: Split = "all", k_txt: int | None = None) -> Plan:
+        """Find what is missing of a split's features; change nothing. See `make_plan`."""
+        return make_plan(self.job(kind, split, k_txt))
+
+    def estimate(
+        self, kind: str, split: Split = "all", k_txt: int | None = None
+    ) -> tuple[Plan, float]:
+        """Say what `extract` would do, and how many inputs a second; change nothing."""
+        return estimate(self.job(kind, split, k_txt))
+
+    def extract(
+        self,
+        kind: str = "vit",
+        split: Split = "all",
+        k_txt: int | None = None,
+        *,
+        shards: range = ALL,
+        ray: str | None = None,
+        actors: Actors | None = None,
+        show: Show = SHOWN,
+    ) -> tuple[Plan, Summary]:
+        """Run a frozen encoder once for each photo or sentence of a split that has no features.
+
+        Args:
+            kind: "vit" for photos, "text" for sentences.
+            split: "train", "val", "test", "all", or some of them.
+            k_txt: Last text layers that will train, with kind "text"; None: as
+                the configuration says.
+            shards: Which planned shards this process makes.
+            ray: Address of a Ray cluster to extract on; see `featstore.ray_cluster.connect`.
+            actors: Those on Ray.
+            show: How it is shown.
+
+        Returns:
+            What was missing, and what was done.
+
+        Raises:
+            StoreError: The store cannot be written or read, or the disk is too small.
+            PresetError: The encoder cannot be loaded.
+        """
+        job = self.job(kind, split, k_txt)
+        self.dataset.save()
+        if ray is None:
+            return extract(job, show, shards)
+        from featstore.extract.ray import extract_on_ray
+
+        return extract_on_ray(job, ray, actors, show, shards)
+
+    def info(self) -> dict[str, Any]:
+        """Say what is stored, and what of it the configuration asks for; see `describe_store`."""
+        from featstore.care.info import describe_store
+
+        return describe_store(self)
+
+    def verify(self, **options: Any) -> list[Any]:
+        """Check every byte of the stored features; see `featstore.care.verify.verify_store`."""
+        from featstore.care.verify import verify_store
+
+        return verify_store(self, **{"show": SHOWN, **options})
+
+    def repair(self, **options: Any) -> list[Any]:
+        """Mend what `verify` finds; see `featstore.care.repair.repair_store`."""
+        from featstore.care.repair import repair_store
+
+        return repair_store(self, **{"show": SHOWN, **options})
+
+    def garbage(self, runs: str | os.PathLike[str] = "runs", delete: bool = False) -> Any:
+        """List what neither the configuration nor a run needs; see `featstore.care.gc`.
+
+        Args:
+            runs: Folder of the runs.
+            delete: Delete it.
+        """
+        from featstore.care import gc
+
+        found = gc.find_garbage(self, Path(runs))
+        if delete:
+            gc.delete(found)
+        return found
+
+    def dump(
+        self, out: str | os.PathLike[str], kind: str = "vit", **options: Any
+    ) -> dict[str, Any]:
+        """Write features to one file for other tools; see `featstore.care.dump.dump_features`."""
+        from featstore.care.dump import dump_features
+
+        return dump_features(self, kind, Path(out), **{"show": SHOWN, **options})
+
+
+def _state(folder: Path) -> tuple[Any, ...]:
+    """Return what tells whether a features folder changed since it was opened."""
+    found: list[Any] = []
+    for name in ("manifest.json", "quarantine.json"):
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return tuple(found)
