@@ -12,18 +12,21 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config, with_train
+from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, tiny_config
 
 from featstore.data.images import decode_image
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import DataError, RunError
+from featstore.progress import SILENT
+from featstore.project import Project
 from trainer.batches import other_images
 from trainer.config import Config, render_config
-from trainer.features import open_features
+from trainer.features import cached_rows, prepare
 from trainer.model.end_to_end import build_end_to_end
 from trainer.model.weights import transfer_weights
-from trainer.results.evaluate import evaluate, open_run_features
+from trainer.results.evaluate import evaluate
 from trainer.results.parity import check_parity
+from trainer.results.score import Scorer, project_of
 from trainer.run.checkpoint import load_best
 from trainer.run.fit import fit
 from trainer.run.folder import Run
@@ -32,13 +35,15 @@ from trainer.run.training import Training
 
 
 def trained(config: Config, folder: Path) -> Run:
-    features = open_features(config, extracted(config))
-    fit(Training(Run(folder), features))
+    project = Project(config)
+    project.extract("vit", show=SILENT)
+    prepare(project, config.train.k_txt)
+    fit(Training(Run(folder), project, config.train))
     return Run(folder)
 
 
-def measure(run: Run, split: str = "test", control: str = "none") -> dict[str, Any]:
-    return evaluate(run, open_run_features(run), split, control)
+def measure(run: Run, split: str = "test", control: str | None = None) -> dict[str, Any]:
+    return evaluate(Scorer(run, project_of(run)), split, control)
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +74,22 @@ def test_every_row_of_the_split_counts_once(run: Run, split: str) -> None:
 
 
 def test_val_figures_are_those_of_training(run: Run) -> None:
-    result, metrics = measure(run, "val"), run.metrics()
+    result, metrics = measure(run, "val"), run.metrics
     assert result["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
     assert result["at_threshold"] == metrics["at_threshold"]
 
 
 def test_predictions_are_the_end_to_end_models_at_the_val_threshold(run: Run) -> None:
     """Pixels and words through the whole model, metrics by hand."""
-    config = run.config()
-    features = open_run_features(run)
+    config = run.config
+    dataset = project_of(run).dataset
     vision = VisionEncoder(config.encoders.vit, config.store.tokens)
     text = TextEncoder(config.encoders.text, config.encoders.sequence_length)
     whole = build_end_to_end(vision.backbone, text.backbone, config.train, config.store.tokens)
     transfer_weights(load_best(run), whole)
-    rows = features.dataset.rows("test")
-    examples = features.dataset.examples.select(rows)
-    paths = [features.dataset.images.lookup(image_id) for image_id in examples.image_ids]
+    rows = dataset.rows("test")
+    examples = dataset.examples.select(rows)
+    paths = [dataset.images.lookup(image_id) for image_id in examples.image_ids]
     images = [decode_image(path.read_bytes(), path.name) for path in paths if path is not None]
     ids, mask = text.tokenize(examples.hypotheses.tolist())
     inputs = {
@@ -95,7 +100,7 @@ def test_predictions_are_the_end_to_end_models_at_the_val_threshold(run: Run) ->
     logits = np.asarray(whole(inputs, training=False), np.float64)[:, 0]
     probabilities = 1 / (1 + np.exp(-logits))
     result = measure(run)
-    tau = run.metrics()["threshold"]
+    tau = run.metrics["threshold"]
     assert result["threshold"] == tau
     # No row so near the threshold that rounding could move it across.
     assert np.abs(probabilities - tau).min() > 1e-4
@@ -117,8 +122,8 @@ def test_no_optimizer_is_made_to_measure(run: Run, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(keras.optimizers.Optimizer, "build", refuse)
     with pytest.raises(AssertionError, match="allocated"):
-        make_optimizer(run.config().train).build(load_best(run).trainable_variables)
-    assert measure(run, "val")["loss"] == pytest.approx(run.metrics()["loss"], rel=1e-5)
+        make_optimizer(run.config.train).build(load_best(run).trainable_variables)
+    assert measure(run, "val")["loss"] == pytest.approx(run.metrics["loss"], rel=1e-5)
     result, failure = check_parity(run, "test", 8)
     assert failure is None
     assert result["recorded_loss"]["met"]
@@ -126,7 +131,7 @@ def test_no_optimizer_is_made_to_measure(run: Run, monkeypatch: pytest.MonkeyPat
 
 def test_the_threshold_is_a_probability_not_a_logit(run: Run) -> None:
     earlier = run.metrics_path.read_text()
-    rows = open_run_features(run).rows("test")
+    rows = Scorer(run, project_of(run)).rows("test")
     batch = rows.batch(np.arange(len(rows)), len(rows))
     logits = np.asarray(load_best(run)(batch.inputs()), np.float64)[:, 0]
     probabilities = 1 / (1 + np.exp(-logits))
@@ -151,10 +156,9 @@ def test_controls_take_the_picture_away(run: Run) -> None:
     assert blind["control"] == "hypothesis-only"
     assert (run.folder / "evaluate-test-hypothesis-only.json").exists()
     shuffled = measure(run, control="shuffled-images")
-    features = open_run_features(run)
-    rows = features.rows("test")
+    rows = Scorer(run, project_of(run)).rows("test")
     label_of = dict(zip(rows.image_positions.tolist(), rows.labels.tolist(), strict=True))
-    others = other_images(rows.image_positions, run.config().train.seed)
+    others = other_images(rows.image_positions, run.config.train.seed)
     logits = np.array([label_of[other] for other in others.tolist()])
     # A model that sees the rule says of a row what is true of the other picture.
     expected = float((logits == rows.labels).mean())
@@ -163,7 +167,7 @@ def test_controls_take_the_picture_away(run: Run) -> None:
 
 def edited(run: Run, folder: Path, name: str, **data: Any) -> Run:
     """Return a copy of a run whose settings name other data."""
-    config = run.config()
+    config = run.config
     copy = Run(Path(shutil.copytree(run.folder, folder / name)))
     copy.write_config(
         render_config(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
@@ -172,7 +176,7 @@ def edited(run: Run, folder: Path, name: str, **data: Any) -> Run:
 
 
 def test_changed_rows_are_refused_before_anything_is_encoded(run: Run, tmp_path: Path) -> None:
-    config = run.config()
+    config = run.config
     lines = Path(str(config.data.rows)).read_text().splitlines(keepends=True)
     row = {**json.loads(lines[0]), "Hypothesis": "a sentence that was never seen"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + "".join(lines[1:]))
@@ -236,8 +240,8 @@ def test_photos_that_cannot_be_read_are_left_out_and_counted(
     assert list(result["quarantined_photos"]) == [ids["test"][0]]
     assert result["rows_of_split"] == 48
     assert result["rows"] == 48 - len(SENTENCES)
-    assert list(run.manifest()["data"]["quarantined_photos"]) == [ids["val"][0]]
-    assert run.metrics()["rows"] == 48 - len(SENTENCES)
+    assert list(run.manifest["data"]["quarantined_photos"]) == [ids["val"][0]]
+    assert run.metrics["rows"] == 48 - len(SENTENCES)
 
 
 def test_an_empty_split_says_so(tmp_path: Path, tiny_vit: Path, tiny_text: Path) -> None:
@@ -245,6 +249,7 @@ def test_an_empty_split_says_so(tmp_path: Path, tiny_vit: Path, tiny_text: Path)
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, split_file="", fractions=(0.5, 0.5, 0.0))
     )
-    features = open_features(with_train(config), extracted(config))
+    project = Project(config)
+    project.extract("vit", show=SILENT)
     with pytest.raises(DataError, match="split 'test' has no rows"):
-        features.rows("test")
+        cached_rows(project, config.train, "test")

@@ -19,14 +19,15 @@ import keras
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import extracted, tiny_config, with_train
+from tiny_runs import tiny_config, with_train
 
 import trainer.run.fit
-from featstore.data.dataset import Dataset, load_dataset
 from featstore.errors import ConfigError, RunError, StoppedError, UsageError
+from featstore.progress import SILENT
+from featstore.project import Project
 from trainer.batches import CachedRows
 from trainer.config import Config, TrainConfig, render_config
-from trainer.features import open_features
+from trainer.features import cached_rows, prepare
 from trainer.model.head import HEAD_LAYERS
 from trainer.model.weights import trained_weights
 from trainer.run.checkpoint import Progress, build_model, load_best
@@ -40,10 +41,10 @@ STEPS = 8  # 32 photos × 4 sentences, 16 rows a step
 
 @dataclasses.dataclass
 class Workspace:
-    """Extracted features, and a folder for each run."""
+    """A project with its photos extracted, and a folder for each run."""
 
     config: Config
-    dataset: Dataset
+    project: Project
     folder: Path
     _numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
@@ -57,9 +58,9 @@ class Workspace:
         reporter: Reporter | None = None,
         **changes: Any,
     ) -> Training:
-        features = open_features(with_train(self.config, **changes), self.dataset)
-        run = run or self.run()
-        return Training(run, features, init_from, reporter)
+        config = with_train(self.config, **changes)
+        prepare(self.project, config.train.k_txt)
+        return Training(run or self.run(), self.project, config.train, init_from, reporter)
 
     def fit(self, **kwargs: Any) -> Training:
         training = self.training(**kwargs)
@@ -71,7 +72,9 @@ class Workspace:
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path, tiny_text: Path) -> Workspace:
     folder = tmp_path_factory.mktemp("fit")
     config = tiny_config(folder / "data", tiny_vit, tiny_text)
-    return Workspace(config, extracted(config), folder / "runs")
+    project = Project(config)
+    project.extract("vit", show=SILENT)
+    return Workspace(config, project, folder / "runs")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,7 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 def assert_same_run(a: Run, b: Run) -> None:
     """Check that two runs have the same figures, and the same state bit for bit."""
     assert history(a) == history(b)
-    assert a.metrics() == b.metrics()
+    assert a.metrics == b.metrics
     first, second = arrays(a.checkpoint_path), arrays(b.checkpoint_path)
     assert first.keys() == second.keys()
     for name, value in first.items():
@@ -123,7 +126,7 @@ def test_a_run_writes_every_file_that_it_promises(plain: Training) -> None:
 
 
 def test_a_run_learns_the_rule(plain: Training) -> None:
-    metrics = plain.run.metrics()
+    metrics = plain.run.metrics
     assert metrics["at_half"]["accuracy"] > 0.95
     assert metrics["rows"] == 48
     losses = [float(row["loss"]) for row in history(plain)]
@@ -131,9 +134,9 @@ def test_a_run_learns_the_rule(plain: Training) -> None:
 
 
 def test_the_manifest_says_what_the_run_is(plain: Training, work: Workspace) -> None:
-    manifest = plain.run.manifest()
+    manifest = plain.run.manifest
     assert manifest["status"] == "finished"
-    assert manifest["data"]["rows_digest"] == work.dataset.examples.digest()
+    assert manifest["data"]["rows_digest"] == work.project.dataset.examples.digest()
     assert manifest["data"]["counts"]["train"] == {
         "rows": 128,
         "images": 32,
@@ -145,7 +148,7 @@ def test_the_manifest_says_what_the_run_is(plain: Training, work: Workspace) -> 
     assert {"python", "tensorflow", "keras", "numpy"} <= manifest["versions"].keys()
     wall = manifest["wall_seconds"]
     assert 0 < wall["training"] + wall["validation"] <= wall["total"]
-    assert plain.run.config() == with_train(work.config, epochs=4)
+    assert plain.run.config == with_train(work.config, epochs=4)
 
 
 def test_the_figures_of_the_best_epoch_are_those_of_its_weights(
@@ -153,10 +156,10 @@ def test_the_figures_of_the_best_epoch_are_those_of_its_weights(
 ) -> None:
     records = history(plain)
     best = min(records, key=lambda row: float(row["val_loss"]))
-    metrics = plain.run.metrics()
+    metrics = plain.run.metrics
     assert metrics["epoch"] == int(best["epoch"])
     assert metrics["loss"] == pytest.approx(float(best["val_loss"]))
-    rows = plain.features.rows("val")
+    rows = cached_rows(plain.project, plain.train_config, "val")
     batch = rows.batch(np.arange(len(rows)), len(rows))
     logits = np.asarray(load_best(plain.run)(batch.inputs()), np.float64)[:, 0]
     p = 1 / (1 + np.exp(-logits))
@@ -179,10 +182,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(work: Workspace, steps: int) -> 
     with pytest.raises(StoppedError, match=f"--name {run.name}") as stopped:
         work.fit(run=run, reporter=stop_after(steps))
     assert "\n" not in str(stopped.value)
-    assert run.manifest()["status"] == "stopped"
+    assert run.manifest["status"] == "stopped"
     work.fit(run=run)
     assert_same_run(run, whole.run)
-    assert run.manifest()["status"] == "finished"
+    assert run.manifest["status"] == "finished"
 
 
 @pytest.mark.slow
@@ -201,7 +204,7 @@ def test_a_kill_between_state_and_reports_loses_no_report(work: Workspace, plain
     work.fit(run=run, epochs=4)
     for path in (run.history_path, run.metrics_path, run.curves_path):
         path.unlink()
-    run.write_manifest({**run.manifest(), "status": "running"})
+    run.write_manifest({**run.manifest, "status": "running"})
     work.fit(run=run, epochs=4)
     assert_same_run(run, plain.run)
     assert run.curves_path.exists()
@@ -210,21 +213,22 @@ def test_a_kill_between_state_and_reports_loses_no_report(work: Workspace, plain
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from featstore.data.dataset import load_dataset
+from featstore.project import Project
 from trainer.config import load_config
-from trainer.features import open_features
+from trainer.features import prepare
 from trainer.run.fit import fit
 from trainer.run.training import Reporter, Training
 from trainer.run.folder import Run
 config = load_config(sys.argv[1])
 run = Run(Path(sys.argv[2]))
-features = open_features(config, load_dataset(config.data, Path(config.store.root)))
+project = Project(config)
+prepare(project, config.train.k_txt)
 slow = Reporter(
     stopping=lambda: time.sleep(float(sys.argv[3])),
     epoch=lambda record: print(record["epoch"], flush=True),
 )
 with run.writing():
-    fit(Training(run, features, reporter=slow))
+    fit(Training(run, project, config.train, reporter=slow))
 """
 
 
@@ -249,7 +253,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not(work: Workspace, plain: Training)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
-    assert run.manifest()["status"] == "running"
+    assert run.manifest["status"] == "running"
     assert len(history(run)) < 4
     with run.writing():
         work.fit(run=run, epochs=4)
@@ -271,9 +275,9 @@ def test_going_on_with_other_inputs_is_refused(work: Workspace, tmp_path: Path) 
     lines = Path(str(work.config.data.rows)).read_text().splitlines(keepends=True)
     rows.write_text("".join(lines[:-1]))
     data = dataclasses.replace(work.config.data, rows=str(rows))
-    fewer = load_dataset(data, Path(work.config.store.root))
+    fewer = Project(dataclasses.replace(work.config, data=data))
     with pytest.raises(RunError, match="the rows changed"):
-        Training(run, open_features(work.config, fewer))
+        Training(run, fewer, work.config.train)
 
 
 def test_a_damaged_checkpoint_is_one_line(work: Workspace) -> None:
@@ -348,8 +352,8 @@ def test_a_plateau_cuts_the_rate_and_ends_the_run(work: Workspace) -> None:
     )
     rates = [float(row["lr"]) for row in history(training)]
     assert rates == pytest.approx([1e-12, 1e-12, 2.5e-13, 6.25e-14])
-    assert training.run.metrics()["epoch"] == 1
-    assert training.run.manifest()["status"] == "finished"
+    assert training.run.metrics["epoch"] == 1
+    assert training.run.manifest["status"] == "finished"
 
 
 @pytest.mark.parametrize("monitor", ["val_loss", "val_macro_f1", "val_accuracy", "val_auc"])
@@ -357,7 +361,7 @@ def test_the_monitor_chooses_the_epoch(work: Workspace, monitor: str) -> None:
     training = work.fit(monitor=monitor, epochs=3, lr=0.03)
     values = [float(row[monitor]) for row in history(training)]
     best = min(values) if monitor == "val_loss" else max(values)
-    metrics = training.run.metrics()
+    metrics = training.run.metrics
     assert metrics["epoch"] == values.index(best) + 1
     assert metrics["monitor"] == monitor
 
@@ -369,7 +373,7 @@ def test_divergence_is_one_line_and_the_run_is_stopped(work: Workspace, batch_si
     with pytest.raises(RunError, match="smaller --lr") as caught:
         work.fit(run=run, lr=1e30, clipnorm=0.0, batch_size=batch_size, epochs=3)
     assert "\n" not in str(caught.value)
-    assert run.manifest()["status"] == "stopped"
+    assert run.manifest["status"] == "stopped"
 
 
 @pytest.mark.parametrize("together", [1, 2])
@@ -428,13 +432,13 @@ def test_init_from_another_head_is_refused(work: Workspace, plain: Training) -> 
 
 
 def test_without_the_picture_a_run_falls_to_chance(work: Workspace, plain: Training) -> None:
-    blind = work.fit(control="hypothesis-only", epochs=4).run.metrics()
+    blind = work.fit(control="hypothesis-only", epochs=4).run.metrics
     # Each sentence is right for half its photos: exactly half, whatever the model says.
     assert blind["auc"] == pytest.approx(0.5, abs=1e-6)
     assert blind["at_half"]["accuracy"] == 0.5
-    shuffled = work.fit(control="shuffled-images", epochs=4).run.metrics()
+    shuffled = work.fit(control="shuffled-images", epochs=4).run.metrics
     assert shuffled["at_half"]["accuracy"] < 0.75
-    assert plain.run.metrics()["at_half"]["accuracy"] > 0.95
+    assert plain.run.metrics["at_half"]["accuracy"] > 0.95
     assert blind["control"] == "hypothesis-only"
 
 
@@ -490,7 +494,7 @@ def test_the_plain_path_has_keras_own_layers(work: Workspace) -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_setting_has_an_effect(work: Workspace, restless: Training, name: str) -> None:
     changed = work.fit(**{**RESTLESS, **CHANGES[name]})
-    figures = [(history(t), t.run.metrics()["epoch"]) for t in (restless, changed)]
+    figures = [(history(t), t.run.metrics["epoch"]) for t in (restless, changed)]
     assert figures[0] != figures[1]
 
 
@@ -574,7 +578,7 @@ def test_runs_trained_together_end_as_each_alone(work: Workspace) -> None:
     assert train_together(together) == [None, None, None]
     for expected, run in zip(alone, runs, strict=True):
         assert_same_run(expected.run, run)
-        assert run.manifest()["status"] == "finished"
+        assert run.manifest["status"] == "finished"
 
 
 def test_what_ends_one_run_leaves_the_others(work: Workspace) -> None:
@@ -590,7 +594,7 @@ def test_what_ends_one_run_leaves_the_others(work: Workspace) -> None:
     assert failures[1] is None
     assert isinstance(failures[2], ValueError)
     assert_same_run(alone.run, healthy.run)
-    assert diverging.run.manifest()["status"] == "stopped"
+    assert diverging.run.manifest["status"] == "stopped"
     assert len(history(refused)) == 1
 
 

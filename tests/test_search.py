@@ -22,10 +22,12 @@ import pandas as pd
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from tiny_runs import extracted, tiny_config
+from tiny_runs import tiny_config
 
 import trainer.run.fit
 from featstore.errors import StoppedError, UsageError
+from featstore.progress import SILENT
+from featstore.project import Project
 from trainer.run.folder import Run
 from trainer.run.training import Reporter
 from trainer.tuning import study as searching
@@ -62,7 +64,7 @@ class Place:
 
     folder: Path
     config: Any
-    dataset: Any
+    project: Any
 
     def start(self, name: str, space: str = SPACE, **given: Any) -> Search:
         settings = {
@@ -77,24 +79,26 @@ class Place:
         path.write_text(space.format(**{**settings, **given}))
         found = read_space(path, {}, {})
         runs = self.folder / "runs"
-        return start_search(runs / name, found.base(self.config), found, None, None, self.dataset)
+        return start_search(runs / name, found.base(self.config), found, None, None, self.project)
 
     def run(self, name: str, **given: Any) -> Search:
         search = self.start(name, **given)
-        work(search, self.dataset)
+        work(search, self.project)
         return search
 
     def again(self, search: Search, **flags: Any) -> Search:
         """Open a search anew, as the same command does."""
         base, space, source = known_search(search.folder, flags)
-        return start_search(search.folder, base, space, source, None, self.dataset)
+        return start_search(search.folder, base, space, source, None, self.project)
 
 
 @pytest.fixture(scope="module")
 def place(tiny_vit: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("search")
     config = tiny_config(folder, tiny_vit, tiny_text)
-    return Place(folder, config, extracted(config))
+    project = Project(config)
+    project.extract("vit", show=SILENT)
+    return Place(folder, config, project)
 
 
 def results(search: Search) -> list[Any]:
@@ -131,7 +135,7 @@ def test_a_search_is_runs_and_a_leaderboard(place: Place, whole: list[Any]) -> N
     assert ranked(search, rows)[0] == best
     for number, _, values, value, _ in whole:
         run = search.run_of(number)
-        assert run.config().train.lr == values["lr"]
+        assert run.config.train.lr == values["lr"]
         history = pd.read_csv(run.folder / "history.csv")
         assert history["val_loss"].min() == pytest.approx(value, abs=1e-6)
     files = [path.name for path in write_leaderboard(search)]
@@ -275,14 +279,14 @@ def test_a_stopped_search_ends_as_the_undisturbed(place: Place, whole: list[Any]
     # In an epoch, at its end, in the second trial, and before its first step.
     for steps in (3, 6, 9, 0):
         with pytest.raises(StoppedError):
-            work(search, place.dataset, Stop(steps))
+            work(search, place.project, Stop(steps))
         assert search.unfinished
         search = place.again(search)
-    work(search, place.dataset)
+    work(search, place.project)
     assert results(search) == whole[:2]
     # More trials can be asked for.
     search = place.again(search, trials=4)
-    work(search, place.dataset)
+    work(search, place.project)
     assert results(search) == whole
 
 
@@ -316,18 +320,18 @@ def test_a_pruned_trial_stays_so_when_those_trained_with_it_are_stopped(place: P
     search = place.start("pruned-stopped", **given)
     with pytest.raises(StoppedError):
         # In the second epoch: the steps of the first one ask too.
-        work(search, place.dataset, Stop(3 * 10))
+        work(search, place.project, Stop(3 * 10))
     rows = trial_rows(search)
     assert {row["state"] for row in rows} == {"running", "pruned"}
     search = place.again(search)
-    work(search, place.dataset)
+    work(search, place.project)
     assert results(search) == expected
     for row in trial_rows(search):
         assert row["seconds"] > 0
         if row["state"] == "pruned":
             assert row["epoch"] < 3
             assert row["val_accuracy"] is not None
-            assert Run(search.folder / row["run"]).manifest()["status"] == "pruned"
+            assert Run(search.folder / row["run"]).manifest["status"] == "pruned"
 
 
 @pytest.mark.slow
@@ -394,7 +398,7 @@ def test_a_diverged_trial_is_recorded(place: Place) -> None:
     (row,) = trial_rows(search)
     assert row["state"] == "fail"
     assert row["reason"].startswith(("the loss is nan in epoch 1", "a val logit is"))
-    assert Run(search.folder / row["run"]).manifest()["status"] == "failed"
+    assert Run(search.folder / row["run"]).manifest["status"] == "failed"
 
 
 WORKER = """
@@ -419,7 +423,7 @@ def test_a_killed_workers_trial_is_taken_over(place: Place, whole: list[Any]) ->
     assert done.returncode == -signal.SIGKILL
     assert [row["state"] for row in trial_rows(search)] == ["complete", "running"]
     search = place.again(search)
-    work(search, place.dataset)
+    work(search, place.project)
     assert results(search) == whole
 
 
@@ -500,7 +504,7 @@ def test_two_claims_never_hold_one_trial(place: Place) -> None:
 
 def test_a_deadline_draws_no_more(place: Place) -> None:
     search = place.start("late")
-    work(search, place.dataset, deadline=0.0)
+    work(search, place.project, deadline=0.0)
     assert results(search) == []
     assert best_row(search, trial_rows(search)) is None
 
