@@ -58,7 +58,7 @@ def finished(golden: Path) -> Run:
 @pytest.fixture(scope="module")
 def tolerance(golden: Path, finished: Run) -> float:
     """0 with the versions and the processor that made the golden run."""
-    versions = finished.manifest()["versions"]
+    versions = finished.manifest["versions"]
     same = all(package_versions()[name] == versions[name] for name in ARITHMETIC)
     recorded = json.loads((golden / "instructions.json").read_text())
     return 0.0 if same and vector_instructions() == recorded else OTHER_ROUNDING
@@ -117,7 +117,7 @@ def rows_of(golden: Path, split: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("name", RUNS)
 def test_an_old_run_says_what_it_is(golden: Path, name: str) -> None:
     run = Run(golden / "runs" / name)
-    config, manifest, metrics = run.config(), run.manifest(), run.metrics()
+    config, manifest, metrics = run.config, run.manifest, run.metrics
     assert (config.train.k_txt, config.train.lr, config.train.epochs) == (2, 1e-3, 3)
     assert config.data.rows == str(golden / "rows.jsonl")
     assert (manifest["name"], manifest["status"]) == (name, name)
@@ -128,7 +128,7 @@ def test_an_old_run_says_what_it_is(golden: Path, name: str) -> None:
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_its_best_weights_give_the_old_logits(golden: Path, finished: Run, split: str) -> None:
-    features = finished.manifest()["features"]
+    features = finished.manifest["features"]
     vision = open_store(golden / "cache" / "vit" / features["vision"]["fingerprint"])
     text = open_store(golden / "cache" / "text" / features["text"]["fingerprint"])
     assert isinstance(vision, VisionStore)
@@ -173,8 +173,8 @@ def test_the_stopped_run_goes_on_to_the_end(
 ) -> None:
     run = Run(Path(shutil.copytree(golden / "runs" / "stopped", tmp_path / "stopped")))
     command("train", "--config", run.config_path, "--runs", tmp_path, "--name", "stopped")
-    assert run.manifest()["status"] == "finished"
-    assert_same_values(run.metrics(), finished.metrics(), tolerance)
+    assert run.manifest["status"] == "finished"
+    assert_same_values(run.metrics, finished.metrics, tolerance)
     for found, expected in zip(history(run), history(finished), strict=True):
         assert_same_values(found, expected, tolerance)
 
@@ -185,11 +185,11 @@ def test_training_again_gives_the_old_figures(
     files = store_files(golden)
     command("train", "--config", finished.config_path, "--runs", tmp_path, "--name", "again")
     again = Run(tmp_path / "again")
-    assert_same_values(again.metrics(), finished.metrics(), tolerance)
+    assert_same_values(again.metrics, finished.metrics, tolerance)
     for found, expected in zip(history(again), history(finished), strict=True):
         assert_same_values(found, expected, tolerance)
     for key in ("data", "features", "parameters", "seeds"):
-        ours, theirs = again.manifest()[key], finished.manifest()[key]
+        ours, theirs = again.manifest[key], finished.manifest[key]
         ours, theirs = ({**found, "splits_file": None} for found in (ours, theirs))
         assert ours == theirs
     assert store_files(golden) == files, "features were extracted again"
