@@ -169,7 +169,8 @@ def search_group(
 
 
 def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
-    from trainer.tuning.table import ranked, shown
+    from trainer.tuning.space import shown
+    from trainer.tuning.table import ranked
 
     names = [parameter.name for parameter in search.space.parameters]
     metric = search.space.search.metric
@@ -198,8 +199,7 @@ def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
 def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> None:
     """Print a search's leaderboard, also while it runs; write its plots."""
     from trainer.tuning.drive import load_search
-    from trainer.tuning.plots import write_leaderboard
-    from trainer.tuning.table import ranked, trial_rows
+    from trainer.tuning.table import ranked, trial_rows, write_leaderboard
 
     search = load_search(name, runs, storage).search
     rows = trial_rows(search)
@@ -234,7 +234,7 @@ def search_best(
 ) -> None:
     """Show the best trial; train it again with more epochs or seeds."""
     from trainer.tuning.drive import load_search
-    from trainer.tuning.table import shown
+    from trainer.tuning.space import shown
 
     results = load_search(name, runs, storage)
     search, best = results.search, results.best

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,15 +11,23 @@ from typing import Any
 import numpy as np
 import optuna
 
-from featstore.publish import publish, write_text
-from trainer.tuning.space import Parameter
+from featstore.publish import publish
+from trainer.tuning.space import Parameter, shown
 from trainer.tuning.study import Search
-from trainer.tuning.table import ranked, shown, trial_rows
 
 PLOT_DPI = 120
 
 
-def _plots(search: Search, rows: Sequence[dict[str, Any]]) -> list[Path]:
+def draw_plots(search: Search, rows: Sequence[dict[str, Any]]) -> list[Path]:
+    """Draw the pictures for which there are enough trials into the search's folder.
+
+    Args:
+        search: The search.
+        rows: Its trials, the best first, from `trainer.tuning.table.ranked`.
+
+    Returns:
+        The files.
+    """
     complete = [row for row in rows if row["state"] == "complete"]
     varied = [
         parameter
@@ -171,22 +177,3 @@ def _axis(parameter: Parameter) -> tuple[Callable[[Any], float], list[tuple[floa
     middle = [low + i / 4 * (high - low) for i in range(5)]
     numbers = [math.exp(x) if scale is math.log else x for x in middle]
     return place, [(i / 4, shown(number)) for i, number in enumerate(numbers)]
-
-
-def write_leaderboard(search: Search) -> list[Path]:
-    """Write `leaderboard.csv` and the plots into the search's folder.
-
-    Returns:
-        The files. A plot for which there are too few trials is left out.
-    """
-    rows = ranked(search, trial_rows(search))
-    paths = [search.folder / "leaderboard.csv"]
-    names = [parameter.name for parameter in search.space.parameters]
-    text = io.StringIO(newline="")
-    kept = [key for key in (rows[0] if rows else {"trial": 0}) if key != "params"]
-    writer = csv.DictWriter(text, ["rank", *kept, *names], lineterminator="\n")
-    writer.writeheader()
-    for rank, row in enumerate(rows, 1):
-        writer.writerow({"rank": rank, **{key: row[key] for key in kept}, **row["params"]})
-    write_text(paths[0], text.getvalue())
-    return paths + _plots(search, rows)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
+from featstore.publish import write_text
+from trainer.tuning.plots import draw_plots
 from trainer.tuning.study import Search
 
 FIGURES = ("best_epoch", "val_loss", "val_accuracy", "val_macro_f1", "val_auc", "threshold")
@@ -110,6 +115,20 @@ def epochs_of(search: Search, row: dict[str, Any]) -> int:
     return int(row["params"].get("epochs", search.base.train.epochs))
 
 
-def shown(value: Any) -> str:
-    """Return a setting's value in few characters."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def write_leaderboard(search: Search) -> list[Path]:
+    """Write `leaderboard.csv` and the plots into the search's folder.
+
+    Returns:
+        The files. A plot for which there are too few trials is left out.
+    """
+    rows = ranked(search, trial_rows(search))
+    paths = [search.folder / "leaderboard.csv"]
+    names = [parameter.name for parameter in search.space.parameters]
+    text = io.StringIO(newline="")
+    kept = [key for key in (rows[0] if rows else {"trial": 0}) if key != "params"]
+    writer = csv.DictWriter(text, ["rank", *kept, *names], lineterminator="\n")
+    writer.writeheader()
+    for rank, row in enumerate(rows, 1):
+        writer.writerow({"rank": rank, **{key: row[key] for key in kept}, **row["params"]})
+    write_text(paths[0], text.getvalue())
+    return paths + draw_plots(search, rows)
