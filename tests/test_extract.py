@@ -604,13 +604,17 @@ def test_the_lock(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("kind", ["vit", "text"])
 def test_two_at_once_share_the_work(
-    photos: Path, store: StoreConfig, monkeypatch: pytest.MonkeyPatch, encoders: EncodersConfig
+    photos: Path, store: StoreConfig, encoders: EncodersConfig, kind: str
 ) -> None:
-    index, results = index_images(photos), []
+    job = image_job(encoders, store, IDS, index_images(photos))
+    if kind == "text":
+        job = text_job(encoders, store, [f"a {a} {b}" for a in WORDS[:8] for b in WORDS[:5]], 2)
+    results = []
 
     def work() -> None:
-        results.append(extract(image_job(encoders, store, IDS, index))[1].extracted)
+        results.append(extract(job)[1].extracted)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -618,7 +622,7 @@ def test_two_at_once_share_the_work(
     for thread in threads:
         thread.join()
     assert sum(results) == 40
-    assert open_features_of(Path(store.root), vision_spec(encoders, store)).keys() == IDS
+    assert open_features_of(Path(store.root), job.spec).keys() == job.keys
 
 
 def test_two_processes_at_once_do_the_work_once(photos: Path, tmp_path: Path) -> None:
