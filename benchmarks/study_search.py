@@ -75,7 +75,7 @@ def end_to_end_seconds(run: Path, ks: Sequence[int], rounds: int = 3) -> dict[in
     from trainer.run.optimizer import make_optimizer
     from trainer.run.step import binary_cross_entropy
 
-    config = Run(run).config()
+    config = Run(run).config
     rng = np.random.default_rng(0)
     found: dict[int, dict[str, Any]] = {}
     for k_txt in ks:

@@ -107,8 +107,18 @@ class Project:
         Raises:
             ConfigError, RowError, DataError, SplitError: See `load_dataset`.
         """
-        key = f"dataset {self.config.data!r} {self.root}"
-        return self.once(key, lambda: load_dataset(self.config.data, self.root))
+        return self.once(self._rows_key, lambda: load_dataset(self.config.data, self.root))
+
+    def with_dataset(self, dataset: Dataset) -> Project:
+        """Return a project of the same encoders and store over other rows."""
+        other = self.with_config(self.config)
+        other._made = {key: made for key, made in self._made.items() if key != self._rows_key}
+        other._made[self._rows_key] = dataset
+        return other
+
+    @property
+    def _rows_key(self) -> str:
+        return f"dataset {self.config.data!r} {self.root}"
 
     @property
     def has_dataset(self) -> bool:
@@ -248,8 +258,8 @@ class Project:
         """Return what it takes to have a split's features of one kind, "vit" or "text"."""
         spec = self.spec(kind, k_txt)
         images = self.dataset.images if kind == "vit" else None
-        keys = self.keys(kind, split)
-        return Job(spec, self.preset_name(kind), self.config.store, keys, images)
+        keys, name, store = self.keys(kind, split), self.preset_name(kind), self.config.store
+        return Job(spec, name, store, keys, images, lambda: self.encoder(spec))
 
     def plan(self, kind: str, split: Split = "all", k_txt: int | None = None) -> Plan:
         """Find what is missing of a split's features; change nothing. See `make_plan`."""
@@ -259,8 +269,7 @@ class Project:
         self, kind: str, split: Split = "all", k_txt: int | None = None
     ) -> tuple[Plan, float]:
         """Say what `extract` would do, and how many inputs a second; change nothing."""
-        job = self.job(kind, split, k_txt)
-        return estimate(job, lambda: self.encoder(job.spec))
+        return estimate(self.job(kind, split, k_txt))
 
     def extract(
         self,
@@ -295,7 +304,7 @@ class Project:
         job = self.job(kind, split, k_txt)
         self.dataset.save()
         if ray is None:
-            return extract(job, show, shards, lambda: self.encoder(job.spec))
+            return extract(job, show, shards)
         from featstore.extract.ray import extract_on_ray
 
         return extract_on_ray(job, ray, actors, show, shards)

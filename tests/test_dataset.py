@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from unprivileged import forbidden
 
 from featstore.config import DataConfig
 from featstore.data.dataset import load_dataset
@@ -130,6 +131,19 @@ def test_a_split_file_of_the_user(data: DataConfig, root: Path, tmp_path: Path) 
     mine.write_text(json.dumps({"train": IDS[4:], "val": IDS[:2], "test": IDS[2:3]}))
     with pytest.raises(SplitError, match="'p3' of the rows is in no split"):
         load_dataset(replace(data, split_file=str(mine)), root)
+
+
+def test_the_second_save_finds_the_split_written(data: DataConfig, root: Path) -> None:
+    first = load_dataset(data, root)
+    first.save()
+    stat = first.splits_path.stat()
+    # A store that was made elsewhere is read as it is.
+    with forbidden(first.splits_path.parent, left=0o555):
+        second = load_dataset(data, root)
+        second.save()
+    assert second.splits == first.splits
+    assert second.splits_path.stat().st_mtime_ns == stat.st_mtime_ns
+    assert second.splits_path.stat().st_ino == stat.st_ino
 
 
 def test_a_saved_split_is_a_record_and_decides_nothing(data: DataConfig, root: Path) -> None:

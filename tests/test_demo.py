@@ -320,10 +320,18 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_train_overrides_are_settings() -> None:
-    from trainer.config import TrainConfig
+def test_without_rows_a_run_trains_with_the_demos_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featstore.settings import build_section
+    from trainer.config import TrainConfig, load_config
 
-    TrainConfig(**demo.DEMO_TRAIN)
+    # Of the right types, within their bounds.
+    checked = build_section("train", TrainConfig, demo.DEMO_TRAIN, "the demo", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert load_config().train == checked
+    changed = {name for name, value in vars(checked).items() if value != vars(TrainConfig())[name]}
+    assert changed == {"lr", "dropout", "epochs", "num_heads"}
 
 
 class TestPresets:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import keras
 import numpy as np
 import pytest
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config, with_train
@@ -22,9 +23,11 @@ from trainer.features import open_features
 from trainer.model.end_to_end import build_end_to_end
 from trainer.model.weights import transfer_weights
 from trainer.results.evaluate import evaluate, open_run_features
+from trainer.results.parity import check_parity
 from trainer.run.checkpoint import load_best
 from trainer.run.fit import fit
 from trainer.run.folder import Run
+from trainer.run.optimizer import make_optimizer
 from trainer.run.training import Training
 
 
@@ -66,14 +69,14 @@ def test_every_row_of_the_split_counts_once(run: Run, split: str) -> None:
 
 
 def test_val_figures_are_those_of_training(run: Run) -> None:
-    result, metrics = measure(run, "val"), run.metrics()
+    result, metrics = measure(run, "val"), run.metrics
     assert result["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
     assert result["at_threshold"] == metrics["at_threshold"]
 
 
 def test_predictions_are_the_end_to_end_models_at_the_val_threshold(run: Run) -> None:
     """Pixels and words through the whole model, metrics by hand."""
-    config = run.config()
+    config = run.config
     features = open_run_features(run)
     vision = VisionEncoder(config.encoders.vit, config.store.tokens)
     text = TextEncoder(config.encoders.text, config.encoders.sequence_length)
@@ -92,7 +95,7 @@ def test_predictions_are_the_end_to_end_models_at_the_val_threshold(run: Run) ->
     logits = np.asarray(whole(inputs, training=False), np.float64)[:, 0]
     probabilities = 1 / (1 + np.exp(-logits))
     result = measure(run)
-    tau = run.metrics()["threshold"]
+    tau = run.metrics["threshold"]
     assert result["threshold"] == tau
     # No row so near the threshold that rounding could move it across.
     assert np.abs(probabilities - tau).min() > 1e-4
@@ -106,6 +109,19 @@ def test_predictions_are_the_end_to_end_models_at_the_val_threshold(run: Run) ->
     assert {key: result["at_threshold"][key] for key in expected} == expected
     loss = -np.mean(np.where(truth, np.log(probabilities), np.log(1 - probabilities)))
     assert result["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_no_optimizer_is_made_to_measure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("an optimizer's variables were allocated")
+
+    monkeypatch.setattr(keras.optimizers.Optimizer, "build", refuse)
+    with pytest.raises(AssertionError, match="allocated"):
+        make_optimizer(run.config.train).build(load_best(run).trainable_variables)
+    assert measure(run, "val")["loss"] == pytest.approx(run.metrics["loss"], rel=1e-5)
+    result, failure = check_parity(run, "test", 8)
+    assert failure is None
+    assert result["recorded_loss"]["met"]
 
 
 def test_the_threshold_is_a_probability_not_a_logit(run: Run) -> None:
@@ -138,7 +154,7 @@ def test_controls_take_the_picture_away(run: Run) -> None:
     features = open_run_features(run)
     rows = features.rows("test")
     label_of = dict(zip(rows.image_positions.tolist(), rows.labels.tolist(), strict=True))
-    others = other_images(rows.image_positions, run.config().train.seed)
+    others = other_images(rows.image_positions, run.config.train.seed)
     logits = np.array([label_of[other] for other in others.tolist()])
     # A model that sees the rule says of a row what is true of the other picture.
     expected = float((logits == rows.labels).mean())
@@ -147,7 +163,7 @@ def test_controls_take_the_picture_away(run: Run) -> None:
 
 def edited(run: Run, folder: Path, name: str, **data: Any) -> Run:
     """Return a copy of a run whose settings name other data."""
-    config = run.config()
+    config = run.config
     copy = Run(Path(shutil.copytree(run.folder, folder / name)))
     copy.write_config(
         render_config(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
@@ -156,7 +172,7 @@ def edited(run: Run, folder: Path, name: str, **data: Any) -> Run:
 
 
 def test_changed_rows_are_refused_before_anything_is_encoded(run: Run, tmp_path: Path) -> None:
-    config = run.config()
+    config = run.config
     lines = Path(str(config.data.rows)).read_text().splitlines(keepends=True)
     row = {**json.loads(lines[0]), "Hypothesis": "a sentence that was never seen"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + "".join(lines[1:]))
@@ -220,8 +236,8 @@ def test_photos_that_cannot_be_read_are_left_out_and_counted(
     assert list(result["quarantined_photos"]) == [ids["test"][0]]
     assert result["rows_of_split"] == 48
     assert result["rows"] == 48 - len(SENTENCES)
-    assert list(run.manifest()["data"]["quarantined_photos"]) == [ids["val"][0]]
-    assert run.metrics()["rows"] == 48 - len(SENTENCES)
+    assert list(run.manifest["data"]["quarantined_photos"]) == [ids["val"][0]]
+    assert run.metrics["rows"] == 48 - len(SENTENCES)
 
 
 def test_an_empty_split_says_so(tmp_path: Path, tiny_vit: Path, tiny_text: Path) -> None:

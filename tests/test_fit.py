@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -17,16 +18,19 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import extracted, tiny_config, with_train
 
 import trainer.run.fit
 from featstore.data.dataset import Dataset, load_dataset
 from featstore.errors import ConfigError, RunError, StoppedError, UsageError
+from trainer.batches import CachedRows
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import open_features
 from trainer.model.head import HEAD_LAYERS
 from trainer.model.weights import trained_weights
 from trainer.run.checkpoint import Progress, build_model, load_best
+from trainer.run.fit import fit, train_together
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training, judge, monitored
 
@@ -59,7 +63,7 @@ class Workspace:
 
     def fit(self, **kwargs: Any) -> Training:
         training = self.training(**kwargs)
-        training.fit()
+        fit(training)
         return training
 
 
@@ -91,7 +95,7 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 def assert_same_run(a: Run, b: Run) -> None:
     """Check that two runs have the same figures, and the same state bit for bit."""
     assert history(a) == history(b)
-    assert a.metrics() == b.metrics()
+    assert a.metrics == b.metrics
     first, second = arrays(a.checkpoint_path), arrays(b.checkpoint_path)
     assert first.keys() == second.keys()
     for name, value in first.items():
@@ -119,7 +123,7 @@ def test_a_run_writes_every_file_that_it_promises(plain: Training) -> None:
 
 
 def test_a_run_learns_the_rule(plain: Training) -> None:
-    metrics = plain.run.metrics()
+    metrics = plain.run.metrics
     assert metrics["at_half"]["accuracy"] > 0.95
     assert metrics["rows"] == 48
     losses = [float(row["loss"]) for row in history(plain)]
@@ -127,7 +131,7 @@ def test_a_run_learns_the_rule(plain: Training) -> None:
 
 
 def test_the_manifest_says_what_the_run_is(plain: Training, work: Workspace) -> None:
-    manifest = plain.run.manifest()
+    manifest = plain.run.manifest
     assert manifest["status"] == "finished"
     assert manifest["data"]["rows_digest"] == work.dataset.examples.digest()
     assert manifest["data"]["counts"]["train"] == {
@@ -141,7 +145,7 @@ def test_the_manifest_says_what_the_run_is(plain: Training, work: Workspace) -> 
     assert {"python", "tensorflow", "keras", "numpy"} <= manifest["versions"].keys()
     wall = manifest["wall_seconds"]
     assert 0 < wall["training"] + wall["validation"] <= wall["total"]
-    assert plain.run.config() == with_train(work.config, epochs=4)
+    assert plain.run.config == with_train(work.config, epochs=4)
 
 
 def test_the_figures_of_the_best_epoch_are_those_of_its_weights(
@@ -149,7 +153,7 @@ def test_the_figures_of_the_best_epoch_are_those_of_its_weights(
 ) -> None:
     records = history(plain)
     best = min(records, key=lambda row: float(row["val_loss"]))
-    metrics = plain.run.metrics()
+    metrics = plain.run.metrics
     assert metrics["epoch"] == int(best["epoch"])
     assert metrics["loss"] == pytest.approx(float(best["val_loss"]))
     rows = plain.features.rows("val")
@@ -175,10 +179,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(work: Workspace, steps: int) -> 
     with pytest.raises(StoppedError, match=f"--name {run.name}") as stopped:
         work.fit(run=run, reporter=stop_after(steps))
     assert "\n" not in str(stopped.value)
-    assert run.manifest()["status"] == "stopped"
+    assert run.manifest["status"] == "stopped"
     work.fit(run=run)
     assert_same_run(run, whole.run)
-    assert run.manifest()["status"] == "finished"
+    assert run.manifest["status"] == "finished"
 
 
 @pytest.mark.slow
@@ -197,7 +201,7 @@ def test_a_kill_between_state_and_reports_loses_no_report(work: Workspace, plain
     work.fit(run=run, epochs=4)
     for path in (run.history_path, run.metrics_path, run.curves_path):
         path.unlink()
-    run.write_manifest({**run.manifest(), "status": "running"})
+    run.write_manifest({**run.manifest, "status": "running"})
     work.fit(run=run, epochs=4)
     assert_same_run(run, plain.run)
     assert run.curves_path.exists()
@@ -209,9 +213,9 @@ from pathlib import Path
 from featstore.data.dataset import load_dataset
 from trainer.config import load_config
 from trainer.features import open_features
+from trainer.run.fit import fit
 from trainer.run.training import Reporter, Training
 from trainer.run.folder import Run
-from trainer.run.step import make_stepper
 config = load_config(sys.argv[1])
 run = Run(Path(sys.argv[2]))
 features = open_features(config, load_dataset(config.data, Path(config.store.root)))
@@ -220,7 +224,7 @@ slow = Reporter(
     epoch=lambda record: print(record["epoch"], flush=True),
 )
 with run.writing():
-    Training(run, features, reporter=slow).fit()
+    fit(Training(run, features, reporter=slow))
 """
 
 
@@ -245,7 +249,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not(work: Workspace, plain: Training)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
-    assert run.manifest()["status"] == "running"
+    assert run.manifest["status"] == "running"
     assert len(history(run)) < 4
     with run.writing():
         work.fit(run=run, epochs=4)
@@ -295,36 +299,32 @@ def test_a_finished_name_is_taken(plain: Training) -> None:
         plain.run.check_free_or_same(plain.config)
 
 
-def verdicts(values: list[float], **settings: Any) -> list[tuple[bool, bool, bool]]:
+def verdicts(values: list[float], **settings: Any) -> list[tuple[bool, bool, int]]:
+    """For each epoch: the best so far? the rate to be cut? how many epochs since the best?"""
     train, progress = TrainConfig(**settings), Progress()
     found = []
     for epoch, value in enumerate(values):
         progress.epoch = epoch
-        found.append(judge(train, progress, value))
+        found.append((*judge(train, progress, value), progress.waited))
     return found
 
 
-def test_judge_cuts_and_stops_after_its_patience() -> None:
-    found = verdicts([5, 5, 4, 4, 4, 4, 4], reduce_lr_patience=2, early_stop_patience=6)
+def test_judge_cuts_after_its_patience() -> None:
+    found = verdicts([5, 5, 4, 4, 4, 4, 4], reduce_lr_patience=2)
     assert [best for best, _, _ in found] == [True] + [False] * 6
     assert [cut for _, cut, _ in found] == [False, False, True, False, True, False, True]
-    assert [stop for _, _, stop in found] == [False] * 6 + [True]
+    assert [waited for _, _, waited in found] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_judge_with_patience_1_acts_at_once() -> None:
-    found = verdicts([1, 1, 2, 1], reduce_lr_patience=1, early_stop_patience=1)
-    assert found == [
-        (True, False, False),
-        (False, True, True),
-        (True, False, False),
-        (False, True, True),
-    ]
+    found = verdicts([1, 1, 2, 1], reduce_lr_patience=1)
+    assert found == [(True, False, 0), (False, True, 1), (True, False, 0), (False, True, 1)]
 
 
 def test_a_gain_starts_both_patiences_again() -> None:
-    found = verdicts([1, 0, 2, 1, 1], reduce_lr_patience=2, early_stop_patience=2)
-    assert found[3] == (False, False, False)
-    assert found[4] == (False, True, True)
+    found = verdicts([1, 0, 2, 1, 1], reduce_lr_patience=2)
+    assert found[3] == (False, False, 1)
+    assert found[4] == (False, True, 2)
 
 
 def test_the_monitored_value_is_better_when_higher() -> None:
@@ -348,8 +348,8 @@ def test_a_plateau_cuts_the_rate_and_ends_the_run(work: Workspace) -> None:
     )
     rates = [float(row["lr"]) for row in history(training)]
     assert rates == pytest.approx([1e-12, 1e-12, 2.5e-13, 6.25e-14])
-    assert training.run.metrics()["epoch"] == 1
-    assert training.run.manifest()["status"] == "finished"
+    assert training.run.metrics["epoch"] == 1
+    assert training.run.manifest["status"] == "finished"
 
 
 @pytest.mark.parametrize("monitor", ["val_loss", "val_macro_f1", "val_accuracy", "val_auc"])
@@ -357,7 +357,7 @@ def test_the_monitor_chooses_the_epoch(work: Workspace, monitor: str) -> None:
     training = work.fit(monitor=monitor, epochs=3, lr=0.03)
     values = [float(row[monitor]) for row in history(training)]
     best = min(values) if monitor == "val_loss" else max(values)
-    metrics = training.run.metrics()
+    metrics = training.run.metrics
     assert metrics["epoch"] == values.index(best) + 1
     assert metrics["monitor"] == monitor
 
@@ -369,7 +369,30 @@ def test_divergence_is_one_line_and_the_run_is_stopped(work: Workspace, batch_si
     with pytest.raises(RunError, match="smaller --lr") as caught:
         work.fit(run=run, lr=1e30, clipnorm=0.0, batch_size=batch_size, epochs=3)
     assert "\n" not in str(caught.value)
-    assert run.manifest()["status"] == "stopped"
+    assert run.manifest["status"] == "stopped"
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_val_split_is_not_read_for_a_loss_that_diverged(
+    work: Workspace, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    read: list[Any] = []
+    whole = CachedRows.batch
+
+    def counted(rows: CachedRows, *args: Any) -> Any:
+        read.append(rows)
+        return whole(rows, *args)
+
+    monkeypatch.setattr(CachedRows, "batch", counted)
+    diverging = [work.training(lr=1e30, clipnorm=0.0, seed=0) for _ in range(together)]
+    failures = train_together(diverging)
+    assert all("the loss is" in str(failure) for failure in failures)
+    assert len(read) == STEPS
+    # One that goes on is measured, whatever the others did.
+    read.clear()
+    healthy = work.training(epochs=1)
+    assert train_together([work.training(lr=1e30, clipnorm=0.0), healthy])[1] is None
+    assert read.count(healthy.val_rows) + read.count(healthy.rows) < len(read) == STEPS + 3
 
 
 def layer_arrays(training: Training) -> dict[str, np.ndarray]:
@@ -405,13 +428,13 @@ def test_init_from_another_head_is_refused(work: Workspace, plain: Training) -> 
 
 
 def test_without_the_picture_a_run_falls_to_chance(work: Workspace, plain: Training) -> None:
-    blind = work.fit(control="hypothesis-only", epochs=4).run.metrics()
+    blind = work.fit(control="hypothesis-only", epochs=4).run.metrics
     # Each sentence is right for half its photos: exactly half, whatever the model says.
     assert blind["auc"] == pytest.approx(0.5, abs=1e-6)
     assert blind["at_half"]["accuracy"] == 0.5
-    shuffled = work.fit(control="shuffled-images", epochs=4).run.metrics()
+    shuffled = work.fit(control="shuffled-images", epochs=4).run.metrics
     assert shuffled["at_half"]["accuracy"] < 0.75
-    assert plain.run.metrics()["at_half"]["accuracy"] > 0.95
+    assert plain.run.metrics["at_half"]["accuracy"] > 0.95
     assert blind["control"] == "hypothesis-only"
 
 
@@ -467,7 +490,7 @@ def test_the_plain_path_has_keras_own_layers(work: Workspace) -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_setting_has_an_effect(work: Workspace, restless: Training, name: str) -> None:
     changed = work.fit(**{**RESTLESS, **CHANGES[name]})
-    figures = [(history(t), t.run.metrics()["epoch"]) for t in (restless, changed)]
+    figures = [(history(t), t.run.metrics["epoch"]) for t in (restless, changed)]
     assert figures[0] != figures[1]
 
 
@@ -476,6 +499,52 @@ def test_heads_may_follow_from_the_width(work: Workspace) -> None:
     assert model.get_layer("xattn").num_heads == 4
     with pytest.raises(ConfigError, match="head_dim"):
         build_model(with_train(work.config, num_heads=0, head_dim=5), (16, 16))
+
+
+def test_a_run_neither_reads_nor_changes_global_random_state(work: Workspace) -> None:
+    runs = []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist()
+        runs.append(work.fit(dropout=0.3, k_txt=1).run)
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert_same_run(*runs)
+
+
+def events(run: Run) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard reads: tag to steps and values."""
+    loaded = EventAccumulator(str(run.tensorboard_path)).Reload()
+    return {
+        tag: [(e.step, float(e.tensor_proto.float_val[0])) for e in loaded.Tensors(tag)]
+        for tag in loaded.Tags()["tensors"]
+    }
+
+
+def test_tensorboard_has_every_epoch_in_one_file_a_session(work: Workspace) -> None:
+    run, shown = work.run(), []
+
+    def look(record: dict[str, Any]) -> None:
+        # What an epoch found can be seen at once.
+        shown.append(len(events(run)["epoch/val_loss"]))
+
+    training = work.fit(run=run, epochs=3, reporter=Reporter(epoch=look))
+    assert shown == [1, 2, 3]
+    assert len(list(run.tensorboard_path.iterdir())) == 1
+    for name, values in events(run).items():
+        recorded = [record[name.removeprefix("epoch/")] for record in training.progress.history]
+        assert values == [(i + 1, pytest.approx(v, rel=1e-6)) for i, v in enumerate(recorded)]
+    figures = {f"epoch/{key}" for key in training.progress.history[0]} - {"epoch/epoch"}
+    assert events(run).keys() == figures
+
+
+def test_a_run_that_goes_on_adds_one_event_file(work: Workspace) -> None:
+    run = work.run()
+    with pytest.raises(StoppedError):
+        work.fit(run=run, epochs=4, reporter=stop_after(2 * STEPS + 3))
+    work.fit(run=run, epochs=4)
+    assert len(list(run.tensorboard_path.iterdir())) == 2
+    assert [step for step, _ in events(run)["epoch/loss"]] == [1, 2, 3, 4]
 
 
 def test_losses_are_fetched_in_bounded_numbers(
@@ -498,12 +567,12 @@ def test_runs_trained_together_end_as_each_alone(work: Workspace) -> None:
     alone = [work.fit(**change) for change in changes]
     runs = [work.run() for _ in changes]
     with pytest.raises(StoppedError):
-        work.training(runs[2], reporter=stop_after(STEPS + 3), **changes[2]).fit()
+        fit(work.training(runs[2], reporter=stop_after(STEPS + 3), **changes[2]))
     together = [work.training(run, **change) for run, change in zip(runs, changes, strict=True)]
-    assert trainer.run.fit.train_together(together) == [None, None, None]
+    assert train_together(together) == [None, None, None]
     for expected, run in zip(alone, runs, strict=True):
         assert_same_run(expected.run, run)
-        assert run.manifest()["status"] == "finished"
+        assert run.manifest["status"] == "finished"
 
 
 def test_what_ends_one_run_leaves_the_others(work: Workspace) -> None:
@@ -514,12 +583,12 @@ def test_what_ends_one_run_leaves_the_others(work: Workspace) -> None:
     healthy = work.training(epochs=2)
     diverging = work.training(epochs=2, lr=1e30, clipnorm=0.0)
     refused = work.training(epochs=2, reporter=Reporter(epoch=refuse))
-    failures = trainer.run.fit.train_together([diverging, healthy, refused])
+    failures = train_together([diverging, healthy, refused])
     assert isinstance(failures[0], RunError)
     assert failures[1] is None
     assert isinstance(failures[2], ValueError)
     assert_same_run(alone.run, healthy.run)
-    assert diverging.run.manifest()["status"] == "stopped"
+    assert diverging.run.manifest["status"] == "stopped"
     assert len(history(refused)) == 1
 
 
@@ -531,10 +600,10 @@ def test_stopping_saves_every_run(work: Workspace) -> None:
         work.training(runs[1], epochs=2, lr=1e-2),
     ]
     with pytest.raises(StoppedError):
-        trainer.run.fit.train_together(stopped)
+        train_together(stopped)
     assert [t.progress.step for t in stopped] == [5, 5]
     again = [work.training(runs[0], epochs=2), work.training(runs[1], epochs=2, lr=1e-2)]
-    trainer.run.fit.train_together(again)
+    train_together(again)
     for expected, run in zip(alone, runs, strict=True):
         assert_same_run(expected.run, run)
 
@@ -552,9 +621,9 @@ def test_only_runs_of_the_same_batches_go_together(
     work: Workspace, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        trainer.run.fit.train_together([work.training(), work.training(**change)])
+        train_together([work.training(), work.training(**change)])
 
 
 def test_text_layers_do_not_train_together(work: Workspace) -> None:
     with pytest.raises(UsageError, match="k_txt 0 only"):
-        trainer.run.fit.train_together([work.training(k_txt=1), work.training(k_txt=1)])
+        train_together([work.training(k_txt=1), work.training(k_txt=1)])

@@ -580,10 +580,10 @@ def test_settings_of_a_run_that_are_no_file_are_refused(
     run.config_path.unlink()
     place(run.config_path)
     if place is Path.touch:
-        assert run.config() == load_config(run.config_path)
+        assert run.config == load_config(run.config_path)
     else:
         with pytest.raises(RunError, match=r"config\.toml"):
-            run.config()
+            run.config
 
 
 def test_the_readers_never_unpickle() -> None:

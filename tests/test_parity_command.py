@@ -67,7 +67,7 @@ def measure(run: Run, split: str, count: int, seed: int = 0) -> dict[str, Any]:
 
 
 def photo(run: Run, image_id: str) -> Path:
-    return Path(run.config().data.images) / f"{image_id}.png"
+    return Path(run.config.data.images) / f"{image_id}.png"
 
 
 def drawn_ids(count: int, seed: int, first: int = 44) -> list[str]:
@@ -78,7 +78,7 @@ def drawn_ids(count: int, seed: int, first: int = 44) -> list[str]:
 
 def rewrite(run: Run, kind: str, change: Callable[[ShardRows], None]) -> None:
     """Write the shards of a kind again with other content, every checksum valid."""
-    folders = list((Path(run.config().store.root) / kind).iterdir())
+    folders = list((Path(run.config.store.root) / kind).iterdir())
     assert len(folders) == 1
     for path in shard_paths(folders[0]):
         spec = read_spec(folders[0])
@@ -114,7 +114,7 @@ def test_a_run_equals_the_end_to_end_model(run: Run) -> None:
     assert 0 < quantities["logits"]["largest"] < 1e-5
     assert result["predictions"] == []
     assert result["metrics"]["cached"] == result["metrics"]["end_to_end"]
-    assert result["recorded_loss"]["found"] == pytest.approx(run.metrics()["loss"], abs=1e-5)
+    assert result["recorded_loss"]["found"] == pytest.approx(run.metrics["loss"], abs=1e-5)
     assert result["photos"] == {"changed": [], "unreadable": {}}
     accuracy = f"accuracy {result['metrics']['cached']['accuracy']:.2%}"
     for words in (f"test: {ROWS} of {ROWS} rows", "vision features", "0 differ", accuracy):
@@ -250,7 +250,7 @@ def test_a_photo_that_is_gone_is_named(run: Run) -> None:
 
 
 def test_rows_that_changed_are_still_refused(run: Run) -> None:
-    path = Path(str(run.config().data.rows))
+    path = Path(str(run.config.data.rows))
     path.write_text(path.read_text() + path.read_text().splitlines()[0].replace("dog", "cat"))
     with pytest.raises(RunError, match="the rows changed"):
         measure(run, "test", 4)
@@ -298,7 +298,7 @@ def test_models_that_differ_are_found(run: Run, monkeypatch: pytest.MonkeyPatch)
 def test_a_prediction_on_the_threshold_is_listed_and_is_no_failure(run: Run) -> None:
     worst = measure(run, "test", 1000)["quantities"]["logits"]["worst"]
     between = (worst["expected"] + worst["found"]) / 2
-    metrics = {**run.metrics(), "threshold": float(sigmoid(between))}
+    metrics = {**run.metrics, "threshold": float(sigmoid(between))}
     run.metrics_path.write_text(json.dumps(metrics))
     result = measure(run, "test", 1000)
     assert result["failure"] is None
@@ -310,7 +310,7 @@ def test_a_prediction_on_the_threshold_is_listed_and_is_no_failure(run: Run) -> 
 
 
 def test_a_control_is_refused(run: Run) -> None:
-    config = run.config()
+    config = run.config
     blind = dataclasses.replace(config.train, control="hypothesis-only")
     run.write_config(render_config(dataclasses.replace(config, train=blind)))
     with pytest.raises(RunError, match="control hypothesis-only"):

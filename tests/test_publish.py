@@ -221,6 +221,21 @@ def test_what_an_output_records(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("started", "typed"),
+    [
+        ("/somewhere/cli.py", "python cli.py"),
+        ("/env/bin/featstore", "featstore"),
+        ("/env/lib/featstore/__main__.py", "python -m featstore"),
+    ],
+)
+def test_a_recorded_command_can_be_typed_again(
+    monkeypatch: pytest.MonkeyPatch, started: str, typed: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started, "store", "verify"])
+    assert command_line() == f"{typed} store verify"
+
+
+@pytest.mark.parametrize(
     ("given", "kept"),
     [
         ("--storage=postgresql://me:s3cret@host:1/db", "--storage=postgresql://me:***@host:1/db"),

@@ -1,4 +1,4 @@
-"""Learning curves: a sound PNG for any history, and what is drawn in it."""
+"""A run's learning curves: a sound PNG for any history, and what is drawn in it."""
 
 from __future__ import annotations
 
@@ -92,10 +92,18 @@ def test_first_of_equal_epochs_is_best(tmp_path: Path, figures: list[Figure]) ->
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 120])
-def test_any_number_of_epochs(tmp_path: Path, epochs: int) -> None:
+def test_any_number_of_epochs(tmp_path: Path, figures: list[Figure], epochs: int) -> None:
     plot_learning_curves(history(epochs), tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as image:
-        image.verify()
+        image.load()
+        assert image.size == (1200, 480)
+    for axes, name in zip(figures[0].axes, ("train loss", "AUC"), strict=True):
+        assert list(line(axes, name).get_xdata()) == list(range(1, epochs + 1))
+        # Every epoch is in sight, and stands on a whole number.
+        assert axes.get_xlim() == (0.5, epochs + 0.5)
+        ticks = [tick for tick in axes.get_xticks() if 0.5 <= tick <= epochs + 0.5]
+        assert ticks
+        assert all(tick == int(tick) for tick in ticks)
 
 
 def test_gaps(tmp_path: Path, figures: list[Figure]) -> None:

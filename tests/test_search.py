@@ -124,7 +124,7 @@ def test_a_search_is_runs_and_a_leaderboard(place: Place, whole: list[Any]) -> N
     assert ranked(search, rows)[0] == best
     for number, _, values, value, _ in whole:
         run = search.run_of(number)
-        assert run.config().train.lr == values["lr"]
+        assert run.config.train.lr == values["lr"]
         history = pd.read_csv(run.folder / "history.csv")
         assert history["val_loss"].min() == pytest.approx(value, abs=1e-6)
     files = [path.name for path in write_leaderboard(search)]
@@ -260,7 +260,7 @@ def test_a_pruned_trial_stays_so_when_those_trained_with_it_are_stopped(place: P
         if row["state"] == "pruned":
             assert row["epoch"] < 3
             assert row["val_accuracy"] is not None
-            assert Run(search.folder / row["run"]).manifest()["status"] == "pruned"
+            assert Run(search.folder / row["run"]).manifest["status"] == "pruned"
 
 
 @pytest.mark.slow
@@ -327,7 +327,7 @@ def test_a_diverged_trial_is_recorded(place: Place) -> None:
     (row,) = trial_rows(search)
     assert row["state"] == "fail"
     assert row["reason"].startswith(("the loss is nan in epoch 1", "a val logit is"))
-    assert Run(search.folder / row["run"]).manifest()["status"] == "failed"
+    assert Run(search.folder / row["run"]).manifest["status"] == "failed"
 
 
 WORKER = """

@@ -1,4 +1,4 @@
-"""Files that this very process may not read, also where it runs as root."""
+"""Files that this very process may not read or write, also where it runs as root."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _set_effective(words: ctypes.Array[ctypes.c_uint32]) -> None:
 
 
 @contextlib.contextmanager
-def forbidden(path: Path) -> Iterator[None]:
-    """Take every permission of a file or folder away, root's right to pass over them too."""
+def forbidden(path: Path, left: int = 0) -> Iterator[None]:
+    """Take a file's or folder's permissions away but `left`, root's right to pass over them too."""
     mode = path.stat().st_mode
     words = (ctypes.c_uint32 * 6)()
     if os.geteuid() == 0:
@@ -32,7 +32,7 @@ def forbidden(path: Path) -> Iterator[None]:
         header = (ctypes.c_uint32 * 2)(VERSION, 0)
         ctypes.CDLL(None).capget(header, words)
     kept = words[0]
-    path.chmod(0)
+    path.chmod(left)
     try:
         if os.geteuid() == 0:
             words[0] = kept & ~(DAC_OVERRIDE | DAC_READ_SEARCH)

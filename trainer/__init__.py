@@ -1,0 +1,55 @@
+"""Tier 2: train, search, and use runs over cached features.
+
+    run = trainer.train(featstore.Project.load("featstore.toml"), k_txt=3, lr=3e-5, name="first")
+    run.evaluate("test")
+
+Nothing heavy is imported before a name is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.api import Run, evaluate, load_run, predict, train
+    from trainer.config import TrainConfig
+    from trainer.tuning.drive import SearchResults, load_search, search
+
+_HOMES = {
+    "Run": "trainer.api",
+    "SearchResults": "trainer.tuning.drive",
+    "TrainConfig": "trainer.config",
+    "evaluate": "trainer.api",
+    "load_run": "trainer.api",
+    "load_search": "trainer.tuning.drive",
+    "predict": "trainer.api",
+    "search": "trainer.tuning.drive",
+    "train": "trainer.api",
+}
+__all__ = [
+    "Run",
+    "SearchResults",
+    "TrainConfig",
+    "evaluate",
+    "load_run",
+    "load_search",
+    "predict",
+    "search",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from featstore import __version__
+
+        return __version__
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, "__version__"])

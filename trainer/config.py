@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featstore.config import DEFAULT_K_TXT, FeatureConfig, load_sections, sections_of
-from featstore.settings import render_toml, setting
+from featstore.settings import build_section, render_toml, setting
+
+if TYPE_CHECKING:
+    from featstore.project import Project
 
 CONTROLS = ("none", "hypothesis-only", "shuffled-images")
 
@@ -80,3 +84,21 @@ def load_config(
 def render_config(config: Config, comments: bool = False, defaults: bool = True) -> str:
     """Return the settings as TOML that `load_config` reads back; see `render_toml`."""
     return render_toml(config, comments, defaults)
+
+
+def config_of(project: Project, **settings: Any) -> Config:
+    """Return the settings of a run on a project.
+
+    Args:
+        project: Its rows and features, and the `[train]` section of its file.
+        settings: `[train]` settings by their names; they win.
+
+    Raises:
+        ConfigError: Unknown setting, wrong type, or a value out of bounds.
+    """
+    known = project.config
+    if not isinstance(known, Config):
+        known = load_sections(Config, project.file or os.devnull, project.overrides)
+    values = {**vars(known.train), **settings}
+    train = build_section("train", TrainConfig, values, "settings", Path.cwd())
+    return Config.of(project.config, train)

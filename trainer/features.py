@@ -77,6 +77,7 @@ def cached_rows(
         sentences,
         examples.labels,
         k_txt=train.k_txt,
+        sequence_length=project.config.encoders.sequence_length,
         control=control,
         control_seed=train.seed,
     )

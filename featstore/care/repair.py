@@ -296,11 +296,12 @@ class _Repair:
         elif keys is not None:
             wanted = list(keys)
         name = project.preset_name(spec.kind)
-        plan = make_plan(Job(spec, name, project.config.store, wanted, images))
+        job = Job(spec, name, project.config.store, wanted, images, lambda: project.encoder(spec))
+        plan = make_plan(job)
         if not plan.keys:
             return
         plan.check_space()
-        summary = extract_alone(plan, project.encoder(spec), self.show)
+        summary = extract_alone(plan, self.show)
         self.result.extracted += summary.extracted
         self.result.failed |= summary.failed
 

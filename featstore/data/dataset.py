@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from featstore.data.examples import (
     write_report,
 )
 from featstore.data.images import ImageIndex, index_images
-from featstore.data.rows import read_examples
+from featstore.data.rows import read_examples, read_frame
 from featstore.data.splits import (
     Splits,
     make_splits,
@@ -29,6 +30,9 @@ from featstore.data.splits import (
     splits_from_parts,
 )
 from featstore.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,13 @@ class Dataset:
         return self.root / "reports" / f"rows-{self.examples.digest()[:16]}.csv"
 
     def save(self) -> None:
-        """Write the split and the report.
+        """Write the split and the report; nothing of rows that are not split.
 
         Raises:
             FeatstoreError: They cannot be written.
         """
+        if self.splits.source == "none":
+            return
         save_splits(self.splits_path, self.splits)
         if self.report is not None:
             write_report(self.report, self.issues)
@@ -99,6 +105,33 @@ def _read(path: str, data: DataConfig, images: ImageIndex) -> tuple[Examples, li
             " check [data] images"
         )
     return examples, [*result.issues, *missing]
+
+
+def rows_to_predict(
+    rows: str | os.PathLike[str] | pd.DataFrame, images: str | os.PathLike[str], root: Path
+) -> Dataset:
+    """Read rows that need no label, and find their photos.
+
+    Args:
+        rows: A row file, or a table with such columns; see `featstore.data.rows`.
+        images: Folder of the photos.
+        root: The store's root.
+
+    Returns:
+        The rows that can be predicted, in order, repeats included, in no split.
+        Its issues have the others.
+
+    Raises:
+        RowError, DataError: None of the rows can be used, or they cannot be read.
+    """
+    index = index_images(images)
+    if isinstance(rows, str | os.PathLike):
+        result = read_examples(rows, labelled=False, duplicates="keep")
+    else:
+        result = read_frame(rows)
+    examples, missing = drop_missing(result.examples, index.lookup)
+    issues = [*result.issues, *missing]
+    return Dataset(examples, Splits.none(examples), index, issues, root)
 
 
 def load_dataset(data: DataConfig, root: Path) -> Dataset:

@@ -28,7 +28,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TextIO
 
 import numpy as np
 
@@ -42,6 +42,9 @@ from featstore.data.examples import (
     summarise,
 )
 from featstore.errors import RowError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "image id": (("imageid", "flickr30kid"), ("image", "filename")),
@@ -140,6 +143,27 @@ def read_examples(
                 return _collect(path, _csv(path, text, labelled), labelled, duplicates == "drop")
     except OSError as error:
         raise RowError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_frame(frame: pd.DataFrame) -> ReadResult:
+    """Read rows to predict from a table whose columns are named as those of a file.
+
+    Args:
+        frame: Columns as in the module; a label is not needed and not read.
+
+    Returns:
+        As `read_examples`; a row's line is its place in the table, from 1.
+
+    Raises:
+        RowError: A column is missing, or no row can be used.
+    """
+    path, names = Path("table"), [str(name) for name in frame.columns]
+    at, problem = _resolve(names, labelled=False)
+    if problem:
+        raise _column_error(path, 0, problem, names)
+    ids, texts = (frame.iloc[:, column].tolist() for column in at[:2])
+    records = (_Raw(line, *row, None) for line, row in enumerate(zip(ids, texts, strict=True), 1))
+    return _collect(path, records, labelled=False, unique=False)
 
 
 def _is_json(path: Path, file: BinaryIO) -> bool:

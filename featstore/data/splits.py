@@ -30,7 +30,7 @@ from featstore.errors import SplitError
 from featstore.publish import write_bytes
 
 FORMAT = 1
-Source = Literal["grouped", "file", "rows"]
+Source = Literal["grouped", "file", "rows", "none"]
 
 _SYNONYMS = {"valid": "val", "validation": "val", "dev": "val"}
 
@@ -45,8 +45,8 @@ class Splits:
         fractions: Shares of the photos that were asked for; empty for a split that was
             given rather than made.
         seed: The seed, or None for a split that was given.
-        source: "grouped" (made here), "file" (a split file) or "rows" (one row file for
-            each split).
+        source: "grouped" (made here), "file" (a split file), "rows" (one row file for
+            each split) or "none" (not split: rows to predict).
     """
 
     assignment: Mapping[str, tuple[str, ...]]
@@ -54,6 +54,11 @@ class Splits:
     fractions: tuple[float, ...] = ()
     seed: int | None = None
     source: Source = "grouped"
+
+    @classmethod
+    def none(cls, examples: Examples) -> Splits:
+        """Return splits of rows that are in none."""
+        return cls(dict.fromkeys(SPLITS, ()), examples.digest(), source="none")
 
     def rows(self, examples: Examples, split: str) -> npt.NDArray[np.int64]:
         """Return the rows of a split.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import cast
@@ -61,7 +61,6 @@ def extract(
     job: Job,
     show: Show = SILENT,
     shards: range = ALL,
-    load: Callable[[], Encoder] | None = None,
 ) -> tuple[Plan, Summary]:
     """Make the store hold the features of a job's inputs.
 
@@ -73,7 +72,6 @@ def extract(
         show: How it is shown.
         shards: Which planned shards this process makes, by their place in the
             plan; may reach beyond its end.
-        load: Loads the encoder; called if there is something to do.
 
     Returns:
         What was missing when this process began, and what it did. An input
@@ -95,8 +93,7 @@ def extract(
             rows = share.work.rows(shards) if share.work else 0
             if share.work and rows:
                 if encoding is None:
-                    encoder = load() if load else load_encoder(job.spec, job.preset)
-                    encoding = encoding_of(job.spec, encoder, job.store, show.halved)
+                    encoding = encoding_of(job.spec, encoder_of(job), job.store, show.halved)
                 with show.bar(rows, job.unit) as progress:
                     make_shards(share.work, shards, encoding, progress, total)
             elif share.work:
@@ -106,10 +103,20 @@ def extract(
     return begun, total
 
 
-def extract_alone(plan: Plan, encoder: Encoder, show: Show = SILENT) -> Summary:
+def encoder_of(job: Job) -> Encoder:
+    """Return a job's encoder with its weights.
+
+    Raises:
+        PresetError: It cannot be loaded.
+    """
+    loaded: Encoder = job.load() if job.load else load_encoder(job.spec, job.preset)
+    return loaded
+
+
+def extract_alone(plan: Plan, show: Show = SILENT) -> Summary:
     """Encode and publish a plan's inputs. The caller holds the folder by `writing`."""
     summary = Summary(batch_size=plan.job.store.encode_batch_size)
-    encoding = encoding_of(plan.job.spec, encoder, plan.job.store, show.halved)
+    encoding = encoding_of(plan.job.spec, encoder_of(plan.job), plan.job.store, show.halved)
     with show.bar(len(plan.keys), plan.job.unit) as progress:
         make_shards(alone(plan), ALL, encoding, progress, summary)
     return summary
@@ -166,9 +173,9 @@ def _publish_all(work: WorkList, made: Iterable[Made], summary: Summary) -> None
             pending.result()
 
 
-def rows_per_second(plan: Plan, encoder: Encoder) -> float:
-    """Time the compiled forward pass of a plan's encoder on one batch, after its compilation."""
-    size, spec = plan.job.store.encode_batch_size, plan.job.spec
+def rows_per_second(job: Job) -> float:
+    """Time the compiled forward pass of a job's encoder on one batch, after its compilation."""
+    size, spec, encoder = job.store.encode_batch_size, job.spec, encoder_of(job)
     inputs: tuple[np.ndarray, ...]
     if isinstance(spec, TextSpec):
         token_ids = np.zeros((size, spec.sequence_length), np.int32)
@@ -176,14 +183,14 @@ def rows_per_second(plan: Plan, encoder: Encoder) -> float:
     else:
         pixels = (size, *cast(VisionEncoder, encoder).image_size, 3)
         inputs = (np.zeros(pixels, np.float32),)
-    encode = encoding_of(spec, encoder, plan.job.store).batched.encode
+    encode = encoding_of(spec, encoder, job.store).batched.encode
     encode(*inputs)
     started = time.perf_counter()
     encode(*inputs)
     return size / (time.perf_counter() - started)
 
 
-def estimate(job: Job, load: Callable[[], Encoder] | None = None) -> tuple[Plan, float]:
+def estimate(job: Job) -> tuple[Plan, float]:
     """Say what `extract` would do, and how fast; change nothing.
 
     Returns:
@@ -191,6 +198,4 @@ def estimate(job: Job, load: Callable[[], Encoder] | None = None) -> tuple[Plan,
         where there is nothing to do).
     """
     plan = make_plan(job)
-    if not plan.keys:
-        return plan, 0.0
-    return plan, rows_per_second(plan, load() if load else load_encoder(job.spec, job.preset))
+    return plan, rows_per_second(job) if plan.keys else 0.0

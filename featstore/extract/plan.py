@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ class Job:
         store: Root of the store, rows of a shard, rows of a batch, threads.
         keys: Image ids or sentences, in order; repeats count once.
         images: Where the photos are; None for sentences.
+        load: Loads the spec's encoder; None: from the preset, each time.
     """
 
     spec: FeatureSpec
@@ -42,6 +43,7 @@ class Job:
     store: StoreConfig
     keys: Sequence[str] = field(repr=False)
     images: ImageIndex | None = field(default=None, repr=False)
+    load: Callable[[], Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", list(dict.fromkeys(self.keys)))

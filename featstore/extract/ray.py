@@ -403,7 +403,7 @@ def _task(
     assert token is not None
     _, gpus, cpus = resources
     return _Task(
-        job=dataclasses.replace(work.job, keys=(), images=None),
+        job=dataclasses.replace(work.job, keys=(), images=None, load=None),
         token=token,
         marker=marker,
         photos=tuple(filter(Path.is_file, work.shard(pending[0]).paths[:SAMPLED_PHOTOS])),

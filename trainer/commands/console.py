@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,12 +18,13 @@ from featstore.errors import Command, FeatstoreError, StoppedError, UsageError
 from featstore.settings import hints
 from trainer.config import SECTIONS, Config, load_config
 
+if TYPE_CHECKING:
+    from featstore.project import Project
+
 Function = Callable[..., Any]
 
 # Keys of what a command that a message names is typed with.
 SETTINGS, PLACES = "featstore.settings", "featstore.places"
-
-BAR_SECONDS, LOGGED_BAR_SECONDS = 0.1, 30.0
 
 
 def import_framework() -> None:
@@ -198,6 +199,25 @@ def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
     return config
 
 
+def open_project(config_file: str | None, flags: dict[str, Any], save: bool = True) -> Project:
+    """Open what the settings mean, and say how many rows it has.
+
+    Args:
+        config_file: The settings file.
+        flags: Settings as click gives them, `section__key`.
+        save: Write the split and the report of the rows.
+    """
+    config = read_config(config_file, flags)
+    from featstore.project import Project
+
+    project = Project(config)
+    dataset = project.dataset
+    if save:
+        dataset.save()
+    print_rows(dataset)
+    return project
+
+
 def split_option(*choices: str) -> Callable[[Function], Function]:
     """Give a command `--split`; the first choice is what it is without."""
     return click.option(
@@ -220,34 +240,6 @@ def runs_option(command: Function) -> Function:
         callback=_remember_place,
         help="Folder of the runs.",
     )(command)
-
-
-def bar_seconds() -> float:
-    """Return how often a progress bar is drawn: rarely where it becomes lines of a log."""
-    return BAR_SECONDS if sys.stderr.isatty() else LOGGED_BAR_SECONDS
-
-
-@contextlib.contextmanager
-def row_bar(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show rows done, rows a second and the time that is left, on stderr."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit=unit, smoothing=0.1, mininterval=bar_seconds()) as bar:
-
-        def advance(rows: int) -> None:
-            bar.update(rows)
-
-        yield advance
-
-
-def print_note(line: str) -> None:
-    """Tell people something on the way."""
-    click.echo(line, err=True)
-
-
-def print_halved(size: int) -> None:
-    """Say that the batch was halved for want of memory."""
-    click.echo(f"out of memory: going on with batches of {size}", err=True)
 
 
 @contextlib.contextmanager
@@ -281,29 +273,3 @@ def print_rows(dataset: Any) -> None:
         if reasons:
             found = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
             click.echo(f"rows {title}: {found} (named in {dataset.report})", err=True)
-
-
-@contextlib.contextmanager
-def epoch_bar(epoch: int, steps: int) -> Iterator[Any]:
-    """Show the steps of an epoch, on a terminal only."""
-    from tqdm import tqdm
-
-    with tqdm(
-        total=steps,
-        desc=f"epoch {epoch}",
-        unit=" steps",
-        leave=False,
-        mininterval=bar_seconds(),
-        disable=None,
-    ) as bar:
-        yield bar
-
-
-def print_epoch(record: dict[str, Any]) -> None:
-    """Print the figures of an epoch."""
-    click.echo(
-        f"epoch {record['epoch']}: loss {record['loss']:.4f}, val loss {record['val_loss']:.4f},"
-        f" accuracy {record['val_accuracy']:.2%}, macro-F1 {record['val_macro_f1']:.2%}"
-        f" at τ {record['threshold']:.2f}; {record['seconds']:.1f} s",
-        err=True,
-    )

@@ -4,63 +4,61 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from featstore.config import SPLITS
 from featstore.errors import DataError, UsageError
+from featstore.progress import SHOWN
 from trainer.commands.console import (
+    Function,
     import_framework,
     json_option,
-    print_halved,
-    print_note,
-    print_rows,
-    read_config,
-    row_bar,
+    open_project,
     settings,
     split_option,
 )
 
 
-def _print_plan(plan: dict[str, Any], rate: float, as_json: bool) -> None:
-    seconds = plan["todo"] / rate if plan["todo"] else 0.0
-    plan = {**plan, "rows_per_second": round(rate, 2), "estimated_seconds": round(seconds, 1)}
+def _print_plan(plan: Any, rate: float, as_json: bool) -> None:
+    found = plan.to_dict()
+    found["planned_shards"] = -(-len(plan.keys) // plan.job.shard_rows)
+    seconds = found["todo"] / rate if found["todo"] else 0.0
+    found |= {"rows_per_second": round(rate, 2), "estimated_seconds": round(seconds, 1)}
     if as_json:
-        click.echo(json.dumps(plan))
+        click.echo(json.dumps(found))
         return
-    click.echo(f"features     {plan['folder']}")
-    click.echo(f"asked for    {plan['requested']}")
-    changed = f" ({plan['changed']} because the photo changed)" if plan["changed"] else ""
-    click.echo(f"stored       {plan['cached']}")
-    click.echo(f"quarantined  {plan['quarantined']}")
-    planned = f", {plan['planned_shards']} shards" if "planned_shards" in plan else ""
-    click.echo(f"to do        {plan['todo']}{planned}{changed}")
-    click.echo(
-        f"disk         {plan['todo_bytes'] / 1e6:.1f} MB of {plan['free_bytes'] / 1e9:.1f} GB free"
-    )
-    if plan["todo"]:
+    click.echo(f"features     {found['folder']}")
+    click.echo(f"asked for    {found['requested']}")
+    changed = f" ({found['changed']} because the photo changed)" if found["changed"] else ""
+    click.echo(f"stored       {found['cached']}")
+    click.echo(f"quarantined  {found['quarantined']}")
+    click.echo(f"to do        {found['todo']}, {found['planned_shards']} shards{changed}")
+    free = found["free_bytes"] / 1e9
+    click.echo(f"disk         {found['todo_bytes'] / 1e6:.1f} MB of {free:.1f} GB free")
+    if found["todo"]:
         click.echo(f"time         about {seconds / 60:.1f} min at {rate:.1f} rows/s")
 
 
-def _print_summary(plan: Any, summary: Any, as_json: bool, unit: str) -> None:
-    result = {
-        **plan.to_dict(),
-        "extracted": summary.extracted,
-        "failed": summary.failed,
-        "seconds": round(summary.seconds, 3),
-        "rows_per_second": round(summary.rows_per_second, 2),
-        "batch_size": summary.batch_size,
-    }
+def _print_summary(plan: Any, summary: Any, as_json: bool) -> None:
+    unit, quarantine = plan.job.unit, plan.folder / "quarantine.json"
     unread = len(summary.failed) + plan.quarantined
     if unread and unread == plan.requested:
         reason = next(iter(summary.failed.values()), "they failed before")
         raise DataError(
             f"{plan.folder}: none of the {unread} {unit} has features ({reason}); reasons in"
-            f" {plan.folder / 'quarantine.json'}: mend the inputs, then run the command again"
+            f" {quarantine}: mend the inputs, then run the command again"
         )
     if as_json:
+        result = {
+            **plan.to_dict(),
+            "extracted": summary.extracted,
+            "failed": summary.failed,
+            "seconds": round(summary.seconds, 3),
+            "rows_per_second": round(summary.rows_per_second, 2),
+            "batch_size": summary.batch_size,
+        }
         click.echo(json.dumps(result))
         return
     done = f"{summary.extracted} {unit} extracted" if plan.keys else f"nothing to do: {unit}"
@@ -69,7 +67,7 @@ def _print_summary(plan: Any, summary: Any, as_json: bool, unit: str) -> None:
     for key, reason in list(summary.failed.items())[:5]:
         click.echo(f"quarantined {key}: {reason}", err=True)
     if unread:
-        click.echo(f"{unread} quarantined; reasons in {plan.folder / 'quarantine.json'}", err=True)
+        click.echo(f"{unread} quarantined; reasons in {quarantine}", err=True)
 
 
 def _shard_range(value: str | None) -> range:
@@ -86,26 +84,44 @@ def _shard_range(value: str | None) -> range:
     return found
 
 
-@click.command("extract-vit")
-@split_option("all", *SPLITS)
-@click.option("--dry-run", is_flag=True, help="Print what there is to do; change nothing.")
-@click.option("--shard-range", metavar="A:B", help="Make planned shards A to B - 1 only.")
-@click.option(
-    "--ray", metavar="ADDRESS", help="Extract on a Ray cluster: host:port, auto, or local."
-)
-@click.option("--actors", type=click.IntRange(1), help="Ray: encoders at work.  [all that fit]")
-@click.option(
-    "--num-gpus", type=click.FloatRange(0), help="Ray: GPUs of an actor.  [1 if there are any]"
-)
-@click.option(
-    "--num-cpus", type=click.FloatRange(0), help="Ray: CPUs of an actor.  [2; all without GPU]"
-)
-@click.option(
-    "--return-shards", is_flag=True, help="Ray: send shards here, not to the shared folder."
-)
-@json_option
-@settings("data", "encoders", "store")
-def extract_vit(
+def _extraction(command: Function) -> Function:
+    """Give a command what both kinds of extraction take."""
+    for option in (
+        settings("data", "encoders", "store"),
+        json_option,
+        click.option(
+            "--return-shards",
+            is_flag=True,
+            help="Ray: send shards here, not to the shared folder.",
+        ),
+        click.option(
+            "--num-cpus",
+            type=click.FloatRange(0),
+            help="Ray: CPUs of an actor.  [2; all without GPU]",
+        ),
+        click.option(
+            "--num-gpus",
+            type=click.FloatRange(0),
+            help="Ray: GPUs of an actor.  [1 if there are any]",
+        ),
+        click.option(
+            "--actors", type=click.IntRange(1), help="Ray: encoders at work.  [all that fit]"
+        ),
+        click.option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Extract on a Ray cluster: host:port, auto, or local.",
+        ),
+        click.option("--shard-range", metavar="A:B", help="Make planned shards A to B - 1 only."),
+        click.option("--dry-run", is_flag=True, help="Print what there is to do; change nothing."),
+        split_option("all", *SPLITS),
+    ):
+        command = option(command)
+    return command
+
+
+def _extract(
+    kind: str,
     split: str,
     dry_run: bool,
     shard_range: str | None,
@@ -118,77 +134,35 @@ def extract_vit(
     config_file: str | None,
     **flags: Any,
 ) -> None:
-    """Run the frozen vision encoder once for each photo of a split."""
     shards = _shard_range(shard_range)
     if ray is None and (actors, num_gpus, num_cpus, return_shards) != (None, None, None, False):
         raise UsageError(
             "--actors, --num-gpus, --num-cpus and --return-shards are for a Ray cluster;"
             " add --ray ADDRESS"
         )
-    config = read_config(config_file, flags)
-    from featstore.data.dataset import load_dataset
-    from featstore.extract.extract import bring_images
-
-    dataset = load_dataset(config.data, Path(config.store.root), save=not dry_run)
-    print_rows(dataset)
-    ids = dataset.examples.image_ids[dataset.rows(split)].tolist()
-    inputs = (config.encoders, config.store, ids, dataset.images)
-
-    def bar(total: int) -> Any:
-        return row_bar(total, " images")
-
-    if ray is not None and not dry_run:
-        from featstore.extract.ray import Actors, bring_images_on_ray
-
-        wanted = Actors(actors, num_gpus, num_cpus, return_shards)
-        plan, summary = bring_images_on_ray(
-            ray, *inputs, wanted, bar, print_halved, shards, print_note
-        )
-        _print_summary(plan, summary, as_json, "images")
-        return
-    import_framework()
+    project = open_project(config_file, flags, save=not dry_run)
+    if ray is None or dry_run:
+        import_framework()
     if dry_run:
-        from featstore.extract.extract import estimate_images
-
-        plan, rate = estimate_images(*inputs)
-        planned = -(-len(plan.keys) // config.store.shard_rows)
-        _print_plan({**plan.to_dict(), "planned_shards": planned}, rate, as_json)
+        _print_plan(*project.estimate(kind, split), as_json)
         return
-    plan, summary = bring_images(*inputs, bar, print_halved, shards)
-    _print_summary(plan, summary, as_json, "images")
+    from featstore.ray_cluster import Actors
+
+    wanted = Actors(actors, num_gpus, num_cpus, return_shards)
+    found = project.extract(kind, split, shards=shards, ray=ray, actors=wanted, show=SHOWN)
+    _print_summary(*found, as_json)
+
+
+@click.command("extract-vit")
+@_extraction
+def extract_vit(**options: Any) -> None:
+    """Run the frozen vision encoder once for each photo of a split."""
+    _extract("vit", **options)
 
 
 @click.command("extract-text")
-@split_option("all", *SPLITS)
 @click.option("--k-txt", "train__k_txt", type=int, help="last text layers that will train")
-@click.option("--dry-run", is_flag=True, help="Print what there is to do; change nothing.")
-@json_option
-@settings("data", "encoders", "store")
-def extract_text(
-    split: str, dry_run: bool, as_json: bool, config_file: str | None, **flags: Any
-) -> None:
+@_extraction
+def extract_text(**options: Any) -> None:
     """Run the frozen text layers once for each sentence of a split."""
-    config = read_config(config_file, flags)
-    from featstore.data.dataset import load_dataset
-    from featstore.extract.extract import bring_text
-
-    dataset = load_dataset(config.data, Path(config.store.root), save=not dry_run)
-    print_rows(dataset)
-    sentences = dataset.examples.hypotheses[dataset.rows(split)].tolist()
-    k_txt = config.train.k_txt
-    import_framework()
-    if dry_run:
-        from featstore.extract.extract import estimate_text
-
-        plan, rate = estimate_text(config.encoders, config.store, sentences, k_txt)
-        _print_plan(plan.to_dict(), rate, as_json)
-        return
-    plan, summary = bring_text(
-        config.encoders,
-        config.store,
-        sentences,
-        k_txt,
-        lambda total: row_bar(total, " sentences"),
-        print_halved,
-    )
-    _print_summary(plan, summary, as_json, "sentences")
+    _extract("text", **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,21 @@ from typing import Any
 import click
 
 from featstore.errors import Command, RunError, UsageError
+from featstore.progress import SHOWN
 from featstore.settings import hints
 from trainer.commands.console import (
     Function,
-    epoch_bar,
     import_framework,
     json_option,
-    print_epoch,
-    print_halved,
-    print_note,
     print_rows,
     quoted,
     read_config,
-    row_bar,
     runs_option,
     settings,
     split_option,
     stop_request,
 )
 from trainer.tuning.space import SearchConfig
-from trainer.tuning.space_file import read_space
 
 
 def _search_options(command: Function) -> Function:
@@ -110,68 +104,39 @@ def search_group(
         return
     if ray_address is None and (num_gpus, num_cpus) != (None, None):
         raise UsageError("--num-gpus and --num-cpus are of the workers on Ray; give --ray ADDRESS")
-    from trainer.run.folder import find_run, run_folder
-    from trainer.tuning.study import exists
+    from trainer.run.folder import free_name, run_folder
+    from trainer.tuning import drive
+    from trainer.tuning.storage import driver_url, masked
+    from trainer.tuning.study import exists, start_search
+    from trainer.tuning.table import best_row, trial_rows
 
     started = time.time()
-    name = name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = name or free_name(Path(runs), "search")
     folder = run_folder(Path(runs), name)
-    search_flags = {
-        key.removeprefix("search__"): flags.pop(key)
-        for key in list(flags)
-        if key.startswith("search__")
-    }
-    search_flags = {key: value for key, value in search_flags.items() if value is not None}
-    given = _flag_sections(flags)
-    goes_on = space_file is None and config_file is None and init_from is None and not given
-    source: Any
-    if exists(folder) and goes_on:
-        from trainer.tuning.study import known_search
-
-        base, space, source = known_search(folder, search_flags)
-    else:
-        config = read_config(config_file, flags)
-        file = None if space_file is None else Path(space_file)
-        space = read_space(file, search_flags, given, config.is_demo)
-        base = space.base(config)
-        source = find_run(Path(runs), init_from) if init_from else None
+    sections = _flag_sections(flags)
+    searched = sections.pop("search", {})
+    goes_on = (space_file, config_file, init_from) == (None, None, None) and not sections
+    goes_on = goes_on and exists(folder)
+    config = None if goes_on else read_config(config_file, flags)
     if ray_address is not None:
         from featstore.ray_cluster import check_address
 
         check_address(ray_address)
-    from featstore.data.dataset import load_dataset
-    from trainer.tuning.storage import driver_url, masked
-    from trainer.tuning.study import start_search
-    from trainer.tuning.table import best_row, trial_rows, write_leaderboard
-
-    dataset = load_dataset(base.data, Path(base.store.root), save=not dry_run)
-    print_rows(dataset)
-    configs = space.feature_configs(base)
+    what = drive.meant(config, space_file, folder, init_from, searched, sections)
+    project, space = what.project, what.space
+    print_rows(project.dataset)
     if dry_run:
-        _extract_for_search(dataset, configs, dry_run)
+        drive.plan_features(project, space.feature_configs(what.base), SHOWN)
         click.echo(f"{space.trials} trials of {', '.join(p.name for p in space.parameters)}")
         return
+    project.dataset.save()
     # Before the extraction, so that a wrong name or storage does not wait for its end.
-    search = start_search(folder, base, space, source, storage, dataset)
-    _extract_for_search(dataset, configs, dry_run)
+    search = start_search(folder, what.base, space, what.init_from, storage, project)
     deadline = float("inf") if timeout is None else started + timeout
+    places = drive.Places(workers, ray_address, num_gpus, num_cpus)
     with stop_request() as stopping:
-        from trainer.tuning.live import live_view
-
-        with live_view(search) as watch:
-            if ray_address is None:
-                from trainer.tuning.workers import run_workers
-
-                watched = run_workers(search, workers or 1, deadline, stopping, watch)
-            else:
-                from featstore.ray_cluster import Actors
-                from trainer.tuning.ray import run_on_ray
-
-                wanted = Actors(workers, num_gpus, num_cpus)
-                watched = run_on_ray(
-                    ray_address, search, wanted, deadline, stopping, watch, print_note
-                )
-    files = write_leaderboard(search)
+        outcome = drive.run_search(search, project, places, deadline, stopping, SHOWN)
+    watched, files = outcome.watched, outcome.files
     rows = trial_rows(search)
     if as_json:
         found = {
@@ -203,48 +168,6 @@ def search_group(
         raise RunError(f"{folder}: no trial ended well ({'; '.join(sorted(reasons)[:3])})")
 
 
-def _extract_for_search(dataset: Any, configs: list[Any], dry_run: bool) -> None:
-    """Extract what the trials will read, with an estimate of all of it first."""
-    from trainer.tuning.study import missing_features
-
-    found = missing_features(dataset, configs)
-    if not found:
-        return
-    import_framework()
-    from featstore.extract import extract
-
-    # Each boundary has a graph of its own, which TensorFlow would warn of as one traced again.
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    work: list[tuple[Any, Any, Any]] = []
-    total = 0.0
-    for missing in found:
-        config, k_txt = missing.config, missing.config.train.k_txt
-        estimate: Any
-        bring: Any
-        inputs: Any
-        if missing.kind == "images":
-            what, bar = "images", lambda total: row_bar(total, " images")
-            inputs = (config.encoders, config.store, missing.inputs, dataset.images)
-            estimate, bring = extract.estimate_images, extract.bring_images
-        else:
-            what, bar = f"sentences at k_txt {k_txt}", lambda total: row_bar(total, " sentences")
-            inputs = (config.encoders, config.store, missing.inputs, k_txt)
-            estimate, bring = extract.estimate_text, extract.bring_text
-        plan, rate = estimate(*inputs)
-        seconds = len(plan.keys) / rate
-        total += seconds
-        click.echo(
-            f"to extract: {len(plan.keys)} {what}, about {seconds / 60:.1f} min,"
-            f" {plan.to_dict()['todo_bytes'] / 1e6:.1f} MB in {plan.folder}",
-            err=True,
-        )
-        work.append((bring, inputs, bar))
-    if len(work) > 1:
-        click.echo(f"to extract in all: about {total / 60:.1f} min", err=True)
-    for bring, inputs, bar in [] if dry_run else work:
-        bring(*inputs, bar, print_halved)
-
-
 def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
     from trainer.tuning.table import ranked, shown
 
@@ -267,13 +190,6 @@ def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
             click.echo(f"{row['run']}: {row['reason']}", err=True)
 
 
-def _known_search(runs: str, name: str, storage: str | None) -> Any:
-    from trainer.run.folder import run_folder
-    from trainer.tuning.study import open_search
-
-    return open_search(run_folder(Path(runs), name), storage)
-
-
 @search_group.command("show")
 @click.argument("name")
 @click.option("--storage", help="Database URL, where the search has one.")
@@ -281,9 +197,10 @@ def _known_search(runs: str, name: str, storage: str | None) -> Any:
 @json_option
 def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> None:
     """Print a search's leaderboard, also while it runs; write its plots."""
+    from trainer.tuning.drive import load_search
     from trainer.tuning.table import ranked, trial_rows, write_leaderboard
 
-    search = _known_search(runs, name, storage)
+    search = load_search(name, runs, storage).search
     rows = trial_rows(search)
     idle = search.idle()
     for row in rows:
@@ -315,10 +232,11 @@ def search_best(
     as_json: bool,
 ) -> None:
     """Show the best trial; train it again with more epochs or seeds."""
-    search = _known_search(runs, name, storage)
-    from trainer.tuning.table import best_row, shown, trial_rows
+    from trainer.tuning.drive import load_search
+    from trainer.tuning.table import shown
 
-    best = best_row(search, trial_rows(search))
+    results = load_search(name, runs, storage)
+    search, best = results.search, results.best
     if best is None:
         raise RunError(f"{search.folder}: no trial is complete yet")
     if epochs is None and seeds is None:
@@ -333,13 +251,12 @@ def search_best(
         )
         return
     import_framework()
+    from trainer.run.shown import epoch_bar, print_epoch
     from trainer.run.training import Reporter
-    from trainer.tuning.again import retrain
 
     with stop_request() as stopping:
-        found = retrain(
-            search, best, epochs, seeds or 1, split, Reporter(epoch_bar, print_epoch, stopping)
-        )
+        reporter = Reporter(epoch_bar, print_epoch, stopping)
+        found = results.retrain(epochs, seeds or 1, split, reporter)
     if as_json:
         click.echo(json.dumps(found))
         return

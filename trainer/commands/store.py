@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,12 +16,14 @@ from trainer.commands.console import (
     json_option,
     print_error,
     read_config,
-    row_bar,
     runs_option,
     settings,
     split_option,
     typed,
 )
+
+if TYPE_CHECKING:
+    from featstore.project import Project
 
 
 @click.group("store")
@@ -39,11 +40,11 @@ def _kind_option(*choices: str) -> Callable[[Function], Function]:
     return click.option("--kind", type=click.Choice(choices), default=choices[0], show_default=True)
 
 
-def _source(config_file: str | None, flags: dict[str, Any]) -> Any:
+def _project(config_file: str | None, flags: dict[str, Any]) -> Project:
     config = read_config(config_file, flags)
-    from featstore.care.info import Source
+    from featstore.project import Project
 
-    return Source(config.data, config.encoders, config.store, config.train.k_txt)
+    return Project(config)
 
 
 def _kinds(kind: str) -> tuple[str, ...]:
@@ -96,10 +97,7 @@ def _print_info(found: dict[str, Any]) -> None:
 @_store_options
 def store_info(as_json: bool, config_file: str | None, **flags: Any) -> None:
     """Show what is stored, and what of it the configuration asks for."""
-    source = _source(config_file, flags)
-    from featstore.care.info import describe_store
-
-    found = describe_store(source)
+    found = _project(config_file, flags).info()
     click.echo(json.dumps(found)) if as_json else _print_info(found)
 
 
@@ -121,18 +119,8 @@ def store_verify(
     **flags: Any,
 ) -> None:
     """Check every byte of the stored features; exit 1 if any is not as it was written."""
-    source = _source(config_file, flags)
-    from featstore.care.verify import verify_store
-
-    reports = verify_store(
-        source,
-        _kinds(kind),
-        mine,
-        sample,
-        photos,
-        lambda total: row_bar(total, " MiB"),
-        lambda total: row_bar(total, " photos"),
-    )
+    project = _project(config_file, flags)
+    reports = project.verify(kinds=_kinds(kind), mine=mine, sample=sample, photos=photos)
     if as_json:
         sound = not any(report.problems for report in reports)
         found = [report.to_dict(typed) for report in reports]
@@ -165,12 +153,10 @@ def store_repair(
     kind: str, dry_run: bool, as_json: bool, config_file: str | None, **flags: Any
 ) -> None:
     """Mend what verify finds: damaged rows are computed again, the others are kept."""
-    source = _source(config_file, flags)
+    project = _project(config_file, flags)
     if not dry_run:
         import_framework()
-    from featstore.care.repair import repair_store
-
-    reports = repair_store(source, _kinds(kind), lambda total: row_bar(total, " rows"), dry_run)
+    reports = project.repair(kinds=_kinds(kind), dry_run=dry_run)
     if as_json:
         found = [report.to_dict() for report in reports]
         click.echo(json.dumps({"dry_run": dry_run, "folders": found}))
@@ -204,12 +190,7 @@ def store_repair(
 @_store_options
 def store_gc(yes: bool, runs: str, as_json: bool, config_file: str | None, **flags: Any) -> None:
     """List what neither the configuration nor a run needs; delete it with --yes."""
-    source = _source(config_file, flags)
-    from featstore.care.gc import delete, find_garbage
-
-    found = find_garbage(source, Path(runs))
-    if yes:
-        delete(found)
+    found = _project(config_file, flags).garbage(runs, delete=yes)
     if as_json:
         click.echo(json.dumps(found.to_dict()))
         return
@@ -232,10 +213,7 @@ def store_export(
     out: str, kind: str, split: str, as_json: bool, config_file: str | None, **flags: Any
 ) -> None:
     """Write the configuration's features to one file for other tools."""
-    source = _source(config_file, flags)
-    from featstore.care.dump import export_features
-
-    found = export_features(source, kind, Path(out), split, lambda total: row_bar(total, " rows"))
+    found = _project(config_file, flags).dump(out, kind, split=split)
     if as_json:
         click.echo(json.dumps(found))
         return

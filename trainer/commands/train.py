@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from featstore.progress import SHOWN
 from trainer.commands.console import (
-    epoch_bar,
     import_framework,
     json_option,
-    print_epoch,
-    print_rows,
-    read_config,
+    open_project,
     remember_settings,
-    row_bar,
     runs_option,
     settings,
     split_option,
@@ -25,14 +22,8 @@ from trainer.commands.console import (
 )
 from trainer.config import CONTROLS
 
-
-def _free_name(runs: Path, k_txt: int) -> str:
-    stem = f"k{k_txt}-{time.strftime('%Y%m%d-%H%M%S')}"
-    name, number = stem, 1
-    while (runs / name).exists():
-        number += 1
-        name = f"{stem}-{number}"
-    return name
+if TYPE_CHECKING:
+    from trainer.api import Run
 
 
 def _print_metrics(result: dict[str, Any]) -> None:
@@ -67,38 +58,41 @@ def train(
     """Train the fusion head and the last text layers on cached features."""
     if plain:
         flags["train__fast_path"] = False
-    config = read_config(config_file, flags)
-    from trainer.run.folder import Run, find_run, run_folder
-
-    source = find_run(Path(runs), init_from) if init_from else None
-    run = Run(
-        run_folder(Path(runs), _free_name(Path(runs), config.train.k_txt) if name is None else name)
-    )
-    from featstore.data.dataset import load_dataset
-    from trainer.features import open_features
-
-    run.check_free_or_same(config)
-    dataset = load_dataset(config.data, Path(config.store.root))
-    print_rows(dataset)
+    project = open_project(config_file, flags)
     import_framework()
-    features = open_features(config, dataset, lambda total: row_bar(total, " sentences"))
-    from trainer.run.fit import fit
-    from trainer.run.training import Reporter, Training
+    from trainer import api
+    from trainer.run.shown import epoch_bar, print_epoch
+    from trainer.run.training import Reporter
 
-    with run.writing(), stop_request() as stopping:
-        run.check_free_or_same(config)
-        training = Training(run, features, source, Reporter(epoch_bar, print_epoch, stopping))
-        if not as_json:
-            count = training.manifest["parameters"]["trainable"]
-            click.echo(f"run {run.folder}: {count:,} trainable parameters", err=True)
-        metrics = fit(training)
+    show = dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN
+    with stop_request() as stopping:
+        run = api.train(
+            project,
+            name=name,
+            runs=runs,
+            init_from=init_from,
+            reporter=Reporter(epoch_bar, print_epoch, stopping),
+            show=show,
+        )
+    metrics, control = run.metrics, run.config.train.control
     if as_json:
         click.echo(json.dumps({"run": str(run.folder), **metrics}))
         return
     click.echo(f"best epoch {metrics['epoch']} by {metrics['monitor']}; {run.folder}")
     _print_metrics(metrics)
-    if config.train.control != "none":
-        click.echo(f"control: {config.train.control}")
+    if control != "none":
+        click.echo(f"control: {control}")
+
+
+def _load_run(name: str, runs: str) -> Run:
+    """Open a run; what is typed next is typed with its settings."""
+    from trainer.run.folder import find_run
+
+    remember_settings(("--config", find_run(Path(runs), name).config_path))
+    import_framework()
+    from trainer.api import load_run
+
+    return load_run(name, runs)
 
 
 @click.command()
@@ -111,17 +105,9 @@ def train(
 @json_option
 def evaluate(run: str, split: str, control: str | None, runs: str, as_json: bool) -> None:
     """Measure a run on a split, at its own threshold."""
-    from trainer.run.folder import find_run
-
-    found = find_run(Path(runs), run)
-    remember_settings(("--config", found.config_path))
-    control = control or found.config().train.control
-    import_framework()
-    from trainer.results.evaluate import evaluate as measure
-    from trainer.results.evaluate import open_run_features
-
-    features = open_run_features(found, lambda total: row_bar(total, " sentences"))
-    result = measure(found, features, split, control)
+    found = _load_run(run, runs)
+    result = found.evaluate(split, control)
+    control = result["control"]
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -190,21 +176,10 @@ def _print_parity(result: dict[str, Any]) -> None:
 @json_option
 def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool) -> None:
     """Prove that a run equals the end-to-end model, from the photos' bytes on."""
-    from trainer.run.folder import find_run
-
-    found = find_run(Path(runs), run)
-    remember_settings(("--config", found.config_path))
-    import_framework()
+    found = _load_run(run, runs)
     from trainer.results.parity import check_parity
 
-    result, failure = check_parity(
-        found,
-        split,
-        count,
-        seed,
-        lambda total: row_bar(total, " sentences"),
-        lambda total: row_bar(total, " rows"),
-    )
+    result, failure = check_parity(found, split, count, seed, SHOWN)
     if as_json:
         click.echo(json.dumps(result))
     else:

@@ -33,7 +33,7 @@ def evaluate(
     run, project = scorer.run, scorer.project
     check_same_data(run, project)
     control = control or scorer.train.control
-    threshold = float(run.metrics()["threshold"])
+    threshold = float(run.metrics["threshold"])
     scores = scorer.score(split, control, show)
     result = {
         "run": run.name,

@@ -36,14 +36,12 @@ from trainer.model.end_to_end import build_end_to_end
 from trainer.model.head import VISION_NAME
 from trainer.model.weights import transfer_weights
 from trainer.results.score import Scorer, project_of, some
-from trainer.results.tolerance import arithmetic_noise, feature_tolerance, logit_tolerance
+from trainer.results.tolerance import Floats, arithmetic_noise, feature_tolerance, logit_tolerance
 from trainer.run.checkpoint import build_model
 from trainer.run.folder import Run
 from trainer.run.step import Predictor, make_predictor
 
 BATCH_ROWS = 8
-
-Floats = NDArray[Any]
 
 
 class _Quantity:
@@ -115,7 +113,7 @@ class _Models:
 
 def _load_models(scorer: Scorer) -> _Models:
     """Build both models with the weights of a run."""
-    config, best = scorer.run.config(), scorer.model
+    config, best = scorer.run.config, scorer.model
     train = dataclasses.replace(config.train, dtype_policy="float32")
     predictor = scorer.predictor
     if config.train != train:
@@ -273,7 +271,7 @@ def _recorded_loss(scorer: Scorer) -> dict[str, Any]:
     scores = scorer.score("val")
     finite = np.isfinite(scores.logits).all()
     found = log_loss(scores.labels, scores.logits) if finite else np.nan
-    expected = float(scorer.run.metrics()["loss"])
+    expected = float(scorer.run.metrics["loss"])
     policy = scorer.train.dtype_policy.removeprefix("mixed_")
     tolerance = logit_tolerance("float32", policy)
     return {
@@ -395,7 +393,7 @@ def check_parity(
     Cost: one pass of both encoders over the rows, in batches of `BATCH_ROWS`,
     and one pass of the cached model over the val split.
     """
-    config = run.config()
+    config = run.config
     if config.train.control != "none":
         raise RunError(
             f"{run.folder}: trained with control {config.train.control}, whose features are not the"
@@ -418,7 +416,7 @@ def check_parity(
             f" ({some(list(comparison.unreadable))}); put them back in"
             f" {project.dataset.images.folder}"
         )
-    threshold = float(run.metrics()["threshold"])
+    threshold = float(run.metrics["threshold"])
     result: dict[str, Any] = {
         "run": run.name,
         "split": split,

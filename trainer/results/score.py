@@ -55,7 +55,7 @@ class Scorer:
     def __init__(self, run: Run, project: Project) -> None:
         check_same_features(run, project)
         self.run, self.project = run, project
-        self.train = run.config().train
+        self.train = run.config.train
 
     @functools.cached_property
     def model(self) -> keras.Model:
@@ -98,7 +98,7 @@ def project_of(run: Run) -> Project:
     Raises:
         RunError: The rows, the split or an encoder changed since.
     """
-    project = Project(run.config())
+    project = Project(run.config)
     check_same_data(run, project)
     check_same_features(run, project)
     return project
@@ -110,7 +110,7 @@ def check_same_data(run: Run, project: Project) -> None:
     Raises:
         RunError: The rows or the split differ from the run's.
     """
-    expected = run.manifest()["data"]
+    expected = run.manifest["data"]
     for what, found in (
         ("rows", project.dataset.examples.digest()),
         ("splits", project.dataset.splits.digest()),
@@ -154,10 +154,10 @@ def check_same_features(run: Run, project: Project) -> None:
     Raises:
         RunError: A fingerprint differs.
     """
-    expected = run.manifest()["features"]
+    expected = run.manifest["features"]
     for name, spec in (
         ("vision", project.vision_spec),
-        ("text", project.text_spec(run.config().train.k_txt)),
+        ("text", project.text_spec(run.config.train.k_txt)),
     ):
         if expected[name]["fingerprint"] != spec.fingerprint:
             raise RunError(

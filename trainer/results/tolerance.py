@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from featstore.encoders.spec import QUANTISED
 from featstore.store.numbers import LEVELS
 from featstore.store.shard import feature_dtype
-from trainer.results.parity import Floats
+
+Floats = NDArray[Any]
 
 EXACT_LOGITS = 1e-4
 """Most that logits may differ where nothing was rounded: float32 alone gives about 1e-5."""

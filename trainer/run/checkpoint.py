@@ -54,10 +54,10 @@ def load_best(run: Run) -> keras.Model:
     Raises:
         RunError: The run has no weights yet, or they do not fit its settings.
     """
-    shape = run.manifest()["features"]["vision"]["row_shape"]
+    shape = run.manifest["features"]["vision"]["row_shape"]
     if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
         raise RunError(f"{run.manifest_path}: row_shape is {shape}, expected two positive integers")
-    model = build_model(run.config(), (shape[0], shape[1]))
+    model = build_model(run.config, (shape[0], shape[1]))
     if not run.weights_path.is_file():
         raise RunError(f"{run.weights_path}: not there; the run has not finished an epoch")
     try:

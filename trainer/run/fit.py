@@ -38,7 +38,7 @@ def fit(training: Training) -> dict[str, Any]:
     (failure,) = train_together([training])
     if failure is not None:
         raise failure
-    return training.run.metrics()
+    return training.run.metrics
 
 
 def check_same_batches(trainings: Sequence[Training]) -> None:

@@ -18,9 +18,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
@@ -28,6 +29,9 @@ from featstore.encoders.spec import differing_fields
 from featstore.errors import Advice, Command, RunError, UsageError
 from featstore.publish import read_json, write_json, write_text
 from trainer.config import Config, load_config
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # What the readers of a run's manifest rely on.
 MANIFEST_FIELDS: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...] = (
@@ -68,8 +72,9 @@ class Run:
         """Whether a run was started under this name."""
         return self.manifest_path.exists()
 
+    @property
     def config(self) -> Config:
-        """Return the run's resolved settings.
+        """The run's resolved settings.
 
         Raises:
             RunError: There are none.
@@ -79,8 +84,9 @@ class Run:
             raise RunError(f"{self.config_path}: not there, or not a file; the run is damaged")
         return load_config(self.config_path)
 
+    @property
     def manifest(self) -> dict[str, Any]:
-        """Return the run's manifest.
+        """What the run was made by and of.
 
         Raises:
             RunError: There is none, it cannot be read, or a field is missing.
@@ -97,13 +103,28 @@ class Run:
                 )
         return manifest
 
+    @property
     def metrics(self) -> dict[str, Any]:
-        """Return the validation metrics of the best epoch.
+        """The validation metrics of the best epoch.
 
         Raises:
             RunError: The run has not finished an epoch, or the file is damaged.
         """
         return self._json(self.metrics_path)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One line for each finished epoch: losses, figures on val, rates, times in seconds.
+
+        Raises:
+            RunError: The run has not finished an epoch, or the file is damaged.
+        """
+        import pandas as pd
+
+        try:
+            return pd.read_csv(self.history_path)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.history_path}: cannot be read ({error})") from error
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
@@ -138,9 +159,9 @@ class Run:
             raise UsageError(f"{self.folder}: a search, not a run; choose another --name")
         if not self.exists:
             return
-        if self.manifest()["status"] == "finished":
+        if self.manifest["status"] == "finished":
             raise UsageError(f"{self.folder}: a finished run; choose another --name")
-        ours, theirs = dataclasses.asdict(config), dataclasses.asdict(self.config())
+        ours, theirs = dataclasses.asdict(config), dataclasses.asdict(self.config)
         changed = differing_fields(ours, theirs)
         if changed:
             raise UsageError(
@@ -184,6 +205,16 @@ def run_folder(runs: Path, name: str) -> Path:
             " a sign, at most 100"
         )
     return runs / name
+
+
+def free_name(runs: Path, stem: str) -> str:
+    """Return a name of the stem and the time that no run has."""
+    stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name, number = stem, 1
+    while (runs / name).exists():
+        number += 1
+        name = f"{stem}-{number}"
+    return name
 
 
 def find_run(runs: Path, name: str) -> Run:

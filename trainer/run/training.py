@@ -191,7 +191,7 @@ class Training:
 
     def _check_same_start(self) -> None:
         """Refuse to go on with other inputs than those that the run was started with."""
-        found, expected = self.manifest, self.run.manifest()
+        found, expected = self.manifest, self.run.manifest
         for what, ours, theirs in (
             ("rows", found["data"]["rows_digest"], expected["data"]["rows_digest"]),
             ("split", found["data"]["splits_digest"], expected["data"]["splits_digest"]),

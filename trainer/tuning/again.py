@@ -49,7 +49,7 @@ def retrain(
         MissingFeaturesError: The split was not extracted.
         StoppedError: `reporter.stopping` said so.
     """
-    base = search.run_of(best["trial"]).config()
+    base = search.run_of(best["trial"]).config
     count = epochs or base.train.epochs
     project = Project(base)
     # A split without features would be found out after the training.
@@ -59,7 +59,7 @@ def retrain(
     for seed in range(base.train.seed, base.train.seed + seeds):
         train = dataclasses.replace(base.train, epochs=count, seed=seed)
         run = Run(search.folder / f"best-{best['trial']:04d}-e{count}-s{seed}")
-        if not (run.exists and run.manifest()["status"] == "finished"):
+        if not (run.exists and run.manifest["status"] == "finished"):
             with run.writing():
                 run.check_free_or_same(Config.of(base, train))
                 fit(Training(run, project, train, search.init_from, reporter))

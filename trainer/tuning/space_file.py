@@ -56,7 +56,7 @@ def default_space(demo: bool) -> dict[str, Any]:
 
 
 def read_space(
-    file: Path | None,
+    source: Path | Mapping[str, Any] | None,
     search_flags: Mapping[str, Any],
     flags: Mapping[str, Mapping[str, Any]],
     demo: bool = False,
@@ -64,7 +64,7 @@ def read_space(
     """Read a space, under the flags of the command line.
 
     Args:
-        file: A TOML file; None takes `default_space`.
+        source: A TOML file, or its tables; None takes `default_space`.
         search_flags: Key to value of `[search]`; these win.
         flags: Section to key to value of other settings; these win, and a
             searched setting among them is searched no more.
@@ -74,9 +74,13 @@ def read_space(
         ConfigError: Unknown section, key or kind of distribution; a value of the
             wrong type or out of the setting's bounds; nothing to search.
     """
-    tables = default_space(demo) if file is None else read_toml(file)
-    where = "default space" if file is None else str(file)
-    folder = Path.cwd() if file is None else file.absolute().parent
+    where, folder = "space", Path.cwd()
+    if source is None:
+        tables, where = default_space(demo), "default space"
+    elif isinstance(source, Path):
+        tables, where, folder = read_toml(source), str(source), source.absolute().parent
+    else:
+        tables = dict(source)
     own = dict(_table(tables.pop("search", {}), "search", where))
     queued = own.pop("enqueue", [])
     build_section("search", SearchConfig, own, where, folder)

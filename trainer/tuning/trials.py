@@ -248,7 +248,7 @@ def _reason(error: Exception) -> str:
 
 def _set_status(run: Run, status: str) -> None:
     if run.exists:
-        run.write_manifest({**run.manifest(), "status": status})
+        run.write_manifest({**run.manifest, "status": status})
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
