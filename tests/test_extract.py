@@ -88,16 +88,20 @@ PIXEL_SPEC = VisionSpec(
 
 
 def pixel_job(
-    store: StoreConfig, ids: list[str], index: ImageIndex, spec: FeatureSpec = PIXEL_SPEC
+    store: StoreConfig,
+    ids: list[str],
+    index: ImageIndex,
+    spec: FeatureSpec = PIXEL_SPEC,
+    load: Callable[[], Any] = PixelEncoder,
 ) -> Job:
-    return Job(spec, "pixels", store, ids, index)
+    return Job(spec, "pixels", store, ids, index, load)
 
 
-def run_alone(job: Job, encoder: Any) -> tuple[Plan, Summary]:
-    """Plan and extract with the folder for oneself, as a repair does, with a given encoder."""
+def run_alone(job: Job) -> tuple[Plan, Summary]:
+    """Plan and extract with the folder for oneself, as a repair does."""
     with writing(job.folder):
         plan = make_plan(job)
-        return plan, extract_alone(plan, encoder)
+        return plan, extract_alone(plan)
 
 
 def run_pixels(
@@ -107,7 +111,7 @@ def run_pixels(
     encoder: Any = None,
     spec: FeatureSpec = PIXEL_SPEC,
 ) -> tuple[Plan, Summary]:
-    return run_alone(pixel_job(store, ids, index, spec), encoder or PixelEncoder())
+    return run_alone(pixel_job(store, ids, index, spec, lambda: encoder or PixelEncoder()))
 
 
 def worker(root: str, photos: str) -> None:
@@ -276,8 +280,8 @@ def test_out_of_memory_halves_the_batch(
     index, spec = index_images(photos), vision_spec(encoders, store)
     halved: list[int] = []
     store = dataclasses.replace(store, encode_batch_size=16)
-    job = image_job(encoders, store, IDS, index)
-    _, summary = extract(job, Show(halved=halved.append), load=lambda: Small(vit))
+    job = image_job(encoders, store, IDS, index, lambda: Small(vit))
+    _, summary = extract(job, Show(halved=halved.append))
     assert halved == [8, 4, 2]
     assert (summary.batch_size, summary.extracted) == (2, 40)
     opened = open_features_of(Path(store.root), spec)
@@ -292,7 +296,7 @@ def test_out_of_memory_of_text_loses_no_sentence(
     sentences = [f"{a} {b} {c}" for a in WORDS[:5] for b in WORDS[:6] for c in WORDS[:3]]
     spec = text_spec(encoders, store, 2)
     store = dataclasses.replace(store, shard_rows=1000)
-    _, summary = run_alone(text_job(encoders, store, sentences, 2), Small(bert))
+    _, summary = run_alone(text_job(encoders, store, sentences, 2, lambda: Small(bert)))
     assert summary.extracted == len(sentences) == 90
     assert summary.batch_size == 2
     opened = open_features_of(Path(store.root), spec)
@@ -560,8 +564,8 @@ def test_a_sentence_that_overflows_is_not_tried_again(
     store = dataclasses.replace(store, dtype="float16")
     spec = text_spec(encoders, store, 1)
     sentences = ["a dog", "a dog .", "two dogs", "a cat"]
-    job = text_job(encoders, store, sentences, 1)
-    _, summary = run_alone(job, Loud(bert))
+    job = text_job(encoders, store, sentences, 1, lambda: Loud(bert))
+    _, summary = run_alone(job)
     (failed,) = summary.failed
     again = make_plan(job)
     assert (again.keys, again.quarantined, again.cached) == ([], 1, 3)
@@ -645,7 +649,7 @@ def test_text_shards_are_bounded(
 ) -> None:
     monkeypatch.setattr("featstore.extract.plan.TEXT_SHARD_TOKENS", 24)
     store = dataclasses.replace(store, shard_rows=10**9)
-    job = text_job(encoders, store, [f"a {word}" for word in WORDS[:8]], 2)
-    extract(job, load=lambda: bert)
+    job = text_job(encoders, store, [f"a {word}" for word in WORDS[:8]], 2, lambda: bert)
+    extract(job)
     opened = open_features_of(Path(store.root), job.spec)
     assert [len(shard) for shard in opened.shards] == [3, 3, 2]

@@ -583,7 +583,7 @@ def test_settings_of_a_run_that_are_no_file_are_refused(
         assert run.config == load_config(run.config_path)
     else:
         with pytest.raises(RunError, match=r"config\.toml"):
-            run.config
+            _ = run.config
 
 
 def test_the_readers_never_unpickle() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,16 @@ def share(
     shards: range = ALL,
     ids: list[str] = IDS,
     seconds: float = 0.0,
-    load: Callable[[], Any] | None = None,
 ) -> tuple[Plan, Summary]:
     store = store_in(root)
     if photos is None:
-        job = Job(WORD_SPEC, "words", store, SENTENCES)
-        return extract(job, shards=shards, load=lambda: WordEncoder(seconds))  # type: ignore[arg-type]
-    load = load or (lambda: PixelEncoder(seconds=seconds))
-    return extract(pixel_job(store, ids, index_images(photos)), shards=shards, load=load)
+        job = Job(
+            WORD_SPEC, "words", store, SENTENCES, load=functools.partial(WordEncoder, seconds)
+        )
+    else:
+        load = functools.partial(PixelEncoder, seconds=seconds)
+        job = pixel_job(store, ids, index_images(photos), load=load)
+    return extract(job, shards=shards)
 
 
 def worker(root: str, photos: str, first: str, end: str, seconds: str) -> None:
@@ -371,7 +374,7 @@ def test_a_photo_that_changes_while_a_plan_is_open_is_not_left_stale(
 def test_another_shard_size_makes_another_plan(photos: Path, tmp_path: Path) -> None:
     share(tmp_path, photos, range(1))
     store = dataclasses.replace(store_in(tmp_path), shard_rows=10)
-    extract(pixel_job(store, IDS, index_images(photos)), load=PixelEncoder)
+    extract(pixel_job(store, IDS, index_images(photos)))
     counts = [len(shard) for shard in open_features_of(tmp_path, PIXEL_SPEC).shards]
     assert counts == [6, 8, 9, 3, 3]
 
