@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ UNITS = {"vit": "images", "text": "sentences"}
 KINDS = tuple(UNITS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Job:
     """Inputs whose features by one spec the store is to hold.
 
@@ -42,12 +42,15 @@ class Job:
     spec: FeatureSpec
     preset: str
     store: StoreConfig
-    keys: Sequence[str] = field(repr=False)
-    images: ImageIndex | None = field(default=None, repr=False)
-    load: Callable[[], Any] | None = field(default=None, repr=False)
+    keys: Sequence[str]
+    images: ImageIndex | None = None
+    load: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", list(dict.fromkeys(self.keys)))
+
+    def __repr__(self) -> str:
+        return f"<Job: {len(self.keys)} {self.unit} by {self.preset} into {self.folder}>"
 
     @property
     def folder(self) -> Path:
@@ -81,7 +84,7 @@ class Job:
         return [path for path in found if path is not None]
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """What an extraction has to do.
 
@@ -100,6 +103,12 @@ class Plan:
     quarantined: int
     todo_bytes: int
     free_bytes: int
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan: {len(self.keys)} of {self.requested} {self.job.unit} to do,"
+            f" {self.todo_bytes / 1e6:.1f} MB, into {self.folder}>"
+        )
 
     @property
     def folder(self) -> Path:
