@@ -16,9 +16,11 @@ from typing import Any
 import psutil
 import pytest
 from ray_processes import none_left, ray_processes
-from tiny_runs import extracted, tiny_config
+from tiny_runs import tiny_config
 
 from featstore.errors import RunError, StoppedError
+from featstore.progress import SILENT
+from featstore.project import Project
 from featstore.ray_cluster import Actors
 from trainer.tuning import ray as on_ray
 from trainer.tuning.ray import TrialActor, run_on_ray
@@ -47,17 +49,18 @@ def space_of(folder: Path, epochs: int = EPOCHS) -> Space:
 
 
 def searches(work: tuple[Path, Any, Any], name: str) -> Search:
-    folder, config, dataset = work
+    folder, config, project = work
     space = space_of(folder)
-    return start_search(folder / "runs" / name, space.base(config), space, None, None, dataset)
+    return start_search(folder / "runs" / name, space.base(config), space, None, None, project)
 
 
 @pytest.fixture(scope="module")
 def work(tiny_vit: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("search")
     config = tiny_config(folder, tiny_vit, tiny_text)
-    dataset = extracted(config)
-    return folder, config, dataset
+    project = Project(config)
+    project.extract("vit", show=SILENT)
+    return folder, config, project
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,21 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config, with_train
+from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, tiny_config
 
 from featstore.data.images import decode_image
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import DataError, RunError
+from featstore.progress import SILENT
+from featstore.project import Project
 from trainer.batches import other_images
 from trainer.config import Config, render_config
-from trainer.features import open_features
+from trainer.features import cached_rows, prepare
 from trainer.model.end_to_end import build_end_to_end
 from trainer.model.weights import transfer_weights
-from trainer.results.evaluate import evaluate, open_run_features
+from trainer.results.evaluate import evaluate
 from trainer.results.parity import check_parity
+from trainer.results.score import Scorer, project_of
 from trainer.run.checkpoint import load_best
 from trainer.run.fit import fit
 from trainer.run.folder import Run
@@ -32,13 +35,15 @@ from trainer.run.training import Training
 
 
 def trained(config: Config, folder: Path) -> Run:
-    features = open_features(config, extracted(config))
-    fit(Training(Run(folder), features))
+    project = Project(config)
+    project.extract("vit", show=SILENT)
+    prepare(project, config.train.k_txt)
+    fit(Training(Run(folder), project, config.train))
     return Run(folder)
 
 
-def measure(run: Run, split: str = "test", control: str = "none") -> dict[str, Any]:
-    return evaluate(run, open_run_features(run), split, control)
+def measure(run: Run, split: str = "test", control: str | None = None) -> dict[str, Any]:
+    return evaluate(Scorer(run, project_of(run)), split, control)
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +82,14 @@ def test_val_figures_are_those_of_training(run: Run) -> None:
 def test_predictions_are_the_end_to_end_models_at_the_val_threshold(run: Run) -> None:
     """Pixels and words through the whole model, metrics by hand."""
     config = run.config
-    features = open_run_features(run)
+    dataset = project_of(run).dataset
     vision = VisionEncoder(config.encoders.vit, config.store.tokens)
     text = TextEncoder(config.encoders.text, config.encoders.sequence_length)
     whole = build_end_to_end(vision.backbone, text.backbone, config.train, config.store.tokens)
     transfer_weights(load_best(run), whole)
-    rows = features.dataset.rows("test")
-    examples = features.dataset.examples.select(rows)
-    paths = [features.dataset.images.lookup(image_id) for image_id in examples.image_ids]
+    rows = dataset.rows("test")
+    examples = dataset.examples.select(rows)
+    paths = [dataset.images.lookup(image_id) for image_id in examples.image_ids]
     images = [decode_image(path.read_bytes(), path.name) for path in paths if path is not None]
     ids, mask = text.tokenize(examples.hypotheses.tolist())
     inputs = {
@@ -126,7 +131,7 @@ def test_no_optimizer_is_made_to_measure(run: Run, monkeypatch: pytest.MonkeyPat
 
 def test_the_threshold_is_a_probability_not_a_logit(run: Run) -> None:
     earlier = run.metrics_path.read_text()
-    rows = open_run_features(run).rows("test")
+    rows = Scorer(run, project_of(run)).rows("test")
     batch = rows.batch(np.arange(len(rows)), len(rows))
     logits = np.asarray(load_best(run)(batch.inputs()), np.float64)[:, 0]
     probabilities = 1 / (1 + np.exp(-logits))
@@ -151,8 +156,7 @@ def test_controls_take_the_picture_away(run: Run) -> None:
     assert blind["control"] == "hypothesis-only"
     assert (run.folder / "evaluate-test-hypothesis-only.json").exists()
     shuffled = measure(run, control="shuffled-images")
-    features = open_run_features(run)
-    rows = features.rows("test")
+    rows = Scorer(run, project_of(run)).rows("test")
     label_of = dict(zip(rows.image_positions.tolist(), rows.labels.tolist(), strict=True))
     others = other_images(rows.image_positions, run.config.train.seed)
     logits = np.array([label_of[other] for other in others.tolist()])
@@ -245,6 +249,7 @@ def test_an_empty_split_says_so(tmp_path: Path, tiny_vit: Path, tiny_text: Path)
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, split_file="", fractions=(0.5, 0.5, 0.0))
     )
-    features = open_features(with_train(config), extracted(config))
+    project = Project(config)
+    project.extract("vit", show=SILENT)
     with pytest.raises(DataError, match="split 'test' has no rows"):
-        features.rows("test")
+        cached_rows(project, config.train, "test")

@@ -19,14 +19,15 @@ import keras
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import extracted, tiny_config, with_train
+from tiny_runs import tiny_config, with_train
 
 import trainer.run.fit
-from featstore.data.dataset import Dataset, load_dataset
 from featstore.errors import ConfigError, RunError, StoppedError, UsageError
+from featstore.progress import SILENT
+from featstore.project import Project
 from trainer.batches import CachedRows
 from trainer.config import Config, TrainConfig, render_config
-from trainer.features import open_features
+from trainer.features import cached_rows, prepare
 from trainer.model.head import HEAD_LAYERS
 from trainer.model.weights import trained_weights
 from trainer.run.checkpoint import Progress, build_model, load_best
@@ -40,10 +41,10 @@ STEPS = 8  # 32 photos × 4 sentences, 16 rows a step
 
 @dataclasses.dataclass
 class Workspace:
-    """Extracted features, and a folder for each run."""
+    """A project with its photos extracted, and a folder for each run."""
 
     config: Config
-    dataset: Dataset
+    project: Project
     folder: Path
     _numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
@@ -57,9 +58,9 @@ class Workspace:
         reporter: Reporter | None = None,
         **changes: Any,
     ) -> Training:
-        features = open_features(with_train(self.config, **changes), self.dataset)
-        run = run or self.run()
-        return Training(run, features, init_from, reporter)
+        config = with_train(self.config, **changes)
+        prepare(self.project, config.train.k_txt)
+        return Training(run or self.run(), self.project, config.train, init_from, reporter)
 
     def fit(self, **kwargs: Any) -> Training:
         training = self.training(**kwargs)
@@ -71,7 +72,9 @@ class Workspace:
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path, tiny_text: Path) -> Workspace:
     folder = tmp_path_factory.mktemp("fit")
     config = tiny_config(folder / "data", tiny_vit, tiny_text)
-    return Workspace(config, extracted(config), folder / "runs")
+    project = Project(config)
+    project.extract("vit", show=SILENT)
+    return Workspace(config, project, folder / "runs")
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,7 @@ def test_a_run_learns_the_rule(plain: Training) -> None:
 def test_the_manifest_says_what_the_run_is(plain: Training, work: Workspace) -> None:
     manifest = plain.run.manifest
     assert manifest["status"] == "finished"
-    assert manifest["data"]["rows_digest"] == work.dataset.examples.digest()
+    assert manifest["data"]["rows_digest"] == work.project.dataset.examples.digest()
     assert manifest["data"]["counts"]["train"] == {
         "rows": 128,
         "images": 32,
@@ -156,7 +159,7 @@ def test_the_figures_of_the_best_epoch_are_those_of_its_weights(
     metrics = plain.run.metrics
     assert metrics["epoch"] == int(best["epoch"])
     assert metrics["loss"] == pytest.approx(float(best["val_loss"]))
-    rows = plain.features.rows("val")
+    rows = cached_rows(plain.project, plain.train_config, "val")
     batch = rows.batch(np.arange(len(rows)), len(rows))
     logits = np.asarray(load_best(plain.run)(batch.inputs()), np.float64)[:, 0]
     p = 1 / (1 + np.exp(-logits))
@@ -210,21 +213,22 @@ def test_a_kill_between_state_and_reports_loses_no_report(work: Workspace, plain
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from featstore.data.dataset import load_dataset
+from featstore.project import Project
 from trainer.config import load_config
-from trainer.features import open_features
+from trainer.features import prepare
 from trainer.run.fit import fit
 from trainer.run.training import Reporter, Training
 from trainer.run.folder import Run
 config = load_config(sys.argv[1])
 run = Run(Path(sys.argv[2]))
-features = open_features(config, load_dataset(config.data, Path(config.store.root)))
+project = Project(config)
+prepare(project, config.train.k_txt)
 slow = Reporter(
     stopping=lambda: time.sleep(float(sys.argv[3])),
     epoch=lambda record: print(record["epoch"], flush=True),
 )
 with run.writing():
-    fit(Training(run, features, reporter=slow))
+    fit(Training(run, project, config.train, reporter=slow))
 """
 
 
@@ -271,9 +275,9 @@ def test_going_on_with_other_inputs_is_refused(work: Workspace, tmp_path: Path) 
     lines = Path(str(work.config.data.rows)).read_text().splitlines(keepends=True)
     rows.write_text("".join(lines[:-1]))
     data = dataclasses.replace(work.config.data, rows=str(rows))
-    fewer = load_dataset(data, Path(work.config.store.root))
+    fewer = Project(dataclasses.replace(work.config, data=data))
     with pytest.raises(RunError, match="the rows changed"):
-        Training(run, open_features(work.config, fewer))
+        Training(run, fewer, work.config.train)
 
 
 def test_a_damaged_checkpoint_is_one_line(work: Workspace) -> None:
@@ -502,6 +506,8 @@ def test_heads_may_follow_from_the_width(work: Workspace) -> None:
 
 
 def test_a_run_neither_reads_nor_changes_global_random_state(work: Workspace) -> None:
+    # The sentences are encoded before.
+    work.training(k_txt=1)
     runs = []
     for seed in (1, 2):
         random.seed(seed)

@@ -23,6 +23,7 @@ from tiny_runs import extracted, tiny_config, with_train
 from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.errors import CorruptShardError
+from featstore.project import Project
 from featstore.store.folder import reconcile_manifest, shard_paths, write_manifest
 from featstore.store.numbers import Numbers, feature_dtype, quantise, token_bytes
 from featstore.store.shard import digest_bytes, open_shard
@@ -30,7 +31,7 @@ from featstore.store.store import TextStore, open_store
 from featstore.store.write import ShardRows, write_shard
 from trainer.commands.main import cli
 from trainer.config import Config, TrainConfig, render_config
-from trainer.features import open_features
+from trainer.features import prepare
 from trainer.model.cached import build_cached_model
 from trainer.run.fit import fit
 from trainer.run.folder import Run
@@ -235,8 +236,8 @@ def project(tiny_vit: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFa
     store = dataclasses.replace(config.store, dtype="int8")
     config = dataclasses.replace(config, store=store)
     (folder / "featstore.toml").write_text(render_config(config))
-    dataset = extracted(config)
-    open_features(config, dataset)
+    extracted(config)
+    prepare(Project(config), config.train.k_txt)
     return config
 
 
@@ -277,19 +278,18 @@ def test_the_store_gives_what_float32_gives_within_half_a_step(
     exact = dataclasses.replace(project.store, dtype="float32", root=str(tmp_path / "cache"))
     config = dataclasses.replace(project, store=exact)
     dataset = extracted(config)
-    one, two = (open_features(c, dataset) for c in (project, config))
+    store, floats = (Project(settings).images() for settings in (project, config))
     ids = dataset.examples.image_ids.tolist()
-    at, there = one.vision.lookup(ids), two.vision.lookup(ids)
-    found = one.vision.gather(at)
-    stored = one.vision.gather_stored(at)
+    found = store.gather(ids)
+    stored = store.gather_stored(store.lookup(ids))
     assert (found.dtype, stored.values.dtype) == (np.float32, np.int8)
     assert stored.scales is not None
     assert np.array_equal(found, stored.values.astype(np.float32) * stored.scales[..., None])
-    assert np.array_equal(one.vision[ids[5]], found[5])
-    out = one.vision.empty(len(ids))
-    assert one.vision.gather(ids, out) is out
-    assert np.array_equal(out, found)
-    wanted = two.vision.gather(there)
+    assert np.array_equal(store[ids[5]], found[5])
+    filled = store.empty(len(ids))
+    assert store.gather(ids, filled) is filled
+    assert np.array_equal(filled, found)
+    wanted = floats.gather(ids)
     half = np.abs(wanted).max(axis=-1, keepdims=True) / 254
     assert (np.abs(found - wanted) <= half * 1.001).all()
     assert np.abs(found - wanted).max() > 0
@@ -300,9 +300,16 @@ def test_the_store_gives_what_float32_gives_within_half_a_step(
     assert {row.tobytes() for row in exported} == {row.tobytes() for row in found}
 
 
+def trained(config: Config, folder: Path) -> Training:
+    project = Project(config)
+    prepare(project, config.train.k_txt)
+    training = Training(Run(folder), project, config.train)
+    fit(training)
+    return training
+
+
 @pytest.mark.slow
 def test_runs_on_int8_features(project: Config) -> None:
-    dataset = extracted(project)
     root = Path(project.store.root).parent / "runs"
     losses = {}
     for name, changes in (
@@ -310,9 +317,7 @@ def test_runs_on_int8_features(project: Config) -> None:
         ("plain", {"fast_path": False}),
         ("head", {"k_txt": 0}),
     ):
-        config = with_train(project, **changes)
-        training = Training(Run(root / name), open_features(config, dataset))
-        fit(training)
+        training = trained(with_train(project, **changes), root / name)
         losses[name] = [record["val_loss"] for record in training.progress.history]
         shown = CliRunner().invoke(cli, ["parity", str(root / name), "--rows", "30"])
         assert shown.exit_code == 0, (shown.stdout, shown.stderr, shown.exception)
@@ -331,8 +336,7 @@ def test_a_scale_that_no_encoder_gives_fails_parity(project: Config, tmp_path: P
         store=dataclasses.replace(project.store, root=str(folder / "cache")),
     )
     (folder / "featstore.toml").write_text(text.replace(project.store.root, config.store.root))
-    dataset = extracted(config)
-    fit(Training(Run(folder / "runs" / "x"), open_features(config, dataset)))
+    trained(config, folder / "runs" / "x")
     vit = folders(config)["vit"]
     for path in shard_paths(vit):
         shard = open_shard(path, "vit", vit.name, "int8")

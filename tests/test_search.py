@@ -5,29 +5,38 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
+import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import optuna
 import pandas as pd
 import pytest
-from tiny_runs import extracted, tiny_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tiny_runs import tiny_config
 
 import trainer.run.fit
-import trainer.run.training
-import trainer.tuning.trials
 from featstore.errors import StoppedError, UsageError
+from featstore.progress import SILENT
+from featstore.project import Project
 from trainer.run.folder import Run
+from trainer.run.training import Reporter
 from trainer.tuning import study as searching
+from trainer.tuning.again import retrain
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search, known_search, open_search, start_search
 from trainer.tuning.table import best_row, ranked, seconds_left, trial_rows, write_leaderboard
-from trainer.tuning.trials import work
+from trainer.tuning.trials import count_attempt, work
+from trainer.tuning.workers import usable_cores
 
 SPACE = """
 [search]
@@ -55,7 +64,7 @@ class Place:
 
     folder: Path
     config: Any
-    dataset: Any
+    project: Any
 
     def start(self, name: str, space: str = SPACE, **given: Any) -> Search:
         settings = {
@@ -70,24 +79,26 @@ class Place:
         path.write_text(space.format(**{**settings, **given}))
         found = read_space(path, {}, {})
         runs = self.folder / "runs"
-        return start_search(runs / name, found.base(self.config), found, None, None, self.dataset)
+        return start_search(runs / name, found.base(self.config), found, None, None, self.project)
 
     def run(self, name: str, **given: Any) -> Search:
         search = self.start(name, **given)
-        work(search, self.dataset)
+        work(search, self.project)
         return search
 
     def again(self, search: Search, **flags: Any) -> Search:
         """Open a search anew, as the same command does."""
         base, space, source = known_search(search.folder, flags)
-        return start_search(search.folder, base, space, source, None, self.dataset)
+        return start_search(search.folder, base, space, source, None, self.project)
 
 
 @pytest.fixture(scope="module")
 def place(tiny_vit: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("search")
     config = tiny_config(folder, tiny_vit, tiny_text)
-    return Place(folder, config, extracted(config))
+    project = Project(config)
+    project.extract("vit", show=SILENT)
+    return Place(folder, config, project)
 
 
 def results(search: Search) -> list[Any]:
@@ -132,6 +143,66 @@ def test_a_search_is_runs_and_a_leaderboard(place: Place, whole: list[Any]) -> N
     table = (search.folder / "leaderboard.csv").read_text().splitlines()
     assert table[0].startswith("rank,trial,run,state,value,")
     assert table[1].split(",")[:4] == ["1", str(best["trial"]), best["run"], "complete"]
+
+
+def test_a_trial_has_one_event_file_with_its_settings(place: Place, whole: list[Any]) -> None:
+    search = open_search(place.folder / "runs" / "whole")
+    for number, _, params, value, epochs in whole:
+        folder = search.run_of(number).tensorboard_path
+        assert len(list(folder.iterdir())) == 1
+        found = EventAccumulator(str(folder)).Reload()
+        losses = [e.tensor_proto.float_val[0] for e in found.Tensors("epoch/val_loss")]
+        assert len(losses) == epochs
+        assert min(losses) == pytest.approx(value, abs=1e-6)
+        content = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        start = HParamsPluginData.FromString(content).session_start_info
+        assert {name: each.number_value for name, each in start.hparams.items()} == params
+
+
+def test_a_search_leaves_the_settings_of_its_process(place: Place) -> None:
+    printed: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = printed.append  # type: ignore[method-assign]
+    logger = logging.getLogger("optuna")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with matplotlib.rc_context({"backend": "svg"}):
+            filters = list(warnings.filters)
+            search = place.start("polite", sampler="tpe", pruner="hyperband", trials=6)
+            draw(search, 6)
+            assert len(write_leaderboard(search)) == 4
+            assert matplotlib.get_backend() == "svg"
+            assert warnings.filters == filters
+            assert logger.level == logging.DEBUG
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+    # It shows its trials itself.
+    assert [record for record in printed if record.levelno >= logging.INFO] == []
+
+
+def test_a_control_is_measured_as_it_was_trained(place: Place) -> None:
+    space = SPACE.replace("[train]", '[train]\ncontrol = "hypothesis-only"')
+    search = place.run("blind", space=space, trials=1, epochs=1)
+    best = best_row(search, trial_rows(search))
+    assert best is not None
+    found = retrain(search, best, None, 1, "val", Reporter())
+    (run,) = found["runs"]
+    # Each sentence is right for exactly half its photos: who sees the picture has another figure.
+    assert run["accuracy"] == 0.5
+    assert (Path(run["run"]) / "evaluate-val-hypothesis-only.json").exists()
+    assert not (Path(run["run"]) / "evaluate-val.json").exists()
+
+
+def test_the_cores_of_a_system_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usable_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert usable_cores() == 12
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cores() == 1
 
 
 def goal(values: dict[str, Any]) -> float:
@@ -208,14 +279,14 @@ def test_a_stopped_search_ends_as_the_undisturbed(place: Place, whole: list[Any]
     # In an epoch, at its end, in the second trial, and before its first step.
     for steps in (3, 6, 9, 0):
         with pytest.raises(StoppedError):
-            work(search, place.dataset, Stop(steps))
+            work(search, place.project, Stop(steps))
         assert search.unfinished
         search = place.again(search)
-    work(search, place.dataset)
+    work(search, place.project)
     assert results(search) == whole[:2]
     # More trials can be asked for.
     search = place.again(search, trials=4)
-    work(search, place.dataset)
+    work(search, place.project)
     assert results(search) == whole
 
 
@@ -249,11 +320,11 @@ def test_a_pruned_trial_stays_so_when_those_trained_with_it_are_stopped(place: P
     search = place.start("pruned-stopped", **given)
     with pytest.raises(StoppedError):
         # In the second epoch: the steps of the first one ask too.
-        work(search, place.dataset, Stop(3 * 10))
+        work(search, place.project, Stop(3 * 10))
     rows = trial_rows(search)
     assert {row["state"] for row in rows} == {"running", "pruned"}
     search = place.again(search)
-    work(search, place.dataset)
+    work(search, place.project)
     assert results(search) == expected
     for row in trial_rows(search):
         assert row["seconds"] > 0
@@ -335,12 +406,12 @@ import os, signal, sys
 from pathlib import Path
 from trainer.tuning import trials
 calls = iter(range(100))
-count = trials._count_attempt
+count = trials.count_attempt
 def die(trial, by):
     count(trial, by)
     if by > 0 and next(calls) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-trials._count_attempt = die
+trials.count_attempt = die
 trials.work_in(Path(sys.argv[1]), None, lambda: False, float("inf"))
 """
 
@@ -352,7 +423,7 @@ def test_a_killed_workers_trial_is_taken_over(place: Place, whole: list[Any]) ->
     assert done.returncode == -signal.SIGKILL
     assert [row["state"] for row in trial_rows(search)] == ["complete", "running"]
     search = place.again(search)
-    work(search, place.dataset)
+    work(search, place.project)
     assert results(search) == whole
 
 
@@ -362,7 +433,7 @@ def test_a_trial_that_always_ends_its_worker_is_given_up(place: Place) -> None:
         # As a process leaves it that dies in the trial's first epoch.
         (claim,) = search.claim(1)
         assert claim.trial.number == 0
-        trainer.tuning.trials._count_attempt(claim.trial, 1)
+        count_attempt(claim.trial, 1)
         claim.held.close()
         search = place.again(search)
     (claim,) = search.claim(1)
@@ -433,7 +504,7 @@ def test_two_claims_never_hold_one_trial(place: Place) -> None:
 
 def test_a_deadline_draws_no_more(place: Place) -> None:
     search = place.start("late")
-    work(search, place.dataset, deadline=0.0)
+    work(search, place.project, deadline=0.0)
     assert results(search) == []
     assert best_row(search, trial_rows(search)) is None
 

@@ -493,11 +493,11 @@ def test_gather_refuses_what_is_neither(notebook: VisionStore, keys: Any) -> Non
 
 
 def test_a_key_that_is_absent(notebook: VisionStore, text: TextStore) -> None:
-    said = r"no features of 'k0.jpg'; it has 11 keys such as 'k0'; run `featstore extract-vit`"
+    said = r"no features of 'k0.jpg'; there are 11 keys such as 'k0'; run `featstore extract-vit`"
     with pytest.raises(MissingKeyError, match=said) as caught:
         notebook["k0.jpg"]
     assert isinstance(caught.value, KeyError)
-    with pytest.raises(MissingKeyError, match=r"'k2' and 1 more keys \(quarantined: k2\.jpg: the"):
+    with pytest.raises(MissingKeyError, match=r"2 of 3 rows .*'k2'\), which is quarantined: k2"):
         notebook.gather(["k0", "k2", "none"])
     with pytest.raises(MissingKeyError, match=r"'none'.*extract-text"):
         text.token_ids("none")

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featstore.care.info import feature_folders, matching_spec
-from featstore.care.verify import FolderReport, Problem, verify_folder
+from featstore.care.report import FolderReport, Problem
+from featstore.care.verify import verify_folder
 from featstore.encoders.spec import VisionSpec, differing_fields
 from featstore.errors import Advice, Command, FeatstoreError, StoreError
 from featstore.extract.claims import writing

@@ -150,7 +150,7 @@ class Store:
         if len(asked) and isinstance(asked[0], str):
             found = self.lookup(asked)
             if (found < 0).any():
-                raise self._missing([key for key, at in zip(asked, found, strict=True) if at < 0])
+                raise self._missing(asked, found)
             return found
         plain = np.asarray(asked)
         if plain.size and plain.dtype.kind not in "iu":
@@ -162,14 +162,19 @@ class Store:
             raise TypeError(f"expected a key, found {key!r}; positions are for gather")
         return int(self.positions([key])[0])
 
-    def _missing(self, keys: list[str]) -> MissingKeyError:
-        """Say why the first of some keys has no features."""
-        text = f"{self.folder}: no features of {str(keys[0])!r}"
-        text += f" and {len(keys) - 1} more keys" if len(keys) > 1 else ""
-        if failed := read_quarantine(self.folder, with_lost=True).get(keys[0]):
-            text += f" (quarantined: {failed['reason']})"
+    def _missing(self, keys: Sequence[str], found: IntArray) -> MissingKeyError:
+        """Say why the first of the keys that are not there has no features."""
+        absent = [str(key) for key, at in zip(keys, found, strict=True) if at < 0]
+        text = f"{self.folder}: no features of {absent[0]!r}"
+        if len(keys) > 1:
+            text = (
+                f"{self.folder}: {len(absent)} of {len(keys)} rows have no features"
+                f" (first: {absent[0]!r})"
+            )
+        if failed := read_quarantine(self.folder, with_lost=True).get(absent[0]):
+            text += f", which is quarantined: {failed['reason']}"
         elif len(self):
-            text += f"; it has {len(self)} keys such as {self.keys_of(self._live[:1])[0]!r}"
+            text += f"; there are {len(self)} keys such as {self.keys_of(self._live[:1])[0]!r}"
         return MissingKeyError(text, Command(f"extract-{self.spec['kind']}"))
 
     def lookup(self, keys: Sequence[str] | NDArray[Any]) -> IntArray:

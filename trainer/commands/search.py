@@ -169,7 +169,8 @@ def search_group(
 
 
 def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
-    from trainer.tuning.table import ranked, shown
+    from trainer.tuning.space import shown
+    from trainer.tuning.table import ranked
 
     names = [parameter.name for parameter in search.space.parameters]
     metric = search.space.search.metric
@@ -233,7 +234,7 @@ def search_best(
 ) -> None:
     """Show the best trial; train it again with more epochs or seeds."""
     from trainer.tuning.drive import load_search
-    from trainer.tuning.table import shown
+    from trainer.tuning.space import shown
 
     results = load_search(name, runs, storage)
     search, best = results.search, results.best

@@ -24,6 +24,7 @@ from featstore.publish import command_line, package_versions, write_json, write_
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import cached_rows, row_counts
 from trainer.metrics import evaluate_logits
+from trainer.model.weights import seeded
 from trainer.run.checkpoint import (
     Progress,
     build_model,
@@ -140,9 +141,11 @@ class Training:
         self.rows = cached_rows(project, train, "train", train.control)
         self.val_rows = cached_rows(project, train, "val", train.control)
         row_shape = project.images().row_shape
-        self.model = build_model(self.config, row_shape)
-        load_pretrained(self.model, self.config)
-        self.initialised = start_from(self.model, init_from) if init_from else []
+        # Every layer that Keras makes draws a seed from Python's random state, used or not.
+        with seeded("spared"):
+            self.model = build_model(self.config, row_shape)
+            load_pretrained(self.model, self.config)
+            self.initialised = start_from(self.model, init_from) if init_from else []
         self.optimizer = make_optimizer(train)
         self.optimizer.build(self.model.trainable_variables)
         self.progress = Progress()

@@ -23,10 +23,10 @@ from trainer.config import Config, config_of
 from trainer.run import folder as folder_of_run
 from trainer.run.folder import find_run, free_name, run_folder
 from trainer.tuning.live import live_view
-from trainer.tuning.space import SearchConfig, Space
+from trainer.tuning.space import SearchConfig, Space, shown
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search, exists, jobs_of, known_search, open_search, start_search
-from trainer.tuning.table import best_row, ranked, shown, trial_rows, write_leaderboard
+from trainer.tuning.table import best_row, ranked, trial_rows, write_leaderboard
 from trainer.tuning.workers import Watched, run_workers
 
 if TYPE_CHECKING:

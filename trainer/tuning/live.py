@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from trainer.tuning.space import shown
 from trainer.tuning.study import Search
-from trainer.tuning.table import best_row, epochs_of, seconds_left, shown, trial_rows
+from trainer.tuning.table import best_row, epochs_of, seconds_left, trial_rows
 from trainer.tuning.workers import Watched
 
 REDRAW_SECONDS = 2.0

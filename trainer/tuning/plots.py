@@ -12,14 +12,22 @@ import numpy as np
 import optuna
 
 from featstore.publish import publish
-from trainer.tuning.space import Parameter
+from trainer.tuning.space import Parameter, shown
 from trainer.tuning.study import Search
-from trainer.tuning.table import shown
 
 PLOT_DPI = 120
 
 
-def _plots(search: Search, rows: Sequence[dict[str, Any]]) -> list[Path]:
+def draw_plots(search: Search, rows: Sequence[dict[str, Any]]) -> list[Path]:
+    """Draw the pictures for which there are enough trials into the search's folder.
+
+    Args:
+        search: The search.
+        rows: Its trials, the best first, from `trainer.tuning.table.ranked`.
+
+    Returns:
+        The files.
+    """
     complete = [row for row in rows if row["state"] == "complete"]
     varied = [
         parameter

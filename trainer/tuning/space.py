@@ -250,3 +250,8 @@ def space_from_json(value: Mapping[str, Any]) -> Space:
 
 def _tupled(value: Any) -> Any:
     return tuple(map(_tupled, value)) if isinstance(value, list) else value
+
+
+def shown(value: Any) -> str:
+    """Return a setting's value in few characters."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

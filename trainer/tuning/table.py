@@ -14,7 +14,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from featstore.publish import write_text
-from trainer.tuning.plots import _plots
+from trainer.tuning.plots import draw_plots
 from trainer.tuning.study import Search
 
 FIGURES = ("best_epoch", "val_loss", "val_accuracy", "val_macro_f1", "val_auc", "threshold")
@@ -115,11 +115,6 @@ def epochs_of(search: Search, row: dict[str, Any]) -> int:
     return int(row["params"].get("epochs", search.base.train.epochs))
 
 
-def shown(value: Any) -> str:
-    """Return a setting's value in few characters."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def write_leaderboard(search: Search) -> list[Path]:
     """Write `leaderboard.csv` and the plots into the search's folder.
 
@@ -136,4 +131,4 @@ def write_leaderboard(search: Search) -> list[Path]:
     for rank, row in enumerate(rows, 1):
         writer.writerow({"rank": rank, **{key: row[key] for key in kept}, **row["params"]})
     write_text(paths[0], text.getvalue())
-    return paths + _plots(search, rows)
+    return paths + draw_plots(search, rows)
