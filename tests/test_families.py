@@ -10,6 +10,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_presets import TINY_FAMILIES, randomise, write_tiny_family
 
 from featstore.config import EncodersConfig, StoreConfig
@@ -17,8 +18,9 @@ from featstore.encoders.compiled import compile_forward
 from featstore.encoders.families import FAMILIES
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.spec import text_spec, vision_row_shape, vision_spec
-from featstore.encoders.tower import Tower, load_backbone
+from featstore.encoders.tower import Tower, VisionEncoder, load_backbone
 from featstore.errors import ConfigError, PresetError
+from featstore.extract.encode import encoding_of
 
 BLOCKS, ROWS, LENGTH = 3, 2, 7
 VISION = [name for name, (cls, _) in TINY_FAMILIES.items() if FAMILIES[cls].kind == "vision"]
@@ -178,6 +180,24 @@ def test_each_boundary_has_its_own_fingerprint(presets: dict[str, Path], tmp_pat
     for k in (-1, BLOCKS + 1):
         with pytest.raises(ConfigError, match=f"k_vit = {k}"):
             vision_spec(encoders, store, k)
+
+
+@pytest.mark.parametrize("name", ["deit", "dinov2_registers"])
+def test_photos_are_encoded_up_to_their_specs_boundary(
+    presets: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    write_converter(presets[name])
+    photo = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    encoder = VisionEncoder(str(presets[name]))
+    pixels = encoder.to_pixels(photo)[None]
+    for k in (0, 2):
+        store = StoreConfig(root=str(tmp_path), dtype="float32", encode_batch_size=1)
+        spec = vision_spec(EncodersConfig(vit=str(presets[name])), store, k)
+        (row,) = encoding_of(spec, encoder, store).rows(["photo"], [tmp_path / "photo.png"])
+        assert row.numbers is not None
+        expected = np.asarray(encoder.tower.lower(k)(encoder.tower.inputs(pixels)))
+        np.testing.assert_allclose(row.numbers.values, expected[0, LEADING[name] :], atol=1e-5)
 
 
 def test_a_preset_of_the_other_kind_is_refused(presets: dict[str, Path], tmp_path: Path) -> None:

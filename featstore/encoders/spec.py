@@ -147,10 +147,12 @@ def vision_row_shape(spec: VisionSpec) -> tuple[int, int]:
     """Return (tokens, width) of an image's features.
 
     Raises:
-        PresetError: The encoder's family is not known.
+        PresetError: All tokens are kept, and the encoder is of no family.
     """
-    leading = family_of(spec.encoder, "vision", spec.encoder).leading_tokens(spec.architecture)
-    tokens = num_patches(spec.architecture) + (leading if spec.tokens == "all" else 0)
+    tokens = num_patches(spec.architecture)
+    if spec.tokens == "all":
+        family = family_of(spec.encoder, "vision", spec.encoder)
+        tokens += family.leading_tokens(spec.architecture)
     return tokens, int(spec.architecture["hidden_dim"])
 
 

@@ -160,10 +160,11 @@ class ShardActor:
 def _spec_here(job: Job) -> FeatureSpec:
     """Return a job's spec as this machine's preset files and packages make it."""
     spec = job.spec
+    k = int(spec.architecture["num_layers"]) - spec.boundary
     if not isinstance(spec, TextSpec):
-        return vision_spec(EncodersConfig(vit=job.preset), job.store)
+        return vision_spec(EncodersConfig(vit=job.preset), job.store, k)
     encoders = EncodersConfig(text=job.preset, sequence_length=spec.sequence_length)
-    return text_spec(encoders, job.store, int(spec.architecture["num_layers"]) - spec.boundary)
+    return text_spec(encoders, job.store, k)
 
 
 def file_of(number: int, rows: ShardRows, spec: FeatureSpec) -> tuple[dict[str, Any], bytes]:

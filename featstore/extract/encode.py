@@ -158,7 +158,10 @@ class PhotoEncoding:
         on_halved: Callable[[int], None] = lambda size: None,
     ) -> None:
         self.dtype, self.encoder, self.store = spec.dtype, encoder, store
-        self.batched = Batched(encoder.encode, store.encode_batch_size, on_halved)
+        k_vit = encoder.num_layers - spec.boundary
+        self.batched = Batched(
+            lambda pixels: encoder.encode(pixels, k_vit), store.encode_batch_size, on_halved
+        )
 
     def rows(self, keys: Sequence[str], paths: Sequence[Path]) -> Iterator[Encoded]:
         """Encode photos; see `Encoding`."""
