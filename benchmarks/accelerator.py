@@ -22,6 +22,7 @@ from benchmarks.sizes import STUDY, Size
 from benchmarks.steps import cached_stepper, end_to_end, random_batch, release
 from benchmarks.tables import table
 from featstore.errors import UsageError
+from featstore.store.numbers import Numbers
 from trainer.batches import Batch
 from trainer.run.step import Stepper
 
@@ -52,7 +53,8 @@ def resident_batches(batches: Sequence[Batch]) -> Iterable[Batch]:
 
     tables = jax.device_put(
         tuple(
-            np.concatenate([getattr(b, name) for b in batches]) for name in ("features", "hidden")
+            np.concatenate([getattr(b, name).values for b in batches])
+            for name in ("features", "hidden")
         )
     )
     masks, labels = (
@@ -66,7 +68,14 @@ def resident_batches(batches: Sequence[Batch]) -> Iterable[Batch]:
         positions = generator.integers(0, len(labels), rows)
         features, hidden = gather(tables, positions)
         weights = np.ones(rows, np.float32)
-        yield Batch(features, hidden, masks[positions], labels[positions], weights, np.arange(rows))
+        yield Batch(
+            Numbers(features),
+            Numbers(hidden),
+            masks[positions],
+            labels[positions],
+            weights,
+            np.arange(rows),
+        )
 
 
 def _seconds(take: Steps, count: int) -> float:

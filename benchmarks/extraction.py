@@ -86,9 +86,10 @@ def measure(
             return rates
 
         before = bare()
-        plan = make_plan(Job(vision_spec(encoders, store), preset, store, ids, index))
+        job = Job(vision_spec(encoders, store), preset, store, ids, index, lambda: encoder)
+        plan = make_plan(job)
         with writing(plan.folder):
-            summary = extract_alone(plan, encoder)
+            summary = extract_alone(plan)
         after = bare()
     rate = statistics.median(before + after)
     return {

@@ -45,11 +45,10 @@ def _rows(root: Path, vision: VisionSpec, text: TextSpec, size: Size) -> CachedR
     return CachedRows(
         images,
         sentences,
-        np.arange(len(images)),
-        generator.integers(0, len(sentences), len(images)),
-        generator.integers(0, 2, len(images)).astype(np.int8),
+        np.arange(images.rows),
+        generator.integers(0, sentences.rows, images.rows),
+        generator.integers(0, 2, images.rows).astype(np.int8),
         k_txt=0,
-        sequence_length=size.sequence_length,
     )
 
 

@@ -37,7 +37,8 @@ from benchmarks.loader_cold import (
 from benchmarks.loader_peers import PEERS, Peer, StreamReader
 from benchmarks.synthetic import write_store
 from benchmarks.tables import table
-from featstore.store.store import VisionStore, aligned_empty, open_features_of
+from featstore.store.numbers import aligned_empty
+from featstore.store.store import VisionStore, open_features_of
 
 Read = Callable[[NDArray[np.int64]], Array]
 

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.synthetic import write_store
-from featstore.store.store import VisionStore, aligned_empty, open_features_of
+from featstore.store.numbers import aligned_empty
+from featstore.store.store import VisionStore, open_features_of
 
 Array = NDArray[Any]
 Batches = list[NDArray[np.int64]]

@@ -12,20 +12,21 @@ import numpy as np
 from benchmarks.measuring import ratios, seconds_of, spread, written
 from benchmarks.sizes import STUDY, Size
 from benchmarks.steps import cached_step, release
-from benchmarks.synthetic import SyntheticFeatures
+from benchmarks.synthetic import SyntheticProject
 from benchmarks.tables import table
+from featstore.project import Project
 from trainer.config import TrainConfig
-from trainer.features import Features
+from trainer.features import prepare
 from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Training
 
 
-def new_training(folder: Path, name: str, features: Features) -> Training:
+def new_training(folder: Path, name: str, project: Project, train: TrainConfig) -> Training:
     """Return a training that starts anew under a name of its own."""
     folder = folder / "runs" / name
     folder.mkdir(parents=True)
-    return Training(Run(folder), features)
+    return Training(Run(folder), project, train)
 
 
 def patient(size: Size, k_txt: int, epochs: int, **settings: Any) -> TrainConfig:
@@ -62,8 +63,8 @@ def measure(
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         root = Path(folder)
-        synthetic = SyntheticFeatures(root, size, rows, images)
-        features = synthetic.open(patient(size, 0, epochs))
+        project, train = SyntheticProject(root, size, rows, images), patient(size, 0, epochs)
+        prepare(project, train.k_txt)
         bare_step = cached_step(0, size.rows, [1], size)
         bare_step()
         step_seconds: list[float] = []
@@ -72,7 +73,7 @@ def measure(
         first_waits: list[float] = []
         for number in range(rounds):
             before = _bare_seconds(bare_step, 20)
-            training = new_training(root, f"loop-{number}", features)
+            training = new_training(root, f"loop-{number}", project, train)
             fit(training)
             bare = float(np.mean([before, _bare_seconds(bare_step, 20)]))
             history = training.progress.history

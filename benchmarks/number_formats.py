@@ -22,12 +22,13 @@ from benchmarks.loop import new_training
 from benchmarks.measuring import ratios, seconds_of, spread, written
 from benchmarks.steps import release
 from benchmarks.tables import table
+from featstore.config import SPLITS
 from featstore.progress import SILENT
 from featstore.project import Project
-from featstore.store.shard import token_bytes
+from featstore.store.numbers import token_bytes
 from featstore.store.store import VisionStore
-from trainer.config import Config, load_config
-from trainer.features import Features, open_features
+from trainer.config import Config, TrainConfig, load_config
+from trainer.features import cached_rows, prepare
 from trainer.metrics import evaluate_logits
 from trainer.run.checkpoint import build_model
 from trainer.run.fit import fit
@@ -40,31 +41,24 @@ LAYERS = (0, 3)
 GATHERED_ROWS = 32
 
 
-def with_settings(config: Config, dtype: str, k_txt: int) -> Config:
-    """Return the settings with another number format and number of trained layers."""
-    return dataclasses.replace(
-        config,
-        store=dataclasses.replace(config.store, dtype=dtype),
-        train=dataclasses.replace(config.train, k_txt=k_txt),
-    )
-
-
-def logits_of(weights: Path, features: Features, split: str) -> NDArray[np.float32]:
+def logits_of(
+    weights: Path, project: Project, train: TrainConfig, split: str
+) -> NDArray[np.float32]:
     """Return the logits of a split's rows under a weights file of a run in any format."""
-    config = features.config
-    model = build_model(config, features.vision.row_shape)
+    model = build_model(Config.of(project.config, train), project.images().row_shape)
     model.load_weights(weights)
-    predictor = make_predictor([model])
-    return predict_logits(predictor, features.rows(split), config.train.batch_size)[0]
+    rows = cached_rows(project, train, split)
+    return predict_logits(make_predictor([model]), rows, train.batch_size)[0]
 
 
 def _reader(store: VisionStore) -> Callable[[NDArray[np.int64]], None]:
     out = store.empty(GATHERED_ROWS)
 
     def read(positions: NDArray[np.int64]) -> None:
-        store.gather(positions, out=out)
         if store.quantised:
-            store.gather_scales(positions)
+            store.gather_stored(positions)
+        else:
+            store.gather(positions, out=out)
 
     return read
 
@@ -133,28 +127,26 @@ def measure(
     given = load_config(config_file)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         root = Path(folder)
-        given = dataclasses.replace(
-            given, store=dataclasses.replace(given.store, root=str(root / "cache"))
-        )
-        project = Project(given)
-        dataset = project.dataset
-        found: dict[str, Any] = {dtype: {"k_txt": {}} for dtype in dtypes}
-        stores: dict[str, VisionStore] = {}
+        whole = Project(given)
+        projects: dict[str, Project] = {}
         for dtype in dtypes:
-            project.with_config(with_settings(given, dtype, 0)).extract("vit", show=SILENT)
-        project.forget_encoders()
+            settings = dataclasses.replace(given.store, root=str(root / "cache"), dtype=dtype)
+            projects[dtype] = whole.with_config(dataclasses.replace(given, store=settings))
+            projects[dtype].extract("vit", show=SILENT)
+        whole.forget_encoders()
+        found: dict[str, Any] = {dtype: {"k_txt": {}} for dtype in dtypes}
         for k_txt in layers:
+            train = dataclasses.replace(given.train, k_txt=k_txt)
             exact: NDArray[np.float32] | None = None
             weights: Path | None = None
-            for dtype in dtypes:
-                features = open_features(with_settings(given, dtype, k_txt), dataset)
-                stores[dtype] = features.vision
-                training = new_training(root, f"{dtype}-{k_txt}", features)
+            for dtype, project in projects.items():
+                prepare(project, k_txt)
+                training = new_training(root, f"{dtype}-{k_txt}", project, train)
                 threshold = float(fit(training)["threshold"])
                 weights = weights or training.run.weights_path  # of the first format, float32
-                own = logits_of(training.run.weights_path, features, "test")
-                labels = features.rows("test").labels
-                logits = logits_of(weights, features, "test")
+                own = logits_of(training.run.weights_path, project, train, "test")
+                labels = cached_rows(project, train, "test").labels
+                logits = logits_of(weights, project, train, "test")
                 exact = logits if exact is None else exact
                 cut = math.log(threshold / (1 - threshold))
                 metrics = evaluate_logits(labels, own, threshold)
@@ -164,6 +156,7 @@ def measure(
                     "predictions_changed": int(((logits > cut) != (exact > cut)).sum()),
                 }
                 release()
+        stores = {dtype: project.images() for dtype, project in projects.items()}
         seconds = gather_seconds(stores, rounds, batches)
         for dtype, store in stores.items():
             tokens, width = store.row_shape
@@ -172,7 +165,7 @@ def measure(
                 "gather_seconds": spread(seconds[dtype], 7),
                 "speed_to_float16": ratios(seconds[USUAL], seconds[dtype]),
             }
-        rows = {split: len(features.rows(split).labels) for split in ("train", "val", "test")}
+        rows = {split: len(project.usable(split)[0]) for split in SPLITS}
     return {"rows": rows, "row_shape": [tokens, width], "rounds": rounds, "dtypes": found}
 
 

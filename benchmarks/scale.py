@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.sizes import STUDY
 from benchmarks.tables import table
-from featstore.store.shard import token_bytes
+from featstore.store.numbers import token_bytes
 
 IMAGES = (1_000_000, 100_000_000, 1_000_000_000)
 ROWS_AN_IMAGE = 2

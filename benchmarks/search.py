@@ -21,7 +21,7 @@ from benchmarks.loop import new_training, patient
 from benchmarks.measuring import seconds_of
 from benchmarks.sizes import STUDY, Size
 from benchmarks.steps import end_to_end, release
-from benchmarks.synthetic import SyntheticFeatures, encoders_of, random_sentences
+from benchmarks.synthetic import SyntheticProject, encoders_of, random_sentences
 from benchmarks.tables import table
 from featstore.config import StoreConfig
 from featstore.encoders.spec import text_spec
@@ -29,7 +29,9 @@ from featstore.encoders.tower import TextEncoder
 from featstore.extract.claims import writing
 from featstore.extract.extract import extract_alone
 from featstore.extract.plan import Job, make_plan
-from trainer.features import Features
+from featstore.project import Project
+from trainer.config import TrainConfig
+from trainer.features import prepare
 from trainer.run.fit import fit
 
 WAYS = {"end_to_end": "end to end", "end_to_end_xla": "end to end, XLA"}
@@ -69,18 +71,19 @@ def _text(root: Path, size: Size, k_txt: int, sentences: Sequence[str]) -> dict[
     """Extract sentences; return how fast, and the seconds of loading and compiling before."""
     encoders = encoders_of(root, size)
     store = StoreConfig(root=str(root / f"text-{k_txt}"))
-    plan = make_plan(Job(text_spec(encoders, store, k_txt), encoders.text, store, sentences))
+    spec = text_spec(encoders, store, k_txt)
     started = time.perf_counter()
     encoder = TextEncoder(encoders.text, encoders.sequence_length)
     token_ids, mask = encoder.tokenize(sentences[: store.encode_batch_size])
     encoder.encode(token_ids, mask, k_txt)
     loaded = time.perf_counter() - started
+    plan = make_plan(Job(spec, encoders.text, store, sentences, load=lambda: encoder))
     with writing(plan.folder):
-        summary = extract_alone(plan, encoder)
+        summary = extract_alone(plan)
     return {"load_seconds": loaded, "sentences_per_second": summary.rows_per_second}
 
 
-def _cached(features: Features, root: Path, name: str) -> dict[str, float]:
+def _cached(project: Project, train: TrainConfig, root: Path, name: str) -> dict[str, float]:
     """Train over the sample; return the seconds of its parts.
 
     Returns:
@@ -89,14 +92,14 @@ def _cached(features: Features, root: Path, name: str) -> dict[str, float]:
         `rest`: saving and reports, of two epochs.
     """
     started = time.perf_counter()
-    training = new_training(root, name, features)
+    training = new_training(root, name, project, train)
     built = time.perf_counter() - started
     fit(training)
     whole = time.perf_counter() - started
     first, last = training.progress.history
     extra = sum(max(0.0, first[key] - last[key]) for key in ("seconds", "val_seconds"))
     inside = sum(record["seconds"] + record["val_seconds"] for record in (first, last))
-    val_batches = len(training.val_rows.in_order(features.config.train.batch_size))
+    val_batches = len(training.val_rows.in_order(train.batch_size))
     return {
         "step": last["seconds"] / last["steps"],
         "val_step": last["val_seconds"] / val_batches,
@@ -158,14 +161,14 @@ def measure(
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         root = Path(folder)
-        synthetic = SyntheticFeatures(root, size, rows, images)
+        project = SyntheticProject(root, size, rows, images)
         texts = random_sentences(size, sentences)
         forward: dict[str, Any] = {}
         for k_txt in layers:
-            features = synthetic.open(patient(size, k_txt, 2))
+            prepare(project, k_txt)
             sides: dict[str, Any] = {
                 **_text(root, size, k_txt, texts),
-                "cached": _cached(features, root, f"k{k_txt}"),
+                "cached": _cached(project, patient(size, k_txt, 2), root, f"k{k_txt}"),
             }
             release()
             for way in WAYS:

@@ -26,7 +26,7 @@ from benchmarks.measuring import seconds_of
 from benchmarks.sentences import padded_lengths
 from benchmarks.sizes import STUDY, Size
 from benchmarks.tables import table
-from featstore.store.store import aligned_empty
+from featstore.store.numbers import Numbers, aligned_empty
 from trainer.batches import Batch
 from trainer.config import TrainConfig
 from trainer.model.cached import build_cached_model
@@ -42,8 +42,8 @@ def random_batch(rows: int, length: int, seed: int = 0, size: Size = STUDY) -> B
     features = aligned_empty((rows, size.tokens, size.width), np.float16)
     features[...] = rng.standard_normal(features.shape, np.float32)
     return Batch(
-        features,
-        rng.standard_normal((rows, length, size.width), np.float32).astype(np.float16),
+        Numbers(features),
+        Numbers(rng.standard_normal((rows, length, size.width), np.float32).astype(np.float16)),
         np.arange(length) < valid,
         rng.integers(0, 2, rows).astype(np.float32),
         np.ones(rows, np.float32),

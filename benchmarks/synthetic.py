@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from benchmarks.sentences import token_counts
 from benchmarks.sizes import Size, word
-from featstore.config import DataConfig, EncodersConfig, StoreConfig
+from featstore.config import DataConfig, EncodersConfig, FeatureConfig, StoreConfig
 from featstore.data.dataset import Dataset
 from featstore.data.examples import Examples
 from featstore.data.images import ImageIndex
@@ -19,11 +19,11 @@ from featstore.data.splits import make_splits
 from featstore.encoders.spec import TextSpec, VisionSpec, text_spec
 from featstore.extract.extract import extract
 from featstore.extract.plan import Job
+from featstore.project import Project
 from featstore.publish import write_json
-from featstore.store.shard import ShardRows, digest_bytes, shard_name, write_shard
-from featstore.store.store import open_features_of
-from trainer.config import Config, TrainConfig
-from trainer.features import Features
+from featstore.store.numbers import Numbers
+from featstore.store.shard import digest_bytes, shard_name
+from featstore.store.write import ShardRows, write_shard
 
 Array = NDArray[Any]
 
@@ -79,7 +79,7 @@ def write_parts(root: Path, parts: Iterable[Array], name: str) -> VisionSpec:
     start = 0
     for number, part in enumerate(parts):
         keys = [image_key(i) for i in range(start, start + len(part))]
-        rows = ShardRows(keys, part[:, None], [digest_bytes(key.encode()) for key in keys])
+        rows = ShardRows(keys, Numbers(part[:, None]), [digest_bytes(key.encode()) for key in keys])
         path = folder / shard_name(number)
         lines.append(write_shard(path, spec.kind, spec.fingerprint, spec.dtype, rows, {}))
         start += len(part)
@@ -158,7 +158,7 @@ def make_dataset(root: Path, rows: int, images: int, sentences: Sequence[str]) -
     return Dataset(examples, splits, ImageIndex(root, {}, {}), [], root)
 
 
-class SyntheticFeatures:
+class SyntheticProject(Project):
     """A vision store of random rows with sentences, for real runs at any `k_txt`.
 
     Args:
@@ -169,27 +169,19 @@ class SyntheticFeatures:
     """
 
     def __init__(self, root: Path, size: Size, rows: int, images: int) -> None:
-        self.root, self.size = root, size
-        self.sentences = random_sentences(size, min(rows, SENTENCES))
-        shard_rows = StoreConfig().shard_rows
-        parts = random_parts(images, (size.tokens, size.width), shard_rows)
-        self.vision_spec = write_parts(root, parts, f"{images} images")
-        self.dataset = make_dataset(root, rows, images, self.sentences)
+        store = StoreConfig(root=str(root))
+        super().__init__(FeatureConfig(DataConfig("synthetic"), encoders_of(root, size), store))
+        sentences = random_sentences(size, min(rows, SENTENCES))
+        parts = random_parts(images, (size.tokens, size.width), store.shard_rows)
+        self._vision_spec = write_parts(root, parts, f"{images} images")
+        self._dataset = make_dataset(root, rows, images, sentences)
 
-    def open(self, train: TrainConfig) -> Features:
-        """Return the features of a run with these settings; encodes the sentences once."""
-        spec = write_sentences(self.root, self.size, train.k_txt, self.sentences)
-        config = Config(
-            data=DataConfig(rows="synthetic"),
-            encoders=encoders_of(self.root, self.size),
-            store=StoreConfig(root=str(self.root)),
-            train=train,
-        )
-        return Features(
-            config,
-            self.dataset,
-            self.vision_spec,
-            spec,
-            open_features_of(self.root, self.vision_spec),
-            open_features_of(self.root, spec),
-        )
+    @property
+    def vision_spec(self) -> VisionSpec:
+        """The spec of the random rows."""
+        return self._vision_spec
+
+    @property
+    def dataset(self) -> Dataset:
+        """The rows on them."""
+        return self._dataset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from benchmarks.loop import new_training, patient
 from benchmarks.measuring import ratios, seconds_of, spread, written
 from benchmarks.sizes import STUDY, Size
 from benchmarks.steps import release
-from benchmarks.synthetic import SyntheticFeatures
+from benchmarks.synthetic import SyntheticProject
 from benchmarks.tables import table
+from trainer.features import prepare
 from trainer.run.fit import fit, train_together
 from trainer.run.training import Training
 
@@ -43,18 +43,17 @@ def measure(
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         root = Path(folder)
-        synthetic = SyntheticFeatures(root, size, rows, images)
-        features = synthetic.open(patient(size, 0, epochs))
+        project = SyntheticProject(root, size, rows, images)
+        prepare(project, 0)
+        vision = project.images()
         for i in range(0, images, size.rows):  # checksums, which no run should pay alone
-            features.vision.gather(features.vision.live()[i : i + size.rows])
+            vision.gather(vision.live()[i : i + size.rows])
 
         def trainings(name: str, numbers: range) -> list[Training]:
             made = []
             for number in numbers:
                 train = patient(size, 0, epochs, lr=1e-4 * (1 + number))
-                config = dataclasses.replace(features.config, train=train)
-                own = dataclasses.replace(features, config=config)
-                made.append(new_training(root, f"{name}-{number}", own))
+                made.append(new_training(root, f"{name}-{number}", project, train))
             return made
 
         def last_epoch(trained: list[Training]) -> list[float]:

@@ -145,6 +145,10 @@ class MissingFeaturesError(StoreError):
     pass
 
 
+class MissingKeyError(MissingFeaturesError, KeyError):
+    pass
+
+
 class StaleFeaturesError(StoreError):
     pass
 
@@ -159,3 +163,9 @@ class RunError(FeatstoreError):
 
 class StoppedError(FeatstoreError):
     exit_code = 130
+
+
+def short(value: object, limit: int = 60) -> str:
+    """Return a value's repr on one line, cut to `limit` characters, for a message."""
+    text = repr(value[: limit + 1] if isinstance(value, str) else value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

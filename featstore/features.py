@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import Command, MissingFeaturesError, StoreError
-from featstore.store.numbers import dequantise
+from featstore.errors import Command, StoreError
 from featstore.store.store import IntArray, TextStore, VisionStore, open_store
 
 Arrays = dict[str, NDArray[Any]]
@@ -35,17 +34,10 @@ def read_numbers(
     Returns:
         Shape (batch, tokens, width).
     """
-    scales = None
     if isinstance(store, VisionStore):
         values = store.gather(positions)
-        if store.quantised:
-            scales = store.gather_scales(positions)
     else:
         values, _ = store.gather(positions, length)
-        if store.quantised:
-            scales = store.gather_scales(positions, length)
-    if scales is not None:
-        return dequantise(values, scales)
     # bfloat16 is no type of NumPy's own.
     return values if values.dtype.kind == "f" else values.astype(np.float32)
 
@@ -54,22 +46,11 @@ def find_rows(store: VisionStore | TextStore, wanted: Sequence[str] | NDArray[An
     """Return store positions, int64 of shape (len(wanted),), of keys or of positions.
 
     Raises:
-        MissingFeaturesError: A key has no features.
-        IndexError: A position is outside [0, len(store)).
+        MissingKeyError: A key has no features.
+        IndexError: A position is outside [0, store.rows).
     """
-    keys = list(wanted)
-    if keys and isinstance(keys[0], int | np.integer):
-        positions = np.asarray(keys, np.int64)
-        store.locate(positions)
-        return positions
-    positions = store.lookup(keys)
-    missing = [key for key, position in zip(keys, positions, strict=True) if position < 0]
-    if missing:
-        raise MissingFeaturesError(
-            f"{store.folder}: {len(missing)} of {len(keys)} rows have no features"
-            f" (first: {missing[0]!r})",
-            Command(f"extract-{store.spec['kind']}"),
-        )
+    positions = store.positions(wanted)
+    store.locate(positions)
     return positions
 
 
@@ -101,7 +82,7 @@ class FeatureRows:
             `[CLS]` states alone.
 
     Raises:
-        MissingFeaturesError: A photo or a sentence has no features.
+        MissingKeyError: A photo or a sentence has no features.
         IndexError: A position is not in the store.
         ValueError: Columns of different lengths, a text store without
             sentences or sentences without one, or a sentence longer than

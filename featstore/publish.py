@@ -9,8 +9,10 @@ the old file or the new one; what remains of an unfinished one starts with
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -18,11 +20,13 @@ import shlex
 import stat
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from featstore.errors import FeatstoreError
+import xxhash
+
+from featstore.errors import FeatstoreError, StoreError
 
 # Of `scheme://user:password@host`; a password may have an @ of its own.
 PASSWORD = re.compile(r"(\w+://[^\s/:@]*:)\S*@")
@@ -141,6 +145,79 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def text_digest(text: str) -> str:
+    """Return the BLAKE2b-128 of a text in 32 hexadecimal digits: what specs and plans go by."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of a value.
+
+    Raises:
+        StoreError: Something that JSON cannot hold exactly: another type, a
+            non-string key, NaN or infinity, text that is not Unicode. Never a
+            fallback.
+    """
+
+    def ensure_plain(item: Any, where: str) -> None:
+        if isinstance(item, dict):
+            for key, inner in item.items():
+                if type(key) is not str:
+                    raise StoreError(f"spec field {where}: key {key!r} is not a string")
+                ensure_plain(key, where)
+                ensure_plain(inner, f"{where}.{key}")
+        elif isinstance(item, list | tuple):
+            for index, inner in enumerate(item):
+                ensure_plain(inner, f"{where}[{index}]")
+        # Exact types: a NumPy scalar is a float too, and is written by other rules.
+        elif item is not None and type(item) not in (str, int, bool, float):
+            raise StoreError(f"spec field {where}: {type(item).__name__} cannot be fingerprinted")
+        elif isinstance(item, float) and not math.isfinite(item):
+            raise StoreError(f"spec field {where}: {item} cannot be fingerprinted")
+        elif isinstance(item, str) and any("\ud800" <= letter <= "\udfff" for letter in item):
+            raise StoreError(f"spec field {where}: {item!a} cannot be fingerprinted")
+
+    try:
+        ensure_plain(value, "spec")
+    except RecursionError as error:
+        raise StoreError("spec: nested too deep to be fingerprinted") from error
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return the XXH3-128, as hex, of an object's canonical JSON, its own `checksum` left out.
+
+    Raises:
+        StoreError: It holds what JSON cannot.
+    """
+    text = canonical_json({key: value for key, value in content.items() if key != "checksum"})
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def write_checked(path: Path, content: Mapping[str, Any]) -> None:
+    """Publish a JSON object with the checksum of its other fields as `checksum`."""
+    write_json(path, {**content, "checksum": checksum(content)})
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """Return what `write_checked` wrote, without the checksum.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not such a file, or was changed.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected an object, found {type(content).__name__}")
+    try:
+        expected = checksum(content)
+    except StoreError as error:
+        raise ValueError(str(error)) from error
+    if content.pop("checksum", None) != expected:
+        raise ValueError("its text was changed (checksum differs)")
+    return content
 
 
 def remove_leftovers(folder: Path) -> int:

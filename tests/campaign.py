@@ -96,16 +96,13 @@ class Figures:
 def live_values(folder: Path) -> dict[str, bytes]:
     """Return key to the bytes of its features, read as a training reads them."""
     store = open_folder(folder)
-    keys = store.keys()
-    names = [keys[position] for position in store.live().tolist()]
+    names = store.keys()
     if not names:
         return {}
     positions = store.lookup(names)
     if isinstance(store, VisionStore):
-        rows = [row.tobytes() for row in store.gather(positions)]
-        if store.quantised:
-            scales = store.gather_scales(positions)
-            rows = [row + part.tobytes() for row, part in zip(rows, scales, strict=True)]
+        parts = [[row.tobytes() for row in a] for a in store.gather_stored(positions).arrays]
+        rows = [b"".join(row) for row in zip(*parts, strict=True)]
     else:
         hidden, mask = store.gather(positions, 24)
         rows = [row[valid].tobytes() for row, valid in zip(hidden, mask, strict=True)]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import ImageIndex
-from featstore.encoders.spec import FeatureSpec, text_spec, vision_spec
+from featstore.encoders.spec import text_spec, vision_spec
 from featstore.extract.plan import Job
+
+Load = Callable[[], Any]
 
 
 def image_job(
@@ -15,14 +18,19 @@ def image_job(
     store: StoreConfig,
     ids: Sequence[str],
     index: ImageIndex,
-    spec: FeatureSpec | None = None,
+    load: Load | None = None,
 ) -> Job:
-    """Return the job of photos; None: by the spec of the settings."""
-    return Job(spec or vision_spec(encoders, store), encoders.vit, store, ids, index)
+    """Return the job of photos."""
+    return Job(vision_spec(encoders, store), encoders.vit, store, ids, index, load)
 
 
 def text_job(
-    encoders: EncodersConfig, store: StoreConfig, sentences: Sequence[str], k_txt: int
+    encoders: EncodersConfig,
+    store: StoreConfig,
+    sentences: Sequence[str],
+    k_txt: int,
+    load: Load | None = None,
 ) -> Job:
     """Return the job of sentences."""
-    return Job(text_spec(encoders, store, k_txt), encoders.text, store, sentences)
+    spec = text_spec(encoders, store, k_txt)
+    return Job(spec, encoders.text, store, sentences, load=load)

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 
 from featstore.errors import DataError
 from featstore.store.folder import write_manifest
-from featstore.store.shard import ShardRows, shard_name, write_shard
+from featstore.store.numbers import Numbers
+from featstore.store.shard import shard_name
 from featstore.store.store import TextStore, VisionStore
+from featstore.store.write import ShardRows, write_shard
 from trainer.batches import WINDOW_BATCHES, Batch, CachedRows, epoch_batches, other_images
 from trainer.prefetch import PREFETCHED, Prefetcher
 
 IMAGES, TOKENS, WIDTH, TEXT_WIDTH = 7, 3, 4, 5
 SENTENCE_LENGTHS = np.array([3, 9, 4, 24, 12, 8])
-SEQUENCE_LENGTH = 24
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> VisionStore:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(IMAGES, 1, TOKENS, WIDTH)).astype(np.float16)
     keys = [f"image{i}" for i in range(IMAGES)]
-    rows = ShardRows(keys, features, [(i, i) for i in range(IMAGES)])
+    rows = ShardRows(keys, Numbers(features), [(i, i) for i in range(IMAGES)])
     line = write_shard(folder / shard_name(0), "vit", folder.name, "float16", rows, {})
     write_manifest(folder, folder.name, [line])
     return VisionStore(folder, {"kind": "vit", "dtype": "float16"})
@@ -42,7 +43,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextStore:
     features = rng.normal(size=(offsets[-1], TEXT_WIDTH)).astype(np.float16)
     ids = np.arange(offsets[-1], dtype=np.int32)
     keys = [f"sentence {i}" for i in range(len(SENTENCE_LENGTHS))]
-    rows = ShardRows(keys, features, offsets=offsets, token_ids=ids)
+    rows = ShardRows(keys, Numbers(features), offsets=offsets, token_ids=ids)
     line = write_shard(folder / shard_name(0), "text", folder.name, "float16", rows, {})
     write_manifest(folder, folder.name, [line])
     return TextStore(folder, {"kind": "text", "dtype": "float16"})
@@ -59,7 +60,6 @@ def make_rows(
         rng.integers(0, len(SENTENCE_LENGTHS), count),
         rng.integers(0, 2, count).astype(np.int8),
         k_txt=k_txt,
-        sequence_length=SEQUENCE_LENGTH,
         control=control,
     )
 
@@ -141,16 +141,18 @@ def test_a_batch_is_filled_with_its_first_row_at_weight_0(
     assert batch.rows.tolist() == wanted.tolist()
     for i, row in enumerate([5, 30, 11, 5, 5, 5, 5, 5]):
         image, sentence = rows.image_positions[row], rows.text_positions[row]
-        np.testing.assert_array_equal(batch.features[i], vision.shards[0].features[image, 0])
+        np.testing.assert_array_equal(
+            batch.features.values[i], vision.shards[0].features.values[image, 0]
+        )
         start = SENTENCE_LENGTHS[:sentence].sum()
         count = SENTENCE_LENGTHS[sentence]
         np.testing.assert_array_equal(
-            batch.hidden[i, :count], text.shards[0].features[start : start + count]
+            batch.hidden.values[i, :count], text.shards[0].features.values[start : start + count]
         )
-        assert not batch.hidden[i, count:].any()
+        assert not batch.hidden.values[i, count:].any()
         assert batch.padding_mask[i].tolist() == [j < count for j in range(batch.hidden.shape[1])]
         assert batch.labels[i] == rows.labels[row]
-    assert batch.features.dtype == np.float16
+    assert batch.features.values.dtype == np.float16
 
 
 def test_batches_are_as_long_as_their_longest_sentence(
@@ -168,7 +170,7 @@ def test_k_txt_0_reads_the_first_state_alone(vision: VisionStore, text: TextStor
     rows = make_rows(vision, text, k_txt=0)
     batch = rows.batch(np.arange(6), 6)
     starts = np.concatenate([[0], np.cumsum(SENTENCE_LENGTHS)])[rows.text_positions[:6]]
-    np.testing.assert_array_equal(batch.hidden[:, 0], text.shards[0].features[starts])
+    np.testing.assert_array_equal(batch.hidden.values[:, 0], text.shards[0].features.values[starts])
     assert batch.hidden.shape == (6, 1, TEXT_WIDTH)
     assert batch.padding_mask.all()
 
@@ -176,18 +178,18 @@ def test_k_txt_0_reads_the_first_state_alone(vision: VisionStore, text: TextStor
 def test_hypothesis_only_reads_zeros(vision: VisionStore, text: TextStore) -> None:
     seen = make_rows(vision, text).batch(np.arange(6), 8)
     blind = make_rows(vision, text, control="hypothesis-only").batch(np.arange(6), 8)
-    assert not blind.features.any()
+    assert not blind.features.values.any()
     assert blind.features.shape == seen.features.shape
-    assert blind.features.dtype == seen.features.dtype
-    np.testing.assert_array_equal(blind.hidden, seen.hidden)
+    assert blind.features.values.dtype == seen.features.values.dtype
+    np.testing.assert_array_equal(blind.hidden.values, seen.hidden.values)
 
 
 def test_shuffled_images_changes_the_picture_alone(vision: VisionStore, text: TextStore) -> None:
     plain = make_rows(vision, text)
     shuffled = make_rows(vision, text, control="shuffled-images")
     a, b = plain.batch(np.arange(8), 8), shuffled.batch(np.arange(8), 8)
-    assert (a.features != b.features).any(axis=(1, 2)).all()
-    np.testing.assert_array_equal(a.hidden, b.hidden)
+    assert (a.features.values != b.features.values).any(axis=(1, 2)).all()
+    np.testing.assert_array_equal(a.hidden.values, b.hidden.values)
     np.testing.assert_array_equal(a.labels, b.labels)
 
 
@@ -209,7 +211,10 @@ def prefetch_threads() -> list[threading.Thread]:
 
 
 def assert_same(a: Batch, b: Batch) -> None:
-    for name in ("features", "hidden", "padding_mask", "labels", "weights", "rows"):
+    assert a.inputs().keys() == b.inputs().keys()
+    for name, array in a.inputs().items():
+        np.testing.assert_array_equal(array, b.inputs()[name])
+    for name in ("labels", "weights", "rows"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 

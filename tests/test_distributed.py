@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jobs import image_job
+from jobs import image_job, text_job
 from PIL import Image
 from ray_processes import none_left, ray_processes
 from tiny_runs import write_data
@@ -26,10 +26,12 @@ from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import index_images
 from featstore.encoders.spec import vision_spec
 from featstore.errors import StoreError, UsageError
+from featstore.extract import actor as actors
 from featstore.extract import ray as distributed
+from featstore.extract.actor import ShardActor
 from featstore.extract.extract import extract
 from featstore.extract.plan import Job
-from featstore.extract.ray import ShardActor, extract_on_ray
+from featstore.extract.ray import extract_on_ray
 from featstore.progress import Show
 from featstore.publish import TEMPORARY
 from featstore.ray_cluster import Actors, connect, resources_of
@@ -64,13 +66,14 @@ def store_in(root: Path) -> StoreConfig:
     return StoreConfig(root=str(root), shard_rows=4, encode_batch_size=2, dtype="float32")
 
 
-def contents(root: Path, encoders: EncodersConfig) -> dict[str, Any]:
+def contents(root: Path) -> dict[str, Any]:
     """What two stores have in common: all but the commands that made them."""
-    folder = vision_spec(encoders, store_in(root)).folder(root)
+    (folder,) = root.glob("*/*")
     found: dict[str, Any] = {path.name: path.read_bytes() for path in shard_paths(folder)}
     manifest = json.loads((folder / "manifest.json").read_text())
     found["manifest"] = (manifest["shards"], manifest["quarantine"])
-    found["quarantine"] = json.loads((folder / "quarantine.json").read_text())
+    quarantine = folder / "quarantine.json"
+    found["quarantine"] = json.loads(quarantine.read_text()) if quarantine.exists() else None
     found["files"] = sorted(os.listdir(folder))
     return found
 
@@ -82,7 +85,7 @@ def single(
     """The store of one process."""
     root = tmp_path_factory.mktemp("single")
     extract(image_job(encoders, store_in(root), IDS, index_images(photos)))
-    return contents(root, encoders)
+    return contents(root)
 
 
 Hook = Callable[["Watched"], None]
@@ -147,7 +150,7 @@ def test_two_nodes_give_the_bytes_of_one_process(
     for number in range(1, 8):
         hooks[number] = lambda driver: busy.update(actor for actor, _ in driver.running.values())
     summary, lines, left = on_cluster(cluster, tmp_path, photos, encoders)
-    assert contents(tmp_path, encoders) == single
+    assert contents(tmp_path) == single
     assert len(busy) == 2
     assert (summary.extracted, sorted(summary.failed), left) == (34, BAD, 0)
     assert "cut short" in summary.failed["p02"]
@@ -183,7 +186,7 @@ def test_killed_actors_and_workers_lose_nothing(
 
     hooks[1], hooks[5] = kill_actor, kill_workers
     summary, _, left = on_cluster(cluster, tmp_path, photos, encoders)
-    assert contents(tmp_path, encoders) == single
+    assert contents(tmp_path) == single
     assert (summary.extracted, sorted(summary.failed), left) == (34, BAD, 0)
     assert sum(Watched.seen[0].tries.values()) >= 2
 
@@ -208,20 +211,40 @@ def test_a_lost_node_loses_nothing_and_shards_may_come_back_as_bytes(
     wanted = dataclasses.replace(TWO, count=3, return_shards=True)
     summary, _, left = on_cluster(cluster, tmp_path, photos, encoders, wanted)
     assert lost
-    assert contents(tmp_path, encoders) == single
+    assert contents(tmp_path) == single
     assert (summary.extracted, sorted(summary.failed), left) == (34, BAD, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("return_shards", [False, True])
+def test_sentences_on_two_nodes_give_the_bytes_of_one_process(
+    cluster: Any, tiny_text: Path, tmp_path: Path, hooks: dict[int, Hook], return_shards: bool
+) -> None:
+    encoders = EncodersConfig(text=str(tiny_text))
+    sentences = [f"a {animal} runs {n} times" for n in range(9) for animal in ("dog", "cat")]
+    one, two = (
+        text_job(encoders, store_in(tmp_path / name), sentences, 2) for name in ("one", "two")
+    )
+    extract(one)
+    lines: list[str] = []
+    wanted = dataclasses.replace(TWO, return_shards=return_shards)
+    plan, summary = extract_on_ray(two, cluster.address, wanted, Show(note=lines.append))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert (plan.keys, summary.extracted, summary.failed) == (sentences, 18, {})
+    assert Watched.seen[0].finished == 5
+    assert lines == ["Ray: 2 actors, each with 0 GPUs and 1 CPUs"]
 
 
 class Fatal(ShardActor):
     """Ends its process over one photo, as a broken library may."""
 
     def ready(self) -> Any:
-        return distributed._Host("here", True)
+        return actors.Host("here", True)
 
     def make(self, shard: Any) -> Any:
         if "p09" in shard.keys:
             os._exit(1)
-        return distributed._Finished(tuple(shard.keys))
+        return actors.Finished(tuple(shard.keys))
 
 
 @pytest.mark.slow
@@ -240,7 +263,7 @@ def test_a_shard_that_always_ends_its_actor_is_named(
 
 def task_of(encoders: EncodersConfig, root: Path, photos: tuple[Path, ...] = ()) -> Any:
     job = Job(vision_spec(encoders, store_in(root)), encoders.vit, store_in(root), ())
-    return distributed._Task(job, "token", "marker", photos, 0, False, {}, ("x",))
+    return actors.Task(job, "token", "marker", photos, 0, False, {}, ("x",))
 
 
 def test_an_actor_refuses_what_would_give_other_features(

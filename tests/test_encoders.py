@@ -22,7 +22,7 @@ from featstore.encoders.presets import (
     resolve_preset,
     tokenizer_digest,
 )
-from featstore.encoders.tower import TextEncoder, VisionEncoder, leading_tokens, transformer_layers
+from featstore.encoders.tower import TextEncoder, Tower, VisionEncoder
 from featstore.errors import ConfigError, PresetError
 
 SIZES = [(32, 32), (224, 224), (375, 500), (500, 333), (33, 31), (1, 1), (20000, 1), (1, 20000)]
@@ -88,11 +88,12 @@ class TestResolve:
         (folder / "model.weights.h5").unlink()
         backbone.save_weights(str(folder / "model.weights.json"), max_shard_size=2e-5)
         preset = resolve_preset(folder)
+        before = preset.weights_digest
         assert len(preset.weights_files) > 2
         last = preset.weights_files[-1]
         content = last.read_bytes()
         last.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert resolve_preset(folder).weights_digest != preset.weights_digest
+        assert resolve_preset(folder).weights_digest != before
         last.unlink()
         with pytest.raises(PresetError, match=last.name):
             resolve_preset(folder)
@@ -280,7 +281,7 @@ class TestVision:
         pixels = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
         expected = np.asarray(vision.backbone(pixels, training=False))
         assert expected.shape == (3, 17, 16)
-        assert (vision.num_tokens, vision.width, vision.leading_tokens) == (16, 16, 1)
+        assert (vision.num_tokens, vision.width, vision.tower.leading_tokens) == (16, 16, 1)
         np.testing.assert_allclose(vision.encode(pixels), expected[:, 1:], atol=1e-5)
         whole = VisionEncoder(str(tiny_vit), tokens="all")
         assert whole.num_tokens == 17
@@ -309,27 +310,6 @@ class TestVision:
         with pytest.raises(PresetError, match=r"\(40, 32\).*\(32, 32\)"):
             VisionEncoder(str(folder))
 
-    def test_leading_tokens_of_other_families(self) -> None:
-        deit = keras_hub.models.DeiTBackbone(
-            image_shape=(32, 32, 3),
-            patch_size=8,
-            num_layers=1,
-            num_heads=2,
-            hidden_dim=8,
-            intermediate_dim=8,
-        )
-        dino = keras_hub.models.DINOV2Backbone(
-            patch_size=8,
-            num_layers=1,
-            hidden_dim=8,
-            num_heads=2,
-            intermediate_dim=8,
-            num_register_tokens=4,
-            image_shape=(32, 32, 3),
-        )
-        assert leading_tokens(deit, "deit") == 2
-        assert leading_tokens(dino, "dino") == 5
-
     def test_backbone_without_tokens_is_an_error(self) -> None:
         resnet = keras_hub.models.ResNetBackbone(
             input_conv_filters=[64],
@@ -340,8 +320,11 @@ class TestVision:
             block_type="basic_block",
             image_shape=(32, 32, 3),
         )
-        with pytest.raises(PresetError, match=r"\(batch, tokens, width\)"):
-            leading_tokens(resnet, "resnet")
+        with pytest.raises(
+            PresetError,
+            match=r"a ResNetBackbone cannot .* choose a ViT, DeiT or DINOv2 ",
+        ):
+            Tower(resnet, "vision")
 
 
 class TestText:
@@ -371,8 +354,7 @@ class TestText:
         ids, mask = text.tokenize(["a dog runs in the park", "two cats"])
         expected = text.backbone({"token_ids": ids, "padding_mask": mask}, training=False)
         x = text.encode(ids, mask, k_txt)
-        for layer in text.layers[text.num_layers - k_txt :]:
-            x = layer(x, padding_mask=mask, training=False)
+        x = text.tower.upper(k_txt)(x, mask)
         np.testing.assert_allclose(np.asarray(x), np.asarray(expected), atol=2e-5)
 
     def test_pinned_values(self, text: TextEncoder) -> None:
@@ -382,14 +364,14 @@ class TestText:
     @pytest.mark.parametrize("k_txt", [-1, 5])
     def test_k_txt_out_of_range(self, text: TextEncoder, k_txt: int) -> None:
         ids, mask = text.tokenize(["a dog"])
-        with pytest.raises(ConfigError, match="from 0 to 4"):
+        with pytest.raises(ConfigError, match=f"k_txt = {k_txt}: .* choose 0 to 4"):
             text.encode(ids, mask, k_txt)
 
     def test_too_long_a_sequence(self, tiny_text: Path) -> None:
         with pytest.raises(ConfigError, match="at most 32"):
             TextEncoder(str(tiny_text), 33)
 
-    def test_bert_gets_segments(self) -> None:
+    def test_blocks_are_in_their_order(self) -> None:
         bert = keras_hub.models.BertBackbone(
             vocabulary_size=20,
             num_layers=11,
@@ -399,16 +381,17 @@ class TestText:
             max_sequence_length=8,
         )
         randomise(bert, 3)
-        layers = transformer_layers(bert, "bert")
         # Eleven layers: sorting names as text would put layer_10 before layer_2.
-        assert [layer.name for layer in layers] == [f"transformer_layer_{i}" for i in range(11)]
+        assert [layer.name for layer in Tower(bert, "text").blocks] == [
+            f"transformer_layer_{i}" for i in range(11)
+        ]
 
     def test_other_families_are_errors(self) -> None:
         gpt2 = keras_hub.models.GPT2Backbone(
             vocabulary_size=20, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=8
         )
-        with pytest.raises(PresetError, match="DistilBERT"):
-            transformer_layers(gpt2, "gpt2")
+        with pytest.raises(PresetError, match=r"gpt2.* choose a DistilBERT, BERT"):
+            Tower(gpt2, "text", "gpt2")
         albert = keras_hub.models.AlbertBackbone(
             vocabulary_size=20,
             num_layers=2,
@@ -417,8 +400,8 @@ class TestText:
             hidden_dim=8,
             intermediate_dim=8,
         )
-        with pytest.raises(PresetError, match="AlbertBackbone is not made"):
-            transformer_layers(albert, "albert")
+        with pytest.raises(PresetError, match="a AlbertBackbone cannot be cut"):
+            Tower(albert, "text")
 
     def test_no_tokenizer_is_an_error(self, tiny_text: Path, tmp_path: Path) -> None:
         folder = copy_of(tiny_text, tmp_path)

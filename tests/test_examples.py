@@ -15,8 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore.data.examples import (
-    LABELS,
-    UNLABELLED,
     Examples,
     ReadResult,
     RowIssue,
@@ -25,6 +23,7 @@ from featstore.data.examples import (
     summarise,
     write_report,
 )
+from featstore.data.labels import LABELS, UNLABELLED
 from featstore.data.rows import MAX_LINE_CHARACTERS, read_examples
 from featstore.errors import DataError, RowError
 

@@ -88,16 +88,20 @@ PIXEL_SPEC = VisionSpec(
 
 
 def pixel_job(
-    store: StoreConfig, ids: list[str], index: ImageIndex, spec: FeatureSpec = PIXEL_SPEC
+    store: StoreConfig,
+    ids: list[str],
+    index: ImageIndex,
+    spec: FeatureSpec = PIXEL_SPEC,
+    load: Callable[[], Any] = PixelEncoder,
 ) -> Job:
-    return Job(spec, "pixels", store, ids, index)
+    return Job(spec, "pixels", store, ids, index, load)
 
 
-def run_alone(job: Job, encoder: Any) -> tuple[Plan, Summary]:
-    """Plan and extract with the folder for oneself, as a repair does, with a given encoder."""
+def run_alone(job: Job) -> tuple[Plan, Summary]:
+    """Plan and extract with the folder for oneself, as a repair does."""
     with writing(job.folder):
         plan = make_plan(job)
-        return plan, extract_alone(plan, encoder)
+        return plan, extract_alone(plan)
 
 
 def run_pixels(
@@ -107,7 +111,7 @@ def run_pixels(
     encoder: Any = None,
     spec: FeatureSpec = PIXEL_SPEC,
 ) -> tuple[Plan, Summary]:
-    return run_alone(pixel_job(store, ids, index, spec), encoder or PixelEncoder())
+    return run_alone(pixel_job(store, ids, index, spec, lambda: encoder or PixelEncoder()))
 
 
 def worker(root: str, photos: str) -> None:
@@ -276,8 +280,8 @@ def test_out_of_memory_halves_the_batch(
     index, spec = index_images(photos), vision_spec(encoders, store)
     halved: list[int] = []
     store = dataclasses.replace(store, encode_batch_size=16)
-    job = image_job(encoders, store, IDS, index)
-    _, summary = extract(job, Show(halved=halved.append), load=lambda: Small(vit))
+    job = image_job(encoders, store, IDS, index, lambda: Small(vit))
+    _, summary = extract(job, Show(halved=halved.append))
     assert halved == [8, 4, 2]
     assert (summary.batch_size, summary.extracted) == (2, 40)
     opened = open_features_of(Path(store.root), spec)
@@ -292,7 +296,7 @@ def test_out_of_memory_of_text_loses_no_sentence(
     sentences = [f"{a} {b} {c}" for a in WORDS[:5] for b in WORDS[:6] for c in WORDS[:3]]
     spec = text_spec(encoders, store, 2)
     store = dataclasses.replace(store, shard_rows=1000)
-    _, summary = run_alone(text_job(encoders, store, sentences, 2), Small(bert))
+    _, summary = run_alone(text_job(encoders, store, sentences, 2, lambda: Small(bert)))
     assert summary.extracted == len(sentences) == 90
     assert summary.batch_size == 2
     opened = open_features_of(Path(store.root), spec)
@@ -560,8 +564,8 @@ def test_a_sentence_that_overflows_is_not_tried_again(
     store = dataclasses.replace(store, dtype="float16")
     spec = text_spec(encoders, store, 1)
     sentences = ["a dog", "a dog .", "two dogs", "a cat"]
-    job = text_job(encoders, store, sentences, 1)
-    _, summary = run_alone(job, Loud(bert))
+    job = text_job(encoders, store, sentences, 1, lambda: Loud(bert))
+    _, summary = run_alone(job)
     (failed,) = summary.failed
     again = make_plan(job)
     assert (again.keys, again.quarantined, again.cached) == ([], 1, 3)
@@ -604,13 +608,17 @@ def test_the_lock(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("kind", ["vit", "text"])
 def test_two_at_once_share_the_work(
-    photos: Path, store: StoreConfig, monkeypatch: pytest.MonkeyPatch, encoders: EncodersConfig
+    photos: Path, store: StoreConfig, encoders: EncodersConfig, kind: str
 ) -> None:
-    index, results = index_images(photos), []
+    job = image_job(encoders, store, IDS, index_images(photos))
+    if kind == "text":
+        job = text_job(encoders, store, [f"a {a} {b}" for a in WORDS[:8] for b in WORDS[:5]], 2)
+    results = []
 
     def work() -> None:
-        results.append(extract(image_job(encoders, store, IDS, index))[1].extracted)
+        results.append(extract(job)[1].extracted)
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -618,7 +626,7 @@ def test_two_at_once_share_the_work(
     for thread in threads:
         thread.join()
     assert sum(results) == 40
-    assert open_features_of(Path(store.root), vision_spec(encoders, store)).keys() == IDS
+    assert open_features_of(Path(store.root), job.spec).keys() == job.keys
 
 
 def test_two_processes_at_once_do_the_work_once(photos: Path, tmp_path: Path) -> None:
@@ -641,7 +649,7 @@ def test_text_shards_are_bounded(
 ) -> None:
     monkeypatch.setattr("featstore.extract.plan.TEXT_SHARD_TOKENS", 24)
     store = dataclasses.replace(store, shard_rows=10**9)
-    job = text_job(encoders, store, [f"a {word}" for word in WORDS[:8]], 2)
-    extract(job, load=lambda: bert)
+    job = text_job(encoders, store, [f"a {word}" for word in WORDS[:8]], 2, lambda: bert)
+    extract(job)
     opened = open_features_of(Path(store.root), job.spec)
     assert [len(shard) for shard in opened.shards] == [3, 3, 2]

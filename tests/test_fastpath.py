@@ -127,6 +127,7 @@ def test_text_layer_computes_in_its_own_precision(first: bool) -> None:
 @pytest.mark.parametrize("k_txt", [0, 1, 3])
 def test_plain_and_fast_models_train_alike(tiny_text: Path, tmp_path: Path, k_txt: int) -> None:
     """Six steps of AdamW with dropout on: the same losses, and files that fit either model."""
+    from featstore.store.numbers import Numbers
     from trainer.batches import Batch
 
     train = TrainConfig(k_txt=k_txt, num_heads=2, head_dim=4, mlp_dim=6, lr=1e-3, dropout=0.3)
@@ -138,8 +139,8 @@ def test_plain_and_fast_models_train_alike(tiny_text: Path, tmp_path: Path, k_tx
         mask = np.arange(length) < rng.integers(1, length + 1, size=(6, 1))
         batches.append(
             Batch(
-                rng.normal(size=(6, 7, 9)).astype(np.float16),
-                rng.normal(size=(6, length, 16)).astype(np.float16),
+                Numbers(rng.normal(size=(6, 7, 9)).astype(np.float16)),
+                Numbers(rng.normal(size=(6, length, 16)).astype(np.float16)),
                 mask,
                 rng.integers(0, 2, 6).astype(np.float32),
                 np.array([1, 1, 1, 1, 1, 0], np.float32),

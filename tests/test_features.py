@@ -21,7 +21,6 @@ from tiny_runs import SENTENCES, tiny_config
 
 from featstore.errors import MissingFeaturesError, StoreError
 from featstore.features import FeatureRows
-from featstore.store.numbers import dequantise
 from featstore.store.store import TextStore, VisionStore, open_store
 from trainer.commands.main import cli
 from trainer.config import Config, render_config
@@ -292,8 +291,7 @@ def test_numbers_that_others_do_not_know_become_float32(extract: Extract, dtype:
     assert (differs > 0) == (dtype != "float32")
     if dtype == "int8":
         positions = rows.image_positions
-        scales = rows.vision.gather_scales(positions)
-        wanted = dequantise(rows.vision.gather(positions), scales)
+        wanted = rows.vision.gather_stored(positions).plain()
         assert rows.batch(range(48))["features"].tobytes() == wanted.tobytes()
 
 

@@ -28,7 +28,9 @@ from featstore.care.info import open_folder
 from featstore.care.verify import verify_folder
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.store.folder import read_quarantine, write_manifest, write_quarantine
-from featstore.store.shard import ShardRows, shard_name, write_shard
+from featstore.store.numbers import Numbers
+from featstore.store.shard import shard_name
+from featstore.store.write import ShardRows, write_shard
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TOKENS, WIDTH = 3, 5
@@ -104,7 +106,7 @@ def halves(digest: int) -> tuple[int, int]:
 def vision_rows(rows: tuple[tuple[str, int], ...]) -> ShardRows:
     features = np.stack([numbers(*row, TOKENS) for row in rows])[:, None]
     digests = [halves(xxhash.xxh3_128_intdigest(source_bytes(*row))) for row in rows]
-    return ShardRows([key for key, _ in rows], features.astype(np.float16), digests)
+    return ShardRows([key for key, _ in rows], Numbers(features.astype(np.float16)), digests)
 
 
 def text_rows(rows: tuple[tuple[str, int], ...]) -> ShardRows:
@@ -113,7 +115,7 @@ def text_rows(rows: tuple[tuple[str, int], ...]) -> ShardRows:
     ends = np.cumsum([0, *(length(key) for key, _ in rows)])
     return ShardRows(
         [key for key, _ in rows],
-        features.astype(ml_dtypes.bfloat16),
+        Numbers(features.astype(ml_dtypes.bfloat16)),
         offsets=ends.astype(np.int64),
         token_ids=np.array(ids, np.int32),
     )
@@ -207,13 +209,15 @@ def test_the_golden_store_gives_its_values(
     folder = golden_folder(kind)
     assert folder.name == wanted["fingerprint"] == SPECS[kind].fingerprint
     store = open_folder(folder)
-    assert store.keys() == wanted["keys"]
+    assert store.keys_of(np.arange(store.rows)) == wanted["keys"]
     lookup = wanted["lookup"]
     assert store.lookup(list(lookup)).tolist() == list(lookup.values())
     assert store.lookup(["nobody", "broken"]).tolist() == [-1, -1]
     assert store.live().tolist() == sorted(at for at in lookup.values() if at >= 0)
+    assert store.keys() == sorted((k for k in lookup if lookup[k] >= 0), key=lookup.__getitem__)
+    assert len(store) == len(store.live())
     assert read_quarantine(folder, with_lost=True) == wanted["quarantine"]
-    for position in range(len(store)):
+    for position in range(store.rows):
         found = store.gather(np.array([position]), *(() if kind == "vit" else (24,)))
         row = found[0] if kind == "vit" else found[0][found[1]]
         values = arrays[f"{kind}/{position}"]
@@ -225,6 +229,12 @@ def test_the_golden_store_gives_its_values(
             shard, at = (int(part[0]) for part in store.locate(np.array([position])))
             ids, ends = (store.shards[shard].index[name] for name in ("token_ids", "offsets"))
             assert ids[ends[at] : ends[at + 1]].tolist() == wanted["token_ids"][position]
+    for key, at in lookup.items():
+        if at >= 0:
+            found = store[key].astype(np.float32)
+            assert found.tobytes() == arrays[f"{kind}/{at}"].tobytes()
+            if kind == "text":
+                assert store.token_ids(key).tolist() == wanted["token_ids"][at]
 
 
 def test_it_is_small() -> None:

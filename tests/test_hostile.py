@@ -28,15 +28,15 @@ from featstore.care.verify import sample_folder, verify_folder
 from featstore.encoders.spec import canonical_json
 from featstore.errors import ConfigError, FeatstoreError, RunError, StoreError
 from featstore.project import Project
+from featstore.publish import checksum
 from featstore.store.folder import (
-    manifest_checksum,
     quarantine_checksum,
     read_manifest,
     read_quarantine,
     salvage_quarantine,
     write_manifest,
 )
-from featstore.store.shard import INDEX_DATASETS, _index_checksum, shard_name
+from featstore.store.shard import INDEX_DATASETS, index_checksum, shard_name
 from trainer.config import load_config
 from trainer.run.checkpoint import load_best, load_state
 from trainer.run.folder import Run, find_run
@@ -65,7 +65,7 @@ def without_encoders(folder: Path) -> Project:
 def read_everything(folder: Path) -> int:
     """Read every live row as a training does; return their number."""
     store = open_folder(folder)
-    live = store.lookup([store.keys()[position] for position in store.live().tolist()])
+    live = store.lookup(store.keys())
     store.gather(live) if folder.parent.name == "vit" else store.gather(live, 24)
     return len(live)
 
@@ -93,7 +93,7 @@ def seal(path: Path) -> None:
             if name != "index_checksum"
         }
         header["shape"] = list(file["features"].shape)
-        file.attrs["index_checksum"] = _index_checksum(index, header)
+        file.attrs["index_checksum"] = index_checksum(index, header)
     lines = {line["name"]: line for line in read_manifest(folder)}
     lines[path.name] |= {"bytes": path.stat().st_size, "digest": "0" * 32}
     write_manifest(folder, folder.name, list(lines.values()))
@@ -320,7 +320,7 @@ def test_a_spec_that_has_its_own_fingerprint_and_no_sense_is_refused(
     (renamed / "spec.json").write_text(json.dumps({"spec": spec}))
     manifest = json.loads((renamed / "manifest.json").read_text())
     manifest["fingerprint"] = renamed.name
-    manifest["checksum"] = manifest_checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (renamed / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StoreError) as caught:
         read_everything(renamed)
@@ -342,7 +342,7 @@ def test_a_manifest_that_names_a_file_elsewhere_deletes_nothing(
         name = str(precious)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"].append({"name": name, "rows": 1, "bytes": 8, "digest": "0" * 32})
-    manifest["checksum"] = manifest_checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     check_refused(folder, "manifest.json")
     assert repair_folder(folder, without_encoders(folder)).left == []
@@ -583,7 +583,7 @@ def test_settings_of_a_run_that_are_no_file_are_refused(
         assert run.config == load_config(run.config_path)
     else:
         with pytest.raises(RunError, match=r"config\.toml"):
-            run.config
+            _ = run.config
 
 
 def test_the_readers_never_unpickle() -> None:

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
+import xxhash
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,12 +23,15 @@ from tiny_runs import extracted, tiny_config, with_train
 from featstore.care.verify import verify_folder
 from featstore.config import StoreConfig
 from featstore.errors import CorruptShardError
+from featstore.project import Project
 from featstore.store.folder import reconcile_manifest, shard_paths, write_manifest
-from featstore.store.numbers import dequantise, quantise
-from featstore.store.shard import ShardRows, digest_bytes, open_shard, row_checksum, write_shard
+from featstore.store.numbers import Numbers, feature_dtype, quantise, token_bytes
+from featstore.store.shard import digest_bytes, open_shard
+from featstore.store.store import TextStore, open_store
+from featstore.store.write import ShardRows, write_shard
 from trainer.commands.main import cli
 from trainer.config import Config, TrainConfig, render_config
-from trainer.features import open_features
+from trainer.features import prepare
 from trainer.model.cached import build_cached_model
 from trainer.run.fit import fit
 from trainer.run.folder import Run
@@ -51,7 +55,7 @@ def test_each_number_is_within_half_a_step(values: NDArray[np.float32]) -> None:
     assert (levels.dtype, scales.dtype) == (np.int8, np.float32)
     assert (levels.shape, scales.shape) == (values.shape, values.shape[:-1])
     assert levels.min() >= -127
-    found = dequantise(levels, scales).astype(np.float64)
+    found = Numbers(levels, scales).plain().astype(np.float64)
     step = scales.astype(np.float64)[:, None]
     # The product itself is rounded to float32.
     assert (np.abs(found - values) <= step * (0.5 + 2**-16)).all()
@@ -78,7 +82,7 @@ def test_a_token_of_zeros_stays_zero() -> None:
     levels, scales = quantise(np.zeros((2, 3), np.float32))
     assert not levels.any()
     assert not scales.any()
-    assert not dequantise(levels, scales).any()
+    assert not Numbers(levels, scales).plain().any()
 
 
 def rows_of(kind: str, seed: int = 0) -> tuple[ShardRows, NDArray[np.float32]]:
@@ -86,14 +90,13 @@ def rows_of(kind: str, seed: int = 0) -> tuple[ShardRows, NDArray[np.float32]]:
     rng = np.random.default_rng(seed)
     if kind == "vit":
         values = rng.normal(size=(len(KEYS), 1, 5, 4)).astype(np.float32)
-        levels, scales = quantise(values)
         digests = [digest_bytes(key.encode()) for key in KEYS]
-        return ShardRows(KEYS, levels, digests, scales=scales), values
+        return ShardRows(KEYS, Numbers.rounded(values, "int8"), digests), values
     offsets = np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int64)
     values = rng.normal(size=(offsets[-1], 4)).astype(np.float32)
-    levels, scales = quantise(values)
     ids = rng.integers(0, 99, offsets[-1]).astype(np.int32)
-    return ShardRows(KEYS, levels, offsets=offsets, token_ids=ids, scales=scales), values
+    numbers = Numbers.rounded(values, "int8")
+    return ShardRows(KEYS, numbers, offsets=offsets, token_ids=ids), values
 
 
 def write(path: Path, kind: str) -> Path:
@@ -108,21 +111,20 @@ def test_a_shard_keeps_levels_and_scales(tmp_path: Path, kind: str) -> None:
     with h5py.File(path) as file:
         assert file.attrs["format"] == 2
         assert file["scales"].id.get_create_plist().get_layout() == h5py.h5d.CONTIGUOUS
-        assert np.array_equal(file["scales"][...], rows.scales)
-        assert np.array_equal(file["features"][...], rows.features)
+        assert np.array_equal(file["scales"][...], rows.features.scales)
+        assert np.array_equal(file["features"][...], rows.features.values)
         found = file["features"][...] * file["scales"][...][..., None]
         assert np.abs(found - values).max() <= np.abs(values).max() / 254 * 1.001
         sums = file["checksums"][...].tolist()
     shard = open_shard(path, kind, FINGERPRINT, "int8")
-    assert shard.scales is not None
-    assert not shard.scales.flags.writeable
+    assert not any(array.flags.writeable for array in shard.features.arrays)
     assert all(shard.row_is_intact(row) for row in range(len(KEYS)))
     ends = rows.offsets
     for row, found in enumerate(sums):
         part: Any = row if ends is None else slice(ends[row], ends[row + 1])
-        ids = None if rows.token_ids is None else rows.token_ids[part]
-        assert rows.scales is not None
-        assert found == row_checksum(rows.features[part], ids, rows.scales[part])
+        ids = b"" if rows.token_ids is None else rows.token_ids[part].tobytes()
+        content = b"".join(array[part].tobytes() for array in rows.features.arrays)
+        assert found == xxhash.xxh3_64_intdigest(ids + content)
 
 
 @pytest.mark.parametrize("kind", ["vit", "text"])
@@ -179,7 +181,8 @@ def test_a_format_is_of_its_dtypes_only(tmp_path: Path) -> None:
     with pytest.raises(CorruptShardError):
         open_shard(path, "vit", FINGERPRINT, "float16")
     rows = rows_of("vit")[0]
-    rows = ShardRows(rows.keys, rows.features.astype(np.float16), rows.source_digests)
+    numbers = Numbers(rows.features.values.astype(np.float16))
+    rows = ShardRows(rows.keys, numbers, rows.source_digests)
     plain = tmp_path / "shard-00001.h5"
     write_shard(plain, "vit", FINGERPRINT, "float16", rows, {})
     with pytest.raises(CorruptShardError, match="/scales is missing"):
@@ -217,7 +220,7 @@ def test_the_model_reads_levels_as_the_numbers_they_stand_for(
         "hidden": hidden[0],
         "hidden_scales": hidden[1],
     }
-    numbers = {"features": dequantise(*features), "hidden": dequantise(*hidden)}
+    numbers = {"features": Numbers(*features).plain(), "hidden": Numbers(*hidden).plain()}
     one = gradients(models["int8"], {**shared, **levels})
     two = gradients(models["float32"], {**shared, **numbers})
     np.testing.assert_allclose(one[0], two[0], rtol=1e-6, atol=1e-6)
@@ -233,8 +236,8 @@ def project(tiny_vit: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFa
     store = dataclasses.replace(config.store, dtype="int8")
     config = dataclasses.replace(config, store=store)
     (folder / "featstore.toml").write_text(render_config(config))
-    dataset = extracted(config)
-    open_features(config, dataset)
+    extracted(config)
+    prepare(Project(config), config.train.k_txt)
     return config
 
 
@@ -275,11 +278,18 @@ def test_the_store_gives_what_float32_gives_within_half_a_step(
     exact = dataclasses.replace(project.store, dtype="float32", root=str(tmp_path / "cache"))
     config = dataclasses.replace(project, store=exact)
     dataset = extracted(config)
-    one, two = (open_features(c, dataset) for c in (project, config))
+    store, floats = (Project(settings).images() for settings in (project, config))
     ids = dataset.examples.image_ids.tolist()
-    at, there = one.vision.lookup(ids), two.vision.lookup(ids)
-    found = dequantise(one.vision.gather(at), one.vision.gather_scales(at))
-    wanted = two.vision.gather(there)
+    found = store.gather(ids)
+    stored = store.gather_stored(store.lookup(ids))
+    assert (found.dtype, stored.values.dtype) == (np.float32, np.int8)
+    assert stored.scales is not None
+    assert np.array_equal(found, stored.values.astype(np.float32) * stored.scales[..., None])
+    assert np.array_equal(store[ids[5]], found[5])
+    filled = store.empty(len(ids))
+    assert store.gather(ids, filled) is filled
+    assert np.array_equal(filled, found)
+    wanted = floats.gather(ids)
     half = np.abs(wanted).max(axis=-1, keepdims=True) / 254
     assert (np.abs(found - wanted) <= half * 1.001).all()
     assert np.abs(found - wanted).max() > 0
@@ -290,9 +300,16 @@ def test_the_store_gives_what_float32_gives_within_half_a_step(
     assert {row.tobytes() for row in exported} == {row.tobytes() for row in found}
 
 
+def trained(config: Config, folder: Path) -> Training:
+    project = Project(config)
+    prepare(project, config.train.k_txt)
+    training = Training(Run(folder), project, config.train)
+    fit(training)
+    return training
+
+
 @pytest.mark.slow
 def test_runs_on_int8_features(project: Config) -> None:
-    dataset = extracted(project)
     root = Path(project.store.root).parent / "runs"
     losses = {}
     for name, changes in (
@@ -300,9 +317,7 @@ def test_runs_on_int8_features(project: Config) -> None:
         ("plain", {"fast_path": False}),
         ("head", {"k_txt": 0}),
     ):
-        config = with_train(project, **changes)
-        training = Training(Run(root / name), open_features(config, dataset))
-        fit(training)
+        training = trained(with_train(project, **changes), root / name)
         losses[name] = [record["val_loss"] for record in training.progress.history]
         shown = CliRunner().invoke(cli, ["parity", str(root / name), "--rows", "30"])
         assert shown.exit_code == 0, (shown.stdout, shown.stderr, shown.exception)
@@ -321,15 +336,15 @@ def test_a_scale_that_no_encoder_gives_fails_parity(project: Config, tmp_path: P
         store=dataclasses.replace(project.store, root=str(folder / "cache")),
     )
     (folder / "featstore.toml").write_text(text.replace(project.store.root, config.store.root))
-    dataset = extracted(config)
-    fit(Training(Run(folder / "runs" / "x"), open_features(config, dataset)))
+    trained(config, folder / "runs" / "x")
     vit = folders(config)["vit"]
     for path in shard_paths(vit):
         shard = open_shard(path, "vit", vit.name, "int8")
-        assert shard.scales is not None
         pairs = [tuple(pair) for pair in shard.index["source_digests"].tolist()]
-        scales = np.array(shard.scales) * np.float32(1.02)
-        rows = ShardRows(shard.keys(), np.array(shard.features), pairs, scales=scales)
+        numbers = shard.features.copy()
+        assert numbers.scales is not None
+        numbers.scales[...] *= np.float32(1.02)
+        rows = ShardRows(shard.keys(), numbers, pairs)
         path.unlink()
         write_shard(path, "vit", vit.name, "int8", rows, shard.versions)
     write_manifest(vit, vit.name, reconcile_manifest(vit))
@@ -338,8 +353,50 @@ def test_a_scale_that_no_encoder_gives_fails_parity(project: Config, tmp_path: P
 
 
 def test_the_disk_that_a_plan_asks_for_counts_the_scales() -> None:
-    from featstore.store.shard import token_bytes
-
     assert token_bytes("int8", 768) == 768 + 4
     assert token_bytes("float16", 768) == 1536
     assert StoreConfig(dtype="int8").dtype == "int8"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
+def test_numbers_are_taken_set_and_joined_like_an_array(dtype: str) -> None:
+    values = np.random.default_rng(0).normal(size=(4, 3, 8)).astype(np.float32)
+    numbers = Numbers.rounded(values, dtype)
+    plain = numbers.plain()
+    assert plain.dtype == (np.float32 if dtype == "int8" else feature_dtype(dtype))
+    assert np.abs(plain.astype(np.float32) - values).max() < 0.02
+    assert (len(numbers), numbers.shape) == (4, (4, 3, 8))
+    assert numbers.nbytes == 4 * 3 * token_bytes(dtype, 8)
+    for where in (1, slice(1, 3), (2, slice(2)), np.array([3, 0]), plain[..., 0] > 0):
+        assert numbers[where].plain().tobytes() == plain[where].tobytes()
+    again = Numbers.zeros((4, 3, 8), dtype)
+    assert not again.plain().any()
+    again[2:] = numbers[:2]
+    joined = Numbers.concatenate([Numbers.zeros((2, 3, 8), dtype), numbers[:2]])
+    assert again.plain().tobytes() == joined.plain().tobytes()
+    assert numbers.copy().checksum() == numbers.checksum() != again.checksum()
+    assert numbers.is_finite()
+    values[3, 1, 2] = np.inf
+    assert not Numbers.rounded(values, dtype).is_finite()
+    assert Numbers.rounded(values, dtype)[:3].is_finite()
+
+
+def test_what_does_not_fit_a_format_is_not_finite() -> None:
+    large = np.full((1, 4), 1e5, np.float32)
+    assert not Numbers.rounded(large, "float16").is_finite()
+    for dtype in ("float32", "bfloat16", "int8"):
+        assert Numbers.rounded(large, dtype).is_finite()
+
+
+def test_a_text_store_of_int8_gives_float32(project: Config) -> None:
+    store = open_store(folders(project)["text"])
+    assert isinstance(store, TextStore)
+    keys = store.keys()
+    hidden, mask = store.gather(keys)
+    stored, same = store.gather_stored(store.lookup(keys), hidden.shape[1])
+    assert hidden.dtype == store.dtype == np.float32
+    assert np.array_equal(mask, same)
+    assert stored.scales is not None
+    assert np.array_equal(hidden, stored.values.astype(np.float32) * stored.scales[..., None])
+    assert not stored.scales[~mask].any()
+    assert np.array_equal(store[keys[1]], hidden[1][mask[1]])

@@ -20,7 +20,9 @@ from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
 import trainer.results.parity
 from featstore.errors import RunError
 from featstore.store.folder import read_spec, reconcile_manifest, shard_paths, write_manifest
-from featstore.store.shard import ShardRows, feature_dtype, open_shard, write_shard
+from featstore.store.numbers import Numbers, feature_dtype
+from featstore.store.shard import open_shard
+from featstore.store.write import ShardRows, write_shard
 from trainer.commands.main import cli
 from trainer.config import render_config
 from trainer.features import open_features
@@ -83,7 +85,7 @@ def rewrite(run: Run, kind: str, change: Callable[[ShardRows], None]) -> None:
     for path in shard_paths(folders[0]):
         spec = read_spec(folders[0])
         shard = open_shard(path, kind, folders[0].name, spec["dtype"])
-        rows = ShardRows(shard.keys(), np.array(shard.features))
+        rows = ShardRows(shard.keys(), shard.features.copy())
         if kind == "vit":
             rows.source_digests = [tuple(pair) for pair in shard.index["source_digests"].tolist()]
         else:
@@ -161,7 +163,7 @@ def test_the_seed_decides_the_rows_and_every_changed_photo_is_named(run: Run) ->
 
 
 def shift(rows: ShardRows) -> None:
-    rows.features = np.roll(rows.features, 1, axis=0)
+    rows.features = Numbers(np.roll(rows.features.values, 1, axis=0))
 
 
 def test_features_stored_under_the_next_key_are_found(run: Run) -> None:
@@ -208,7 +210,7 @@ def test_numbers_that_no_encoder_gives_are_found(run: Run) -> None:
 
     def spoil(rows: ShardRows) -> None:
         for row in range(len(rows.keys)):
-            rows.features[row, 0, 3, 5] = next(values)
+            rows.features.values[row, 0, 3, 5] = next(values)
 
     rewrite(run, "vit", spoil)
     result = measure(run, "test", 1000)
@@ -271,7 +273,7 @@ def test_val_features_that_changed_are_found_from_any_split(run: Run) -> None:
     def blank(rows: ShardRows) -> None:
         for row, key in enumerate(rows.keys):
             if "photo032" <= key < "photo044":
-                rows.features[row] = 0
+                rows.features.values[row] = 0
 
     rewrite(run, "vit", blank)
     result = measure(run, "test", 16)
@@ -341,9 +343,9 @@ def test_the_tolerance_is_the_rounding_and_a_little(dtype: str) -> None:
     fresh[0] = 0
     stored = fresh.astype(feature_dtype(dtype))
     error = np.abs(stored.astype(np.float64) - fresh)
-    tolerance = feature_tolerance(stored, np.zeros_like(fresh), "float32")
+    tolerance = feature_tolerance(Numbers(stored), np.zeros_like(fresh), "float32")
     assert (error <= tolerance).all()
     spacing = np.spacing(np.abs(stored)).astype(np.float64)
     np.testing.assert_array_equal(tolerance, spacing / 2)
-    noisy = feature_tolerance(stored, fresh, "float32") - tolerance
+    noisy = feature_tolerance(Numbers(stored), fresh, "float32") - tolerance
     assert (noisy <= 1.01e-4 * np.abs(fresh).max(axis=(1, 2), keepdims=True)).all()

@@ -16,19 +16,18 @@ import pytest
 import xxhash
 
 from featstore.errors import CorruptShardError, FeatstoreError
+from featstore.store.numbers import Numbers, feature_dtype
 from featstore.store.shard import (
     INDEX_DATASETS,
     PAGE_BYTES,
-    ShardRows,
     describe_file,
     digest_bytes,
     digest_keys,
-    feature_dtype,
     open_shard,
     shard_name,
     shard_number,
-    write_shard,
 )
+from featstore.store.write import ShardRows, write_shard
 
 FINGERPRINT = "f" * 32
 VERSIONS = {"numpy": "2.0", "python": "3.11"}
@@ -39,7 +38,7 @@ KEYS = ["a", "sub/é 图", "", "dog", "x" * 300]
 def vision_rows(dtype: str = "float16", keys: list[str] = KEYS, seed: int = 0) -> ShardRows:
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(len(keys), 1, 5, 4)).astype(feature_dtype(dtype))
-    return ShardRows(keys, features, [digest_bytes(key.encode()) for key in keys])
+    return ShardRows(keys, Numbers(features), [digest_bytes(key.encode()) for key in keys])
 
 
 def text_rows(dtype: str = "float16", lengths: tuple[int, ...] = (3, 0, 1, 7, 2)) -> ShardRows:
@@ -47,7 +46,7 @@ def text_rows(dtype: str = "float16", lengths: tuple[int, ...] = (3, 0, 1, 7, 2)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     features = rng.normal(size=(offsets[-1], 4)).astype(feature_dtype(dtype))
     ids = rng.integers(0, 99, offsets[-1]).astype(np.int32)
-    return ShardRows(KEYS[: len(lengths)], features, offsets=offsets, token_ids=ids)
+    return ShardRows(KEYS[: len(lengths)], Numbers(features), offsets=offsets, token_ids=ids)
 
 
 ROWS: dict[str, Callable[..., ShardRows]] = {"vit": vision_rows, "text": text_rows}
@@ -82,9 +81,9 @@ def test_what_is_written_is_read(tmp_path: Path, kind: str, dtype: str) -> None:
     assert len(shard) == len(KEYS)
     assert shard.keys() == KEYS
     assert shard.versions == VERSIONS
-    assert shard.features.dtype == feature_dtype(dtype)
-    assert shard.features.tobytes() == rows.features.tobytes()
-    assert not shard.features.flags.writeable
+    assert shard.features.values.dtype == feature_dtype(dtype)
+    assert shard.features.values.tobytes() == rows.features.values.tobytes()
+    assert not shard.features.values.flags.writeable
     assert all(shard.row_is_intact(row) for row in range(len(KEYS)))
     if kind == "vit":
         assert [tuple(pair) for pair in shard.index["source_digests"].tolist()] == (
@@ -106,19 +105,19 @@ def test_any_hdf5_tool_reads_the_documented_layout(tmp_path: Path, kind: str, dt
             assert plist.get_nfilters() == 0
         stored = file["features"][...]
         assert stored.dtype == ("uint16" if dtype == "bfloat16" else dtype)
-        assert stored.tobytes() == rows.features.tobytes()
+        assert stored.tobytes() == rows.features.values.tobytes()
         text, ends = file["keys"][...].tobytes(), file["key_offsets"][...]
         assert [text[a:b].decode() for a, b in itertools.pairwise(ends)] == KEYS
         digest = xxhash.xxh3_128_intdigest(KEYS[1].encode())
         assert file["key_digests"][1].tolist() == [digest >> 64, digest % 2**64]
         if kind == "vit":
-            sums = [xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows.features]
+            sums = [xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows.features.values]
         else:
             assert rows.offsets is not None
             assert rows.token_ids is not None
             sums = [
                 xxhash.xxh3_64_intdigest(
-                    rows.token_ids[a:b].tobytes() + rows.features[a:b].tobytes()
+                    rows.token_ids[a:b].tobytes() + rows.features.values[a:b].tobytes()
                 )
                 for a, b in itertools.pairwise(rows.offsets)
             ]
@@ -128,7 +127,9 @@ def test_any_hdf5_tool_reads_the_documented_layout(tmp_path: Path, kind: str, dt
 
 def test_features_start_on_a_page(tmp_path: Path) -> None:
     for number, keys in enumerate((["a"] * 40, ["b" * 5000] * 41)):
-        rows = ShardRows(keys, np.ones((len(keys), 1, 16, 8), np.float32), [(0, 0)] * len(keys))
+        rows = ShardRows(
+            keys, Numbers(np.ones((len(keys), 1, 16, 8), np.float32)), [(0, 0)] * len(keys)
+        )
         with h5py.File(write(tmp_path / shard_name(number), "vit", "float32", rows)) as file:
             assert file["features"].id.get_offset() % PAGE_BYTES == 0
 
@@ -197,7 +198,7 @@ def test_any_changed_byte_of_the_structure_is_refused_or_harmless(path: Path, ki
     """A flip outside the data gives an error or the same shard, never another one."""
     content = bytearray(path.read_bytes())
     good = open_shard(path, kind, FINGERPRINT, "float16")
-    wanted = good.features.tobytes()
+    wanted = good.features.values.tobytes()
     rng = np.random.default_rng(6)
     for _ in range(300):
         at, bit = int(rng.integers(len(content))), 1 << int(rng.integers(8))
@@ -210,7 +211,7 @@ def test_any_changed_byte_of_the_structure_is_refused_or_harmless(path: Path, ki
         else:
             intact = all(shard.row_is_intact(row) for row in range(len(shard)))
             assert shard.keys() == KEYS
-            assert not intact or shard.features.tobytes() == wanted
+            assert not intact or shard.features.values.tobytes() == wanted
         content[at] ^= bit
 
 

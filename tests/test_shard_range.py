@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +33,25 @@ from test_extract import (
 from featstore.care.gc import compact
 from featstore.config import StoreConfig
 from featstore.data.images import index_images
+from featstore.encoders.spec import FeatureSpec, TextSpec
 from featstore.errors import StoreError, UsageError
 from featstore.extract.claims import writing
 from featstore.extract.extract import ALL, Summary, extract
-from featstore.extract.plan import Plan
+from featstore.extract.plan import Job, Plan
 from featstore.extract.publisher import PLAN, Publisher, read_plan, request_token
 from featstore.extract.worklist import sharing
 from featstore.publish import write_json
 from featstore.store.folder import read_quarantine, shard_paths
-from featstore.store.shard import ShardRows
-from featstore.store.store import open_features_of
+from featstore.store.numbers import Numbers
+from featstore.store.store import TextStore, open_features_of
+from featstore.store.write import ShardRows
 from trainer.commands.extract import _shard_range
 from trainer.commands.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 BAD = ["p00", "p07", "p09", "p20", *(f"p{i:02}" for i in range(28, 35))]
+# As many sentences, of which the same ones fail.
+SENTENCES = [f"{'loud ' * (name in BAD)}a dog named {name}" for name in IDS]
 WORKER = (
     "import sys; sys.path[:0] = ['tests', '.']; import test_shard_range;"
     " test_shard_range.worker(*sys.argv[1:])"
@@ -64,6 +70,47 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class WordEncoder:
+    """A text encoder without TensorFlow: of each word its length and its place."""
+
+    num_layers, width = 3, 2
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
+    def tokenize(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        token_ids = np.zeros((len(sentences), 8), np.int32)
+        for row, sentence in zip(token_ids, sentences, strict=True):
+            words = sentence.split()
+            row[: len(words)] = [zlib.crc32(word.encode()) >> 8 for word in words]
+        return token_ids, token_ids > 0
+
+    def encode(self, token_ids: np.ndarray, mask: np.ndarray, k_txt: int) -> np.ndarray:
+        time.sleep(self.seconds)
+        places = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
+        values = np.stack([token_ids, k_txt * places], -1).astype(np.float32)
+        values[token_ids[:, 0] == self.tokenize(["loud"])[0][0, 0]] = np.inf
+        return values
+
+
+WORD_SPEC = TextSpec(
+    encoder="WordEncoder",
+    weights="0",
+    architecture={"hidden_dim": 2, "num_layers": 3},
+    boundary=1,
+    dtype="float32",
+    precision="float32",
+    tokenizer="0",
+    sequence_length=8,
+)
+
+
+@pytest.fixture(scope="module", params=["vit", "text"])
+def inputs(request: pytest.FixtureRequest, photos: Path) -> Path | None:
+    """The photos, or None for the sentences."""
+    return photos if request.param == "vit" else None
+
+
 def store_in(root: Path) -> StoreConfig:
     return StoreConfig(
         root=str(root), shard_rows=7, encode_batch_size=BATCH, dtype="float32", decode_threads=2
@@ -72,24 +119,31 @@ def store_in(root: Path) -> StoreConfig:
 
 def share(
     root: Path,
-    photos: Path,
+    photos: Path | None,
     shards: range = ALL,
     ids: list[str] = IDS,
     seconds: float = 0.0,
-    load: Callable[[], Any] | None = None,
 ) -> tuple[Plan, Summary]:
-    load = load or (lambda: PixelEncoder(seconds=seconds))
-    return extract(pixel_job(store_in(root), ids, index_images(photos)), shards=shards, load=load)
+    store = store_in(root)
+    if photos is None:
+        job = Job(
+            WORD_SPEC, "words", store, SENTENCES, load=functools.partial(WordEncoder, seconds)
+        )
+    else:
+        load = functools.partial(PixelEncoder, seconds=seconds)
+        job = pixel_job(store, ids, index_images(photos), load=load)
+    return extract(job, shards=shards)
 
 
 def worker(root: str, photos: str, first: str, end: str, seconds: str) -> None:
     """Be one job of an array; run by the tests in processes."""
     print("ready", flush=True)
-    share(Path(root), Path(photos), range(int(first), int(end)), seconds=float(seconds))
+    folder = Path(photos) if photos else None
+    share(Path(root), folder, range(int(first), int(end)), seconds=float(seconds))
 
 
-def start(root: Path, photos: Path, first: int, end: int, seconds: float = 0.0) -> Any:
-    arguments = [str(root), str(photos), str(first), str(end), str(seconds)]
+def start(root: Path, photos: Path | None, first: int, end: int, seconds: float = 0.0) -> Any:
+    arguments = [str(root), str(photos or ""), str(first), str(end), str(seconds)]
     process = subprocess.Popen(
         [sys.executable, "-c", WORKER, *arguments], cwd=ROOT, stdout=subprocess.PIPE
     )
@@ -99,13 +153,17 @@ def start(root: Path, photos: Path, first: int, end: int, seconds: float = 0.0) 
     return process
 
 
-def folder_of(root: Path) -> Path:
-    return PIXEL_SPEC.folder(root)
+def spec_of(photos: Path | None) -> FeatureSpec:
+    return WORD_SPEC if photos is None else PIXEL_SPEC
 
 
-def contents(root: Path) -> dict[str, Any]:
+def folder_of(root: Path, spec: FeatureSpec = PIXEL_SPEC) -> Path:
+    return spec.folder(root)
+
+
+def contents(root: Path, spec: FeatureSpec = PIXEL_SPEC) -> dict[str, Any]:
     """What two stores have in common: all but the commands that made them."""
-    folder = folder_of(root)
+    folder = folder_of(root, spec)
     found: dict[str, Any] = {path.name: path.read_bytes() for path in shard_paths(folder)}
     manifest = json.loads((folder / "manifest.json").read_text())
     found["manifest"] = (manifest["shards"], manifest["quarantine"])
@@ -116,26 +174,41 @@ def contents(root: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def single(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def single(inputs: Path | None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The store of a single process."""
     root = tmp_path_factory.mktemp("single")
-    share(root, photos)
-    return contents(root)
+    share(root, inputs)
+    return contents(root, spec_of(inputs))
+
+
+def check_sentences(root: Path, sentences: list[str]) -> None:
+    """Compare each key's row with its own sentence, encoded alone."""
+    opened = open_features_of(root, WORD_SPEC)
+    assert isinstance(opened, TextStore)
+    hidden, valid = opened.gather(opened.lookup(sentences), 8)
+    for sentence, row, mask in zip(sentences, hidden, valid, strict=True):
+        token_ids, wanted = WordEncoder().tokenize([sentence])
+        assert np.array_equal(mask, wanted[0])
+        assert np.array_equal(row[mask], WordEncoder().encode(token_ids, wanted, 2)[0][mask])
 
 
 def test_a_failed_row_shortens_its_shard_and_shifts_no_other(
-    photos: Path, single: dict[str, Any], tmp_path: Path
+    inputs: Path | None, single: dict[str, Any], tmp_path: Path
 ) -> None:
-    share(tmp_path, photos)
-    opened = open_features_of(tmp_path, PIXEL_SPEC)
+    share(tmp_path, inputs)
+    spec, keys = spec_of(inputs), SENTENCES if inputs is None else IDS
+    opened = open_features_of(tmp_path, spec)
     rows = {shard.path.name: shard.keys() for shard in opened.shards}
-    good = [key for key in IDS if key not in BAD]
+    good = [key for key, name in zip(keys, IDS, strict=True) if name not in BAD]
     assert rows == {
-        f"shard-{number:05d}.h5": [key for key in IDS[number * 7 :][:7] if key in good]
+        f"shard-{number:05d}.h5": [key for key in keys[number * 7 :][:7] if key in good]
         for number in (0, 1, 2, 3, 5)
     }
-    check_rows(store_in(tmp_path), index_images(photos), good)
-    assert sorted(read_quarantine(folder_of(tmp_path))) == sorted(BAD)
+    if inputs is None:
+        check_sentences(tmp_path, good)
+    else:
+        check_rows(store_in(tmp_path), index_images(inputs), good)
+    assert sorted(read_quarantine(folder_of(tmp_path, spec))) == sorted(set(keys) - set(good))
     assert single["files"] == [
         ".lock",
         "manifest.json",
@@ -147,75 +220,76 @@ def test_a_failed_row_shortens_its_shard_and_shifts_no_other(
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 2, 0]])
 def test_ranges_in_any_order_give_the_bytes_of_one_process(
-    photos: Path, single: dict[str, Any], tmp_path: Path, order: list[int]
+    inputs: Path | None, single: dict[str, Any], tmp_path: Path, order: list[int]
 ) -> None:
-    extracted = 0
+    extracted, folder = 0, folder_of(tmp_path, spec_of(inputs))
     for job in order:
-        before = set(shard_paths(folder_of(tmp_path)))
-        _, summary = share(tmp_path, photos, range(job * 2, job * 2 + 2))
+        before = set(shard_paths(folder))
+        _, summary = share(tmp_path, inputs, range(job * 2, job * 2 + 2))
         extracted += summary.extracted
-        made = {int(p.stem[6:]) for p in set(shard_paths(folder_of(tmp_path))) - before}
+        made = {int(p.stem[6:]) for p in set(shard_paths(folder)) - before}
         assert made == {job * 2, job * 2 + 1} - {4}
-        open_features_of(tmp_path, PIXEL_SPEC).gather(np.arange(0))
+        open_features_of(tmp_path, spec_of(inputs)).lookup([])
     assert extracted == 40 - len(BAD)
-    assert contents(tmp_path) == single
+    assert contents(tmp_path, spec_of(inputs)) == single
     # A job that is started again, and one whose range lies beyond the plan, do nothing.
     for again in (range(2), range(6, 8), ALL):
-        plan, summary = share(tmp_path, photos, again)
+        plan, summary = share(tmp_path, inputs, again)
         assert (summary.extracted, plan.keys) == (0, [])
-    assert contents(tmp_path) == single
+    assert contents(tmp_path, spec_of(inputs)) == single
 
 
 def test_jobs_side_by_side_give_the_bytes_of_one_process(
-    photos: Path, single: dict[str, Any], tmp_path: Path
+    inputs: Path | None, single: dict[str, Any], tmp_path: Path
 ) -> None:
-    jobs = [start(tmp_path, photos, first, first + 2, 0.01) for first in (0, 2, 4)]
+    jobs = [start(tmp_path, inputs, first, first + 2, 0.01) for first in (0, 2, 4)]
     assert [job.wait() for job in jobs] == [0, 0, 0]
-    assert contents(tmp_path) == single
+    assert contents(tmp_path, spec_of(inputs)) == single
 
 
 def test_processes_without_ranges_share_the_shards(
-    photos: Path, single: dict[str, Any], tmp_path: Path
+    inputs: Path | None, single: dict[str, Any], tmp_path: Path
 ) -> None:
-    jobs = [start(tmp_path, photos, 0, sys.maxsize, 0.02) for _ in range(3)]
+    jobs = [start(tmp_path, inputs, 0, sys.maxsize, 0.02) for _ in range(3)]
     assert [job.wait() for job in jobs] == [0, 0, 0]
-    assert contents(tmp_path) == single
+    assert contents(tmp_path, spec_of(inputs)) == single
 
 
 def test_jobs_killed_at_any_moment_give_the_bytes_of_one_process(
-    photos: Path, single: dict[str, Any], tmp_path: Path
+    inputs: Path | None, single: dict[str, Any], tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(1)
     reached = []
     for _ in range(4):
-        jobs = [start(tmp_path, photos, first, first + 2, 0.02) for first in (0, 2, 4)]
+        jobs = [start(tmp_path, inputs, first, first + 2, 0.02) for first in (0, 2, 4)]
         time.sleep(rng.uniform(0.0, 0.1))
         for job in jobs:
             job.kill()
             job.wait()
-        reached.append(len(shard_paths(folder_of(tmp_path))))
+        reached.append(len(shard_paths(folder_of(tmp_path, spec_of(inputs)))))
     assert any(reached)
-    share(tmp_path, photos)
-    assert contents(tmp_path) == single
+    share(tmp_path, inputs)
+    assert contents(tmp_path, spec_of(inputs)) == single
 
 
 def test_a_dead_owner_is_survived_by_those_who_wait(
-    photos: Path, single: dict[str, Any], tmp_path: Path
+    inputs: Path | None, single: dict[str, Any], tmp_path: Path
 ) -> None:
-    owner = start(tmp_path, photos, 1, 3, 30.0)
-    while not (folder_of(tmp_path) / ".claim-00001").exists():
+    folder = folder_of(tmp_path, spec_of(inputs))
+    owner = start(tmp_path, inputs, 1, 3, 30.0)
+    while not (folder / ".claim-00001").exists():
         time.sleep(0.01)
-    others = [threading.Thread(target=share, args=(tmp_path, photos)) for _ in range(2)]
+    others = [threading.Thread(target=share, args=(tmp_path, inputs)) for _ in range(2)]
     for thread in others:
         thread.start()
-    while not (folder_of(tmp_path) / "shard-00005.h5").exists():
+    while not (folder / "shard-00005.h5").exists():
         time.sleep(0.01)
-    assert not (folder_of(tmp_path) / "shard-00001.h5").exists()
+    assert not (folder / "shard-00001.h5").exists()
     owner.kill()
     owner.wait()
     for thread in others:
         thread.join()
-    assert contents(tmp_path) == single
+    assert contents(tmp_path, spec_of(inputs)) == single
 
 
 class StopError(Exception):
@@ -224,7 +298,7 @@ class StopError(Exception):
 
 @pytest.mark.parametrize("moment", ["shard", "quarantine", "manifest", "empty"])
 def test_a_stop_between_a_shard_and_its_lists_loses_nothing(
-    photos: Path,
+    inputs: Path | None,
     single: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -248,10 +322,10 @@ def test_a_stop_between_a_shard_and_its_lists_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", stop)
         with pytest.raises(StopError):
-            share(tmp_path, photos)
-    assert read_plan(folder_of(tmp_path)) is not None
-    share(tmp_path, photos)
-    assert contents(tmp_path) == single
+            share(tmp_path, inputs)
+    assert read_plan(folder_of(tmp_path, spec_of(inputs))) is not None
+    share(tmp_path, inputs)
+    assert contents(tmp_path, spec_of(inputs)) == single
 
 
 def test_rows_of_other_requests_do_not_mix(photos: Path, tmp_path: Path) -> None:
@@ -301,7 +375,7 @@ def test_a_photo_that_changes_while_a_plan_is_open_is_not_left_stale(
 def test_another_shard_size_makes_another_plan(photos: Path, tmp_path: Path) -> None:
     share(tmp_path, photos, range(1))
     store = dataclasses.replace(store_in(tmp_path), shard_rows=10)
-    extract(pixel_job(store, IDS, index_images(photos)), load=PixelEncoder)
+    extract(pixel_job(store, IDS, index_images(photos)))
     counts = [len(shard) for shard in open_features_of(tmp_path, PIXEL_SPEC).shards]
     assert counts == [6, 8, 9, 3, 3]
 
@@ -327,7 +401,7 @@ def test_a_process_that_was_taken_for_dead_publishes_nothing_wrong(
     with sharing(job) as part:
         assert part.work is not None
         token = part.work.publisher.token
-        rows = ShardRows(["p01"], np.zeros((1, 1, 4, 3), np.float32), [(1, 2)])
+        rows = ShardRows(["p01"], Numbers.zeros((1, 1, 4, 3), "float32"), [(1, 2)])
     share(tmp_path, photos, range(1), ids=IDS[20:])
     late = Publisher(folder_of(tmp_path), PIXEL_SPEC, token)
     with pytest.raises(StoreError, match="has replaced the plan of shard 1; run the command"):
@@ -341,12 +415,12 @@ def test_two_who_make_the_same_shard_publish_it_once(photos: Path, tmp_path: Pat
     job = pixel_job(store_in(tmp_path), IDS, index_images(photos))
     with sharing(job) as part:
         assert part.work is not None
-        rows = ShardRows(["p01"], np.zeros((1, 1, 4, 3), np.float32), [(1, 2)])
+        rows = ShardRows(["p01"], Numbers.zeros((1, 1, 4, 3), "float32"), [(1, 2)])
         two = Publisher(folder_of(tmp_path), PIXEL_SPEC, part.work.publisher.token)
         assert part.work.publisher.publish(0, rows, {"p00": ("bad", (3, 4))}) is True
         before = contents(tmp_path)
         assert two.publish(0, rows, {"p00": ("other", None)}) is False
-        empty = ShardRows([], np.zeros((0, 1, 4, 3), np.float32), [])
+        empty = ShardRows([], Numbers.zeros((0, 1, 4, 3), "float32"), [])
         assert two.publish(1, empty, {}) is True
         assert two.publish(1, empty, {}) is False
         assert part.work.pending(range(3)) == [2]
@@ -355,10 +429,10 @@ def test_two_who_make_the_same_shard_publish_it_once(photos: Path, tmp_path: Pat
 
 def test_bytes_that_changed_on_the_way_are_refused(photos: Path, tmp_path: Path) -> None:
     job = pixel_job(store_in(tmp_path), IDS, index_images(photos))
-    rows = ShardRows(["p01"], np.zeros((1, 1, 4, 3), np.float32), [(1, 2)])
+    rows = ShardRows(["p01"], Numbers.zeros((1, 1, 4, 3), "float32"), [(1, 2)])
     other = Publisher(PIXEL_SPEC.folder(tmp_path / "other"), PIXEL_SPEC, None)
     other.folder.mkdir(parents=True)
-    from featstore.store.shard import write_shard
+    from featstore.store.write import write_shard
 
     path = other.folder / "shard-00000.h5"
     spec = PIXEL_SPEC

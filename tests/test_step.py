@@ -17,6 +17,7 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
+from featstore.store.numbers import Numbers
 from trainer.batches import Batch
 from trainer.config import TrainConfig
 from trainer.run.optimizer import (
@@ -65,7 +66,7 @@ def random_batch(seed: int, valid: int = ROWS, scale: float = 1.0, length: int =
     mask = np.arange(length) < rng.integers(1, length + 1, (ROWS, 1))
     labels = rng.integers(0, 2, ROWS).astype(np.float32)
     weights = (np.arange(ROWS) < valid).astype(np.float32)
-    return Batch(features, hidden, mask, labels, weights, np.arange(valid))
+    return Batch(Numbers(features), Numbers(hidden), mask, labels, weights, np.arange(valid))
 
 
 def weights_of(model: keras.Model) -> list[np.ndarray]:
@@ -142,7 +143,7 @@ def test_filling_rows_change_nothing() -> None:
         losses = []
         for seed in range(3):
             batch = random_batch(seed, valid=5)
-            batch.features[5:] += np.float16(filling)
+            batch.features.values[5:] += np.float16(filling)
             batch.labels[5:] = 1 - batch.labels[5:] if filling else batch.labels[5:]
             losses.append(float(stepper.train(batch)[0]))
         results.append((losses, model))
@@ -275,7 +276,7 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows() -> None:
     assert scale > 1
     before = weights_of(model)
     batch = random_batch(0)
-    batch.features[:] = 6e4
+    batch.features.values[:] = 6e4
     stepper.train(batch)
     assert all((a == b).all() for a, b in zip(before, weights_of(model), strict=True))
     assert float(optimizer.dynamic_scale) < scale

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
+import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +21,12 @@ from hypothesis import strategies as st
 from test_spec import TEXT, VISION
 
 from featstore.encoders.spec import FeatureSpec
-from featstore.errors import CorruptShardError, MissingFeaturesError, StaleFeaturesError
+from featstore.errors import (
+    CorruptShardError,
+    MissingFeaturesError,
+    MissingKeyError,
+    StaleFeaturesError,
+)
 from featstore.store.folder import (
     read_manifest,
     read_quarantine,
@@ -27,8 +34,10 @@ from featstore.store.folder import (
     shard_paths,
     write_manifest,
 )
-from featstore.store.shard import ShardRows, digest_bytes, feature_dtype, shard_name, write_shard
-from featstore.store.store import TextStore, VisionStore, open_features_of
+from featstore.store.numbers import Numbers, feature_dtype
+from featstore.store.shard import digest_bytes, shard_name
+from featstore.store.store import TextStore, VisionStore, open_features_of, open_store
+from featstore.store.write import ShardRows, write_shard
 
 SHAPE = (1, 5, 4)
 COUNTS = (7, 1, 4)
@@ -39,7 +48,9 @@ def vision_shard(
 ) -> ShardRows:
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(len(keys), *shape)).astype(feature_dtype(dtype))
-    return ShardRows(keys, features, [digest_bytes(f"{key}{seed}".encode()) for key in keys])
+    return ShardRows(
+        keys, Numbers(features), [digest_bytes(f"{key}{seed}".encode()) for key in keys]
+    )
 
 
 def text_shard(keys: list[str], seed: int, dtype: str = "float16") -> ShardRows:
@@ -47,7 +58,7 @@ def text_shard(keys: list[str], seed: int, dtype: str = "float16") -> ShardRows:
     offsets = np.concatenate([[0], np.cumsum(rng.integers(2, 9, len(keys)))]).astype(np.int64)
     features = rng.normal(size=(offsets[-1], 4)).astype(feature_dtype(dtype))
     ids = rng.integers(0, 99, offsets[-1]).astype(np.int32)
-    return ShardRows(keys, features, offsets=offsets, token_ids=ids)
+    return ShardRows(keys, Numbers(features), offsets=offsets, token_ids=ids)
 
 
 def make(root: Path, spec: FeatureSpec, parts: list[ShardRows]) -> Path:
@@ -134,7 +145,7 @@ def store_of_views(
     spec = dataclasses.replace(VISION, views=request.param)
     root = tmp_path_factory.mktemp("views")
     make(root, spec, parts)
-    rows = [row[0].tobytes() for part in parts for row in part.features]
+    rows = [row[0].tobytes() for part in parts for row in part.features.values]
     return open_features_of(root, spec), rows
 
 
@@ -177,7 +188,7 @@ def test_read_ahead_names_the_bytes_of_the_rows(
         advise(descriptor, start, length, advice)
 
     monkeypatch.setattr(os, "posix_fadvise", recorded)
-    rows = [row for part in parts for row in part.features]
+    rows = [row for part in parts for row in part.features.values]
     store.will_need(np.array([11, 0, 7, 8]))
     assert sorted(found) == sorted(rows[i].tobytes() for i in (11, 0, 7, 8))
     found.clear()
@@ -194,10 +205,10 @@ def test_read_ahead_is_only_a_hint(own: Path) -> None:
     wanted = plain_vision(own)
     for path in own.glob("*.h5"):
         path.unlink()
-    store.will_need(np.arange(len(store)))
-    assert np.array_equal(store.gather(np.arange(len(store))), wanted)
+    store.will_need(np.arange(store.rows))
+    assert np.array_equal(store.gather(np.arange(store.rows)), wanted)
     with pytest.raises(IndexError):
-        store.will_need(np.array([len(store)]))
+        store.will_need(np.array([store.rows]))
 
 
 @settings(deadline=None)
@@ -219,7 +230,7 @@ def test_text_gather_equals_a_plain_read(
 
 def test_text_lengths_and_the_first_token(root: Path, text: TextStore) -> None:
     rows = plain_text(TEXT.folder(root))
-    everything = np.arange(len(text))
+    everything = np.arange(text.rows)
     first, mask = text.gather(everything, 1)
     assert np.array_equal(first[:, 0], [row[0] for row in rows])
     assert mask.all()
@@ -235,13 +246,13 @@ def test_dtypes(tmp_path: Path, dtype: str) -> None:
     make(tmp_path, spec, parts)
     found = open_features_of(tmp_path, spec).gather(np.array([2, 0]))
     assert found.dtype == feature_dtype(dtype)
-    assert found[0].tobytes() == parts[1].features[0, 0].tobytes()
-    assert found[1].tobytes() == parts[0].features[0, 0].tobytes()
+    assert found[0].tobytes() == parts[1].features.values[0, 0].tobytes()
+    assert found[1].tobytes() == parts[0].features.values[0, 0].tobytes()
     words = dataclasses.replace(TEXT, dtype=dtype)
     sentence = text_shard(["a"], 0, dtype)
     make(tmp_path, words, [sentence])
     hidden, mask = open_features_of(tmp_path, words).gather(np.array([0]), 10)
-    assert hidden[mask].tobytes() == sentence.features.tobytes()
+    assert hidden[mask].tobytes() == sentence.features.values.tobytes()
 
 
 def test_lookup(vision: VisionStore) -> None:
@@ -259,7 +270,8 @@ def test_the_newest_of_equal_keys_counts(tmp_path: Path) -> None:
     make(tmp_path, VISION, parts)
     store = open_features_of(tmp_path, VISION)
     assert store.lookup(["a", "b", "c"]).tolist() == [0, 4, 3]
-    assert len(store) == 5
+    assert store.rows == 5
+    assert (len(store), store.keys()) == (3, ["a", "c", "b"])
     assert store.source_digests(np.array([4, 1])).tolist() == [
         list(digest_bytes(b"b2")),
         list(digest_bytes(b"b0")),
@@ -368,7 +380,9 @@ def test_a_broken_quarantine_list(own: Path, content: bytes) -> None:
 
 
 def test_what_open_store_says(own: Path, tmp_path: Path) -> None:
-    with pytest.raises(MissingFeaturesError, match=r"no text features .* run `extract`"):
+    with pytest.raises(
+        MissingFeaturesError, match=r"no text features .* run `featstore extract-text`"
+    ):
         open_features_of(tmp_path, TEXT)
     other = dataclasses.replace(VISION, tokens="all", dtype="float32")
     wanted = "dtype: wanted 'float32', stored 'float16'; tokens: wanted 'all', stored 'patches'"
@@ -408,7 +422,7 @@ def test_threads(root: Path, text: TextStore) -> None:
     wanted = plain_vision(VISION.folder(root))
 
     def work(seed: int) -> bool:
-        chosen = np.random.default_rng(seed).integers(0, len(store), 40)
+        chosen = np.random.default_rng(seed).integers(0, store.rows, 40)
         text.gather(chosen, 8)
         return bool((store.gather(chosen) == wanted[chosen]).all())
 
@@ -422,7 +436,126 @@ def test_after_a_fork(root: Path) -> None:
     wanted = plain_vision(VISION.folder(root))
     child = os.fork()
     if not child:
-        same = np.array_equal(store.gather(np.arange(len(store))), wanted)
+        same = np.array_equal(store.gather(np.arange(store.rows)), wanted)
         os._exit(0 if same and store.lookup(["k3"])[0] == 3 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert np.array_equal(store.gather(np.arange(len(store))), wanted)
+    assert np.array_equal(store.gather(np.arange(store.rows)), wanted)
+
+
+@pytest.fixture
+def notebook(own: Path) -> VisionStore:
+    """A store opened by path: "k1" superseded, "k2" changed and then failed."""
+    newest = vision_shard(["k1"], 9)
+    write_shard(own / shard_name(3), "vit", own.name, "float16", newest, {})
+    spec = json.loads((own / "spec.json").read_text())
+    (own / "spec.json").write_text(json.dumps({**spec, "names": {"preset": "tiny"}}))
+    entry = {"reason": "k2.jpg: the file is empty", "source_digest": [1, 2]}
+    (own / "quarantine.json").write_text(json.dumps({"k2": entry}))
+    store = open_store(str(own))
+    assert isinstance(store, VisionStore)
+    return store
+
+
+def test_a_store_reads_like_a_mapping(notebook: VisionStore) -> None:
+    keys = [f"k{i}" for i in range(12) if i not in (1, 2)] + ["k1"]
+    assert notebook.keys() == list(notebook) == keys
+    assert (len(notebook), notebook.rows) == (11, 13)
+    assert "k1" in notebook
+    assert "k2" not in notebook
+    assert "nobody" not in notebook
+    assert 3 not in notebook
+    plain = plain_vision(notebook.folder)
+    assert notebook["k1"].tobytes() == plain[12].tobytes()
+    assert notebook["k3"].tobytes() == plain[3].tobytes()
+    assert notebook["k3"].shape == SHAPE[1:]
+    notebook["k3"][...] = 0
+    assert notebook["k3"].any()
+    assert dict(notebook).keys() == set(keys)
+
+
+def test_gather_takes_keys_and_positions_of_any_kind(notebook: VisionStore) -> None:
+    wanted = plain_vision(notebook.folder)[[12, 0, 12]]
+    asked = ["k1", "k0", "k1"]
+    for keys in (asked, tuple(asked), np.array(asked), np.array(asked, object), iter(asked)):
+        assert np.array_equal(notebook.gather(keys), wanted)
+    for keys in ([12, 0, 12], np.array([12, 0, 12], np.int32), np.array([12, 0, 12], np.uint64)):
+        assert np.array_equal(notebook.gather(keys), wanted)
+    out = notebook.empty(3)
+    assert notebook.gather(asked, out) is out
+    assert np.array_equal(out, wanted)
+    assert notebook.gather([]).shape == (0, *SHAPE[1:])
+
+
+@pytest.mark.parametrize("keys", ["k0", [True, False], [0.0], [None], np.zeros(12, bool)])
+def test_gather_refuses_what_is_neither(notebook: VisionStore, keys: Any) -> None:
+    with pytest.raises(TypeError, match="expected"):
+        notebook.gather(keys)
+
+
+def test_a_key_that_is_absent(notebook: VisionStore, text: TextStore) -> None:
+    said = r"no features of 'k0.jpg'; there are 11 keys such as 'k0'; run `featstore extract-vit`"
+    with pytest.raises(MissingKeyError, match=said) as caught:
+        notebook["k0.jpg"]
+    assert isinstance(caught.value, KeyError)
+    with pytest.raises(MissingKeyError, match=r"2 of 3 rows .*'k2'\), which is quarantined: k2"):
+        notebook.gather(["k0", "k2", "none"])
+    with pytest.raises(MissingKeyError, match=r"'none'.*extract-text"):
+        text.token_ids("none")
+    with pytest.raises(TypeError, match="expected a key, found 3"):
+        notebook[3]  # type: ignore[index]
+
+
+def test_what_a_store_shows(notebook: VisionStore, text: TextStore) -> None:
+    shown = repr(notebook)
+    boundary = notebook.spec["boundary"]
+    for words in ("VisionStore tiny: 11 rows of 5 x 4 float16", f"boundary {boundary}"):
+        assert words in shown
+    assert f"{13 * 40 / 1e6:.2f} MB in {notebook.folder}" in shown
+    tokens = text.lengths(text.live()).sum()
+    assert f"TextStore {TEXT.encoder}: 12 rows, {tokens} tokens x 4 float16" in repr(text)
+
+
+def test_a_sentence_by_itself(root: Path, text: TextStore) -> None:
+    rows = plain_text(TEXT.folder(root))
+    with h5py.File(TEXT.folder(root) / shard_name(2)) as file:
+        ids = file["token_ids"][file["offsets"][1] : file["offsets"][2]]
+    assert text["k9"].tobytes() == rows[9].tobytes()
+    assert text.token_ids("k9").tolist() == ids.tolist()
+    assert len(text["k9"]) == len(ids)
+    hidden, mask = text.gather(["k9", "k0"])
+    assert hidden.shape[1] == max(len(rows[9]), len(rows[0]))
+    assert hidden[mask].tobytes() == rows[9].tobytes() + rows[0].tobytes()
+
+
+@pytest.mark.parametrize("path", [".", "{}/", "../{}"])
+def test_a_store_is_opened_by_any_path(
+    own: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(own)
+    place = Path(path.format(own.name))
+    if path == "{}/":
+        monkeypatch.chdir(own.parent)
+    assert open_store(place)["k0"].tobytes() == plain_vision(own)[0].tobytes()
+
+
+def test_a_store_without_rows(own: Path) -> None:
+    for path in own.glob("*.h5"):
+        path.unlink()
+    write_manifest(own, own.name, [])
+    store = VisionStore(own, VISION.to_dict())
+    assert (len(store), store.keys(), list(store), "k0" in store) == (0, [], [], False)
+    assert "no rows" in repr(store)
+    with pytest.raises(MissingKeyError, match="no features of 'k0'; run"):
+        store["k0"]
+    with pytest.raises(MissingFeaturesError, match="no features there"):
+        open_store(own)
+
+
+def test_opening_a_store_imports_no_framework(own: Path) -> None:
+    code = (
+        "import sys; from featstore.store.store import open_store;"
+        f"print(open_store({str(own)!r})['k0'].shape, *sys.modules.keys()"
+        " & {'tensorflow', 'keras', 'keras_hub', 'jax'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "(5, 4)\n"

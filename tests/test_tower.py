@@ -107,7 +107,7 @@ def test_layer_configs_are_the_backbones() -> None:
 
 
 def test_other_text_configs_are_errors(config: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="k_txt must be from 0 to 4"):
+    with pytest.raises(ConfigError, match=r"k_txt = 5: .* choose 0 to 4"):
         text_layer_configs(config, 5)
     with pytest.raises(PresetError, match="NoSuchBackbone"):
         text_layer_configs({"class_name": "NoSuchBackbone", "config": {"num_layers": 2}}, 1)
@@ -188,7 +188,7 @@ def test_saved_model_reopens_in_a_fresh_process(config: dict[str, Any], tmp_path
     model.save(tmp_path / "model.keras")
     np.savez(tmp_path / "rows.npz", **rows)
     code = (
-        "import sys, keras, numpy as np, trainer.model.tails\n"
+        "import sys, keras, numpy as np, trainer.model.cached\n"
         "model = keras.models.load_model(sys.argv[1] + '/model.keras')\n"
         "out = model(dict(np.load(sys.argv[1] + '/rows.npz')))\n"
         "np.save(sys.argv[1] + '/out.npy', np.asarray(out))"

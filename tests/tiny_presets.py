@@ -54,6 +54,46 @@ def tiny_text_backbone(seed: int = 1, num_layers: int = 4) -> Any:
     return backbone
 
 
+# Settings of a tiny backbone of every family, by class; DINOv2 with registers and without.
+_VISION = {"num_layers": 3, "num_heads": 2, "hidden_dim": 8, "dropout_rate": 0.1}
+_IMAGE = {"image_shape": (32, 32, 3), "patch_size": 8}
+_TEXT = {
+    "vocabulary_size": 40,
+    "num_layers": 3,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "intermediate_dim": 12,
+    "dropout": 0.1,
+    "max_sequence_length": 16,
+}
+TINY_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("ViTBackbone", {**_VISION, **_IMAGE, "mlp_dim": 12}),
+    "vit_without_class_token": (
+        "ViTBackbone",
+        {**_VISION, **_IMAGE, "mlp_dim": 12, "use_class_token": False},
+    ),
+    "deit": ("DeiTBackbone", {**_VISION, **_IMAGE, "intermediate_dim": 12}),
+    "dinov2": ("DINOV2Backbone", {**_VISION, **_IMAGE, "intermediate_dim": 12}),
+    "dinov2_registers": (
+        "DINOV2Backbone",
+        {**_VISION, **_IMAGE, "intermediate_dim": 12, "num_register_tokens": 4},
+    ),
+    "distil_bert": ("DistilBertBackbone", _TEXT),
+    "bert": ("BertBackbone", _TEXT),
+    "roberta": ("RobertaBackbone", _TEXT),
+    "xlm_roberta": ("XLMRobertaBackbone", _TEXT),
+}
+
+
+def write_tiny_family(name: str, folder: Path) -> Path:
+    """Write the preset of one of `TINY_FAMILIES`: a backbone alone, with random weights."""
+    class_name, settings = TINY_FAMILIES[name]
+    backbone = getattr(keras_hub.models, class_name)(**settings)
+    randomise(backbone, seed=3)
+    backbone.save_to_preset(str(folder))
+    return folder
+
+
 def write_tiny_vision(folder: Path) -> Path:
     """Write the vision preset; every option of its converter differs from the default."""
     tiny_vision_backbone().save_to_preset(str(folder))

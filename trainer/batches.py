@@ -10,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import DataError
+from featstore.store.numbers import Numbers
 from featstore.store.store import TextStore, VisionStore
 
 IntArray = NDArray[np.int64]
 
 WINDOW_BATCHES = 64
+# The model's inputs that hold the scales of int8 features.
+SCALES_OF = {"features": "feature_scales", "hidden": "hidden_scales"}
 
 
 @dataclass
@@ -22,36 +25,26 @@ class Batch:
     """One step's rows, always `batch_size` of them; the missing have weight 0.
 
     Attributes:
-        features: Stored dtype, shape (batch, tokens, width).
-        hidden: Stored dtype, shape (batch, length, text width).
+        features: As stored, shape (batch, tokens, width).
+        hidden: As stored, shape (batch, length, text width).
         padding_mask: bool of shape (batch, length).
         labels: float32 of shape (batch,).
         weights: float32 of shape (batch,), 1 or 0.
         rows: int64 of shape (valid rows,): positions in the rows given.
-        feature_scales: float32 of shape (batch, tokens), of an int8 store only.
-        hidden_scales: float32 of shape (batch, length), of an int8 store only.
     """
 
-    features: NDArray[Any]
-    hidden: NDArray[Any]
+    features: Numbers
+    hidden: Numbers
     padding_mask: NDArray[np.bool_]
     labels: NDArray[np.float32]
     weights: NDArray[np.float32]
     rows: IntArray
-    feature_scales: NDArray[np.float32] | None = None
-    hidden_scales: NDArray[np.float32] | None = None
 
     def inputs(self) -> dict[str, NDArray[Any]]:
         """Return the model's inputs by name."""
-        inputs = {
-            "features": self.features,
-            "hidden": self.hidden,
-            "padding_mask": self.padding_mask,
-        }
-        if self.feature_scales is not None:
-            inputs["feature_scales"] = self.feature_scales
-        if self.hidden_scales is not None:
-            inputs["hidden_scales"] = self.hidden_scales
+        inputs: dict[str, NDArray[Any]] = {"padding_mask": self.padding_mask}
+        for name, numbers in (("features", self.features), ("hidden", self.hidden)):
+            inputs |= zip((name, SCALES_OF[name]), numbers.arrays, strict=False)
         return inputs
 
 
@@ -114,7 +107,6 @@ class CachedRows:
         text_positions: int64 of shape (rows,), in `text`.
         labels: int8 of shape (rows,).
         k_txt: 0 reads the `[CLS]` states alone.
-        sequence_length: Most tokens of a sentence.
         control: "none", "hypothesis-only" (features are zeros) or
             "shuffled-images" (another image's).
         control_seed: Decides which other image.
@@ -129,7 +121,6 @@ class CachedRows:
         labels: NDArray[np.int8],
         *,
         k_txt: int,
-        sequence_length: int,
         control: str = "none",
         control_seed: int = 0,
     ) -> None:
@@ -156,25 +147,19 @@ class CachedRows:
                 weight 0.
         """
         filled = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
-        positions = self.image_positions[filled]
-        features = self.vision.empty(batch_size)
         if self.blind:
-            features.fill(0)
+            shape = (batch_size, *self.vision.row_shape)
+            features = Numbers.empty(shape, self.vision.spec["dtype"])
+            for array in features.arrays:
+                array.fill(0)
         else:
-            self.vision.gather(positions, features)
+            features = self.vision.gather_stored(self.image_positions[filled])
         length = int(self.lengths[rows].max())
-        hidden, mask = self.text.gather(self.text_positions[filled], length)
+        hidden, mask = self.text.gather_stored(self.text_positions[filled], length)
         weights = np.zeros(batch_size, np.float32)
         weights[: len(rows)] = 1
         labels = self.labels[filled].astype(np.float32)
-        batch = Batch(features, hidden, mask, labels, weights, rows)
-        if self.vision.quantised:
-            batch.feature_scales = self.vision.gather_scales(positions)
-            if self.blind:
-                batch.feature_scales.fill(0)
-        if self.text.quantised:
-            batch.hidden_scales = self.text.gather_scales(self.text_positions[filled], length)
-        return batch
+        return Batch(features, hidden, mask, labels, weights, rows)
 
     def will_need(self, rows: IntArray) -> None:
         """Have the system read a later batch's features from the disk meanwhile."""

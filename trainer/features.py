@@ -77,7 +77,6 @@ def cached_rows(
         sentences,
         examples.labels,
         k_txt=train.k_txt,
-        sequence_length=project.config.encoders.sequence_length,
         control=control,
         control_seed=train.seed,
     )

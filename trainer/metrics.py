@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
-from featstore.data.examples import LABELS
+from featstore.data.labels import LABELS
 
 Labels = npt.ArrayLike
 Values = npt.ArrayLike

@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.encoders.spec import QUANTISED
 from featstore.errors import (
     Command,
     DataError,
@@ -44,7 +43,6 @@ from featstore.extract.plan import free_space
 from featstore.progress import SILENT, Show
 from featstore.publish import command_line, package_versions, publish
 from featstore.store.folder import read_quarantine
-from featstore.store.numbers import dequantise
 from featstore.store.store import IntArray, TextStore, VisionStore
 
 if TYPE_CHECKING:
@@ -60,8 +58,7 @@ def _positions(
 ) -> tuple[IntArray, list[str], int]:
     """Return the rows to write, their keys, and how many inputs are quarantined."""
     if split == STORED:
-        live, keys = opened.live(), opened.keys()
-        return live, [keys[position] for position in live.tolist()], 0
+        return opened.live(), opened.keys(), 0
     wanted = project.keys(kind, split)
     positions = opened.lookup(wanted)
     absent = [key for key, found in zip(wanted, positions.tolist(), strict=True) if found < 0]
@@ -96,17 +93,10 @@ def _groups(
     for start in range(0, len(positions), step):
         part = slice(start, start + step)
         if isinstance(opened, TextStore):
-            # Two at least: a length of 1 means the first token alone.
-            hidden, valid = opened.gather(positions[part], max(2, int(lengths[part].max())))
+            hidden, valid = opened.gather(positions[part])
             values = hidden[valid]
-            if opened.quantised:
-                scales = opened.gather_scales(positions[part], hidden.shape[1])
-                values = dequantise(values, scales[valid])
         else:
-            values = opened.gather(positions[part])
-            if opened.quantised:
-                values = dequantise(values, opened.gather_scales(positions[part]))
-            values = values.reshape(-1, opened.row_shape[1])
+            values = opened.gather(positions[part]).reshape(-1, opened.row_shape[1])
         yield keys[part], lengths[part], values.astype(dtype, copy=False)
         progress(len(keys[part]))
 
@@ -214,8 +204,7 @@ def dump_features(
     positions, keys, quarantined = _positions(project, opened, kind, split)
     if not len(positions):
         raise DataError(f"{opened.folder}: no row to write")
-    widened = spec.dtype in ("bfloat16", QUANTISED)
-    dtype = np.dtype(np.float32) if widened else opened.dtype
+    dtype = np.dtype(np.float32) if spec.dtype == "bfloat16" else opened.dtype
     shape: tuple[int, ...]
     if isinstance(opened, TextStore):
         shape = (int(opened.lengths(positions).sum()), opened.width)

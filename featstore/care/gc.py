@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featstore.care.info import disk_bytes, feature_folders, open_folder
+from featstore.encoders.presets import DIGESTS_FILE
 from featstore.errors import RunError, StoreError
 from featstore.extract.claims import CLAIM, writing
 from featstore.extract.plan import KINDS
@@ -30,7 +31,8 @@ from featstore.store.folder import (
     shard_paths,
     write_manifest,
 )
-from featstore.store.shard import MAKE_READABLE, open_shard, rewrite_shard, shard_number
+from featstore.store.shard import MAKE_READABLE, open_shard, shard_number
+from featstore.store.write import rewrite_shard
 
 if TYPE_CHECKING:
     from featstore.project import Project
@@ -39,7 +41,7 @@ DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
 # The manifest goes first: a folder that is deleted in part is refused until this goes on.
 LISTS = ("quarantine.json", "spec.json", PLAN, ".lock")
 RECORDS = ("manifest.json", "search.json")
-ROOT_ENTRIES = (*KINDS, "splits", "reports", "demo", "README.md", ".gitignore")
+ROOT_ENTRIES = (*KINDS, "splits", "reports", "demo", DIGESTS_FILE, "README.md", ".gitignore")
 # Splits and reports are written without a lock: a younger file may be in the making.
 TEMPORARY_SECONDS = 3600.0
 
@@ -152,7 +154,7 @@ def _is_ours(path: Path) -> bool:
 def _superseded(folder: Path) -> dict[Path, list[int]]:
     """Return shard to its rows whose key has a newer row."""
     opened = open_folder(folder)
-    older = np.setdiff1d(np.arange(len(opened)), opened.newest())
+    older = np.setdiff1d(np.arange(opened.rows), opened.newest())
     shards, rows = opened.locate(older)
     found: dict[Path, list[int]] = {}
     for number, row in zip(shards.tolist(), rows.tolist(), strict=True):

@@ -13,9 +13,9 @@ from featstore.config import SPLITS
 from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.errors import Advice, Command, CorruptShardError, FeatstoreError, StoreError
 from featstore.extract.plan import KINDS, UNITS
-from featstore.publish import TEMPORARY, read_json
-from featstore.store.folder import listed, read_quarantine, read_spec, shard_paths
-from featstore.store.store import TextStore, VisionStore
+from featstore.publish import TEMPORARY
+from featstore.store.folder import listed, read_names, read_quarantine, read_spec, shard_paths
+from featstore.store.store import TextStore, VisionStore, store_of
 
 if TYPE_CHECKING:
     from featstore.project import Project
@@ -53,16 +53,7 @@ def open_folder(folder: Path) -> VisionStore | TextStore:
         raise CorruptShardError(
             f"{folder}: holds {spec.get('kind')!r} features, expected {folder.parent.name!r}"
         )
-    return (VisionStore if spec["kind"] == "vit" else TextStore)(folder, spec)
-
-
-def _names(folder: Path) -> list[str]:
-    """Return the preset names that a folder's features are known by."""
-    try:
-        names = read_json(folder / "spec.json")["names"]
-        return [str(name) for name in names.values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
+    return store_of(folder, spec)
 
 
 def disk_bytes(paths: Sequence[Path]) -> int:
@@ -86,7 +77,7 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         "kind": folder.parent.name,
         "fingerprint": folder.name,
         "folder": str(folder),
-        "names": _names(folder),
+        "names": read_names(folder),
         "asked_for": folder.name in asked,
         "shards": None,
         "bytes": disk_bytes([folder]),
@@ -114,14 +105,14 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         newest, live = opened.newest(), opened.live()
         found |= {
             "rows": len(live),
-            "superseded_rows": len(opened) - len(newest),
+            "superseded_rows": opened.rows - len(newest),
             "stale_rows": len(newest) - len(live),
             "quarantined": len(read_quarantine(folder)),
         }
         if isinstance(opened, TextStore):
             found["tokens"] = int(opened.lengths(live).sum())
-            found["width"] = opened.width if len(opened) else None
-        elif len(opened):
+            found["width"] = opened.width if opened.rows else None
+        elif opened.rows:
             found["tokens"], found["width"] = opened.row_shape
     except StoreError as error:
         found["damaged"] = str(error)

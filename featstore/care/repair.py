@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featstore.care.info import feature_folders, matching_spec
-from featstore.care.verify import FolderReport, Problem, verify_folder
+from featstore.care.report import FolderReport, Problem
+from featstore.care.verify import verify_folder
 from featstore.encoders.spec import VisionSpec, differing_fields
 from featstore.errors import Advice, Command, FeatstoreError, StoreError
 from featstore.extract.claims import writing
@@ -49,7 +50,8 @@ from featstore.store.folder import (
     write_quarantine,
     write_spec,
 )
-from featstore.store.shard import Shard, open_shard, rewrite_shard
+from featstore.store.shard import Shard, open_shard
+from featstore.store.write import rewrite_shard
 
 if TYPE_CHECKING:
     from featstore.project import Project
@@ -233,9 +235,7 @@ class _Repair:
                 part = slice(*shard.index["offsets"][row : row + 2].tolist())
                 same = np.array_equal(shard.index["token_ids"][part], np.asarray(item.token_ids))
             if same and item.numbers is not None:
-                shard.features[part] = item.numbers.features
-                if shard.scales is not None:
-                    shard.scales[part] = item.numbers.scales
+                shard.features[part] = item.numbers
                 restored.add(row)
         return restored
 

@@ -13,13 +13,7 @@ from numpy.typing import NDArray
 
 from featstore import demo
 from featstore.config import SPLITS, DataConfig
-from featstore.data.examples import (
-    Examples,
-    RowIssue,
-    drop_missing,
-    summarise,
-    write_report,
-)
+from featstore.data.examples import Examples, RowIssue, drop_missing, summarise, write_report
 from featstore.data.images import ImageIndex, index_images
 from featstore.data.rows import read_examples, read_frame
 from featstore.data.splits import (

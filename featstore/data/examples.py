@@ -15,13 +15,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from featstore.data.labels import LABELS
 from featstore.errors import DataError
 from featstore.publish import write_bytes
-
-LABELS = {"contradiction": 0, "entailment": 1}
-"""The polarity of the whole project: entailment is 1, the positive class."""
-
-UNLABELLED = -1
 
 NO_PHOTO = "no photo"
 
@@ -180,9 +176,3 @@ def write_report(path: str | os.PathLike[str], issues: Iterable[RowIssue]) -> No
     writer.writerows([getattr(issue, field) for field in fields] for issue in issues)
     # A lone surrogate may be the very reason for the issue.
     write_bytes(path, buffer.getvalue().encode("utf-8", errors="backslashreplace"))
-
-
-def short(value: object, limit: int = 60) -> str:
-    """Return a value's repr on one line, cut to `limit` characters, for a message."""
-    text = repr(value[: limit + 1] if isinstance(value, str) else value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -8,11 +8,8 @@ Formats, told apart by content:
   else Latin-1.
 
 Columns are found by name: case, spaces, underscores and hyphens do not count, and
-`ROLES` lists the names known. Labels are words in any case, or the integers 1
-(entailment) and 0 (contradiction). No other integer coding is read: the class ids of
-SNLI on the Hugging Face hub (0 entailment, 1 neutral, 2 contradiction) contradict this
-one, so a file that has other integers beside 0 or 1 is an error: its labels must be
-written as words.
+`ROLES` lists the names known. What a label may be stands in `labels.py`: a file that has
+other integers than 0 and 1 beside these is an error.
 
 A row that cannot be used is dropped and reported; a file that cannot be read is a
 `RowError`.
@@ -32,16 +29,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TextIO
 
 import numpy as np
 
-from featstore.data.examples import (
-    LABELS,
-    UNLABELLED,
-    Examples,
-    ReadResult,
-    RowIssue,
-    short,
-    summarise,
-)
-from featstore.errors import RowError
+from featstore.data.examples import Examples, ReadResult, RowIssue, summarise
+from featstore.data.labels import UNLABELLED, class_ids_error, integer_label, read_label
+from featstore.errors import RowError, short
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,9 +44,6 @@ ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Names of each column: those of the known formats, then synonyms used in their absence."""
 
 MAX_LINE_CHARACTERS = 1 << 20
-
-NEUTRAL = "neutral"
-UNKNOWN_LABEL = "unknown label"
 EMPTY_TEXT = "empty text"
 BROKEN_TEXT = "broken text"
 NO_IMAGE_ID = "no image id"
@@ -69,8 +56,6 @@ _EXPECTED = (
     "Image_ID, Hypothesis, Label (A2), or Flickr30K_ID, sentence2, gold_label (SNLI-VE), or a CSV"
     " with image_id/image/filename, hypothesis/sentence/caption/text, label/gold_label/answer"
 )
-_LABEL_WORDS = {**LABELS, "0": 0, "1": 1}
-_INTEGER = re.compile(r"[+-]?\d{1,18}")
 _UNSAFE_ID = re.compile(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
 _MAX_ID_CHARACTERS = 1024
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -402,36 +387,6 @@ def _hypothesis(value: Any) -> tuple[str, str, str]:
     return text, "", ""
 
 
-def _label(value: Any) -> tuple[int, str, str]:
-    """Return a label, and the reason and detail why it cannot be used."""
-    word = value.strip().lower() if isinstance(value, str) else value
-    if isinstance(word, int):  # and True becomes "True", which is no label
-        word = str(word)
-    if isinstance(word, str):
-        if word in _LABEL_WORDS:
-            return _LABEL_WORDS[word], "", ""
-        if word == NEUTRAL:
-            return UNLABELLED, NEUTRAL, ""
-    return UNLABELLED, UNKNOWN_LABEL, "missing" if value is None else f"label {short(value)}"
-
-
-def _integer_label(value: Any) -> int | None:
-    """Return a label's integer, where it is one."""
-    if type(value) is int:
-        return value
-    if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
-        return int(value)
-    return None
-
-
-def _class_ids(path: Path, line: int, code: int, other_line: int, other: int) -> RowError:
-    return RowError(
-        f"{path}:{line}: label {code}, but line {other_line} has {other}; expected integer labels"
-        " 1 = entailment and 0 = contradiction only: class ids (SNLI: 0 = entailment, 2 ="
-        " contradiction) would be read inverted; write the labels as words"
-    )
-
-
 def _collect(path: Path, records: Iterable[_Raw], labelled: bool, unique: bool) -> ReadResult:
     """Check every record's values; keep the usable rows and report the others."""
     file = str(path)
@@ -451,12 +406,12 @@ def _collect(path: Path, records: Iterable[_Raw], labelled: bool, unique: bool) 
         elif not reason:
             reason, detail = text_reason, text_detail
         if labelled and not record.problem:
-            label, label_reason, label_detail = _label(record.label)
-            code = _integer_label(record.label)
+            label, label_reason, label_detail = read_label(record.label)
+            code = integer_label(record.label)
             if code is not None and code >= 0:
                 coded.setdefault(code > 1, (line, code))
                 if len(coded) > 1:
-                    raise _class_ids(path, *coded[True], *coded[False])
+                    raise class_ids_error(path, *coded[True], *coded[False])
             if not reason:
                 reason, detail = label_reason, label_detail
         if not reason:

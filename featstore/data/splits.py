@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.config import SPLITS
-from featstore.data.examples import Examples, short
+from featstore.data.examples import Examples
 from featstore.data.images import IMAGE_SUFFIXES
-from featstore.errors import SplitError
+from featstore.errors import SplitError, short
 from featstore.publish import write_bytes
 
 FORMAT = 1

@@ -5,16 +5,22 @@ For a folder nothing heavy is imported: `train` asks for fingerprints often.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import xxhash
 
-from featstore.errors import PresetError
+from featstore.encoders.compiled import import_framework
+from featstore.errors import FeatstoreError, PresetError
+from featstore.publish import read_checked, write_checked
 from featstore.settings import suggest
 
 WEIGHTS_FILE = "model.weights.h5"
@@ -22,8 +28,88 @@ SHARDED_WEIGHTS_FILE = "model.weights.json"
 IMAGE_CONVERTER_FILE = "image_converter.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_ASSETS = ("merges.txt", "vocabulary.json", "vocabulary.spm", "vocabulary.txt")
+DIGESTS_FILE = "digests.json"
 
 _READ_BYTES = 1 << 22
+# A file that changed less than this before it was read may change again within one tick of the
+# file system's clock, and keep its size and times.
+_RACY_SECONDS = 2.0
+
+
+class Digests:
+    """Digests of weights files, kept so that hundreds of megabytes are read once.
+
+    A digest is taken from memory, or from `<root>/digests.json`, where each of
+    the files has the real path, size, times of modification and of change, and
+    inode that it had when it was read. A list that cannot be read or written,
+    was damaged or was changed is passed over without a word.
+
+    Args:
+        root: The store's root, which need not exist; None keeps digests in this
+            process alone.
+        write: False only reads what is listed there.
+    """
+
+    _of_process: ClassVar[dict[tuple[Any, ...], str]] = {}
+
+    def __init__(self, root: str | Path | None = None, write: bool = True) -> None:
+        self.path, self.write = None if root is None else Path(root) / DIGESTS_FILE, write
+
+    def of(self, files: Sequence[Path]) -> str:
+        """Return the XXH3-128, as hex, of some files' bytes in their order.
+
+        Raises:
+            PresetError: A file cannot be read.
+        """
+        identity = _identity(files)
+        listed = self._read()
+        line = {"files": [list(file) for file in identity]}
+        digest = self._of_process.get(identity)
+        if digest is None and identity:
+            digest = next((old["digest"] for old in listed if old["files"] == line["files"]), None)
+        if digest is None:
+            started = time.time()
+            digest = _digest_files(files)
+            changed = max((max(file[2:4]) for file in identity), default=0) / 1e9
+            if _identity(files) != identity or started - changed < _RACY_SECONDS:
+                return digest
+        if identity:
+            self._of_process[identity] = digest
+            self._write(listed, {**line, "digest": digest})
+        return digest
+
+    def _read(self) -> list[dict[str, Any]]:
+        try:
+            found = read_checked(self.path)["weights"] if self.path else []
+            sound = all(isinstance(old["digest"], str) and _paths(old) for old in found)
+            return found if sound else []
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return []
+
+    def _write(self, listed: list[dict[str, Any]], line: dict[str, Any]) -> None:
+        if not (self.path and self.write and self.path.parent.is_dir()) or line in listed:
+            return
+        # What is known of the same files as they were before goes.
+        others = [old for old in listed if _paths(old) != _paths(line)]
+        with contextlib.suppress(FeatstoreError):
+            write_checked(self.path, {"weights": [*others, line]})
+
+
+def _paths(line: dict[str, Any]) -> list[str]:
+    return [file[0] for file in line["files"]]
+
+
+def _identity(files: Sequence[Path]) -> tuple[tuple[str, int, int, int, int], ...]:
+    """Return what tells whether files changed; empty where one cannot be asked."""
+    found = []
+    try:
+        for path in files:
+            status = path.stat()
+            times = (status.st_mtime_ns, status.st_ctime_ns)
+            found.append((os.path.realpath(path), status.st_size, *times, status.st_ino))
+    except OSError:
+        return ()
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -37,7 +123,7 @@ class Preset:
             constructor's arguments.
         class_name: The backbone's class, such as `ViTBackbone`.
         weights_files: The local files that hold the weights.
-        weights_digest: xxh3_128 of the weights' bytes, in hexadecimal.
+        digests: Where the digest of the weights is kept.
     """
 
     name: str
@@ -45,7 +131,16 @@ class Preset:
     config: dict[str, Any] = field(repr=False)
     class_name: str
     weights_files: tuple[Path, ...] = field(repr=False)
-    weights_digest: str
+    digests: Digests = field(repr=False, compare=False)
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """xxh3_128 of the weights' bytes, in hexadecimal.
+
+        Raises:
+            PresetError: They cannot be read.
+        """
+        return self.digests.of(self.weights_files)
 
     def local_file(self, file: str) -> Path | None:
         """Return the local path of one of the preset's files, or None where it has none.
@@ -65,8 +160,8 @@ class Preset:
         return None if path is None else _read_json(self.name, path)
 
 
-def resolve_preset(name: str | Path) -> Preset:
-    """Find a preset and compute the digest of its weights.
+def resolve_preset(name: str | Path, digests: Digests | None = None) -> Preset:
+    """Find a preset; its weights are not read before their digest is asked for.
 
     A folder is read without TensorFlow or Keras. Anything else is fetched by
     keras-hub's own resolver, which keeps what it fetched.
@@ -74,6 +169,8 @@ def resolve_preset(name: str | Path) -> Preset:
     Args:
         name: A preset folder, a keras-hub preset name, or a handle such as
             `kaggle://...` or `hf://...`.
+        digests: Where the digest of its weights is kept; by default in this
+            process.
 
     Raises:
         PresetError: No such folder or name, a file is missing or damaged, or
@@ -100,14 +197,13 @@ def resolve_preset(name: str | Path) -> Preset:
             f" keras_hub.models.Backbone.from_preset({name!r}).save_to_preset(folder), save the"
             " image converter or tokenizer there too, and give that folder"
         )
-    files = _weights_files(name, location)
     return Preset(
         name=name,
         location=location,
         config=config,
         class_name=str(config["class_name"]),
-        weights_files=files,
-        weights_digest=_digest_files(files),
+        weights_files=_weights_files(name, location),
+        digests=digests or Digests(),
     )
 
 
@@ -202,6 +298,7 @@ def _builtin_name(name: str) -> str:
             f"preset {name}: no such folder; give a preset folder, a keras-hub preset name, or"
             " hf://owner/name"
         )
+    import_framework()
     from keras_hub.src.utils.preset_utils import BUILTIN_PRESETS
 
     if name not in BUILTIN_PRESETS:
@@ -219,6 +316,7 @@ def _local_file(name: str, location: str, file: str) -> Path | None:
     if folder.is_dir():
         path = folder / file
         return path if path.is_file() else None
+    import_framework()
     from keras_hub.src.utils.preset_utils import get_file
 
     try:

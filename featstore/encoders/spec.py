@@ -9,22 +9,23 @@ been published again under one name): the digest of the weights is.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import DECODER
+from featstore.encoders.families import check_k, family_of, num_patches
 from featstore.encoders.presets import (
+    Digests,
     Preset,
     image_converter_fields,
     resolve_preset,
     tokenizer_digest,
 )
-from featstore.errors import ConfigError, PresetError, StoreError
+from featstore.errors import PresetError
+from featstore.publish import canonical_json, text_digest
 
 QUANTISED = "int8"
 FORMAT = 1
@@ -35,40 +36,6 @@ QUANTISED_FORMAT = 2
 def format_of(dtype: Any) -> int:
     """Return the format of a spec, and of its shards, with a stored number format."""
     return QUANTISED_FORMAT if dtype == QUANTISED else FORMAT
-
-
-def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a value.
-
-    Raises:
-        StoreError: Something that JSON cannot hold exactly: another type, a
-            non-string key, NaN or infinity, text that is not Unicode. Never a
-            fallback.
-    """
-
-    def ensure_plain(item: Any, where: str) -> None:
-        if isinstance(item, dict):
-            for key, inner in item.items():
-                if type(key) is not str:
-                    raise StoreError(f"spec field {where}: key {key!r} is not a string")
-                ensure_plain(key, where)
-                ensure_plain(inner, f"{where}.{key}")
-        elif isinstance(item, list | tuple):
-            for index, inner in enumerate(item):
-                ensure_plain(inner, f"{where}[{index}]")
-        # Exact types: a NumPy scalar is a float too, and is written by other rules.
-        elif item is not None and type(item) not in (str, int, bool, float):
-            raise StoreError(f"spec field {where}: {type(item).__name__} cannot be fingerprinted")
-        elif isinstance(item, float) and not math.isfinite(item):
-            raise StoreError(f"spec field {where}: {item} cannot be fingerprinted")
-        elif isinstance(item, str) and any("\ud800" <= letter <= "\udfff" for letter in item):
-            raise StoreError(f"spec field {where}: {item!a} cannot be fingerprinted")
-
-    try:
-        ensure_plain(value, "spec")
-    except RecursionError as error:
-        raise StoreError("spec: nested too deep to be fingerprinted") from error
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -101,8 +68,7 @@ class FeatureSpec:
     @property
     def fingerprint(self) -> str:
         """32 hexadecimal digits: BLAKE2b-128 of the canonical JSON."""
-        text = canonical_json(self.to_dict())
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return text_digest(canonical_json(self.to_dict()))
 
     def folder(self, root: Path) -> Path:
         """Return the folder of these features under a store's root."""
@@ -177,55 +143,73 @@ def architecture(preset: Preset, *needed: str) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("name", "dtype", "trainable")}
 
 
-def vision_row_shape(fields: dict[str, Any], tokens: str) -> tuple[int, int]:
-    """Return (tokens, width) of an image's features, from the backbone's configuration."""
-    patch = fields["patch_size"]
-    patch_h, patch_w = (patch, patch) if isinstance(patch, int) else patch
-    height, width = fields["image_shape"][:2]
-    patches = (height // patch_h) * (width // patch_w)
-    return patches + (1 if tokens == "all" else 0), int(fields["hidden_dim"])
+def vision_row_shape(spec: VisionSpec) -> tuple[int, int]:
+    """Return (tokens, width) of an image's features.
+
+    Raises:
+        PresetError: The encoder's family is not known.
+    """
+    leading = family_of(spec.encoder, "vision", spec.encoder).leading_tokens(spec.architecture)
+    tokens = num_patches(spec.architecture) + (leading if spec.tokens == "all" else 0)
+    return tokens, int(spec.architecture["hidden_dim"])
 
 
-def vision_spec(encoders: EncodersConfig, store: StoreConfig) -> VisionSpec:
-    """Return the spec of the image features that a configuration asks for.
+def vision_spec(
+    encoders: EncodersConfig,
+    store: StoreConfig,
+    k_vit: int = 0,
+    digests: Digests | None = None,
+) -> VisionSpec:
+    """Return the spec of the hidden states that enter the last `k_vit` vision blocks.
 
     Reads the preset's files, not the model: no framework is imported for a
     preset folder.
 
+    Args:
+        encoders, store: The configuration.
+        k_vit: 0 is the encoder's output, after its final norm.
+        digests: Where the digest of its weights is kept; by default in this
+            process.
+
     Raises:
         PresetError: The preset cannot be found or is not a vision encoder.
+        ConfigError: The encoder has fewer than `k_vit` blocks.
     """
-    preset = resolve_preset(encoders.vit)
+    preset = resolve_preset(encoders.vit, digests)
+    family_of(preset.class_name, "vision", preset.name)
     fields = architecture(preset, "num_layers", "image_shape", "patch_size", "hidden_dim")
+    layers = int(fields["num_layers"])
+    check_k(k_vit, layers, "vision")
     return VisionSpec(
         encoder=preset.class_name,
         weights=preset.weights_digest,
         architecture=fields,
-        boundary=int(fields["num_layers"]),
+        boundary=layers - k_vit,
         dtype=store.dtype,
         precision=store.precision,
-        final_norm=True,
+        final_norm=k_vit == 0,
         converter=image_converter_fields(preset),
         decoder=DECODER,
         tokens=store.tokens,
     )
 
 
-def text_spec(encoders: EncodersConfig, store: StoreConfig, k_txt: int) -> TextSpec:
-    """Return the spec of the hidden states that enter the last `k_txt` text layers.
+def text_spec(
+    encoders: EncodersConfig, store: StoreConfig, k_txt: int, digests: Digests | None = None
+) -> TextSpec:
+    """Return the spec of the hidden states that enter the last `k_txt` text blocks.
+
+    Reads the preset's files, as `vision_spec` does.
 
     Raises:
         PresetError: The preset cannot be found or is not a text encoder.
-        ConfigError: The encoder has fewer than `k_txt` layers.
+        ConfigError: The encoder has fewer than `k_txt` blocks.
     """
-    preset = resolve_preset(encoders.text)
+    preset = resolve_preset(encoders.text, digests)
+    family_of(preset.class_name, "text", preset.name)
     fields = architecture(preset, "num_layers", "hidden_dim", "vocabulary_size")
     layers = int(fields["num_layers"])
-    if k_txt > layers:
-        raise ConfigError(
-            f"[train] k_txt = {k_txt}: {encoders.text} has {layers} transformer layers;"
-            f" choose 0 to {layers}"
-        )
+    check_k(k_txt, layers, "text")
     return TextSpec(
         encoder=preset.class_name,
         weights=preset.weights_digest,

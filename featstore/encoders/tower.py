@@ -1,13 +1,19 @@
-"""The frozen keras-hub encoders: load their weights, run them, cut them at a boundary."""
+"""The frozen keras-hub encoders: load their weights, cut them before their last blocks, run them.
+
+Vision and text follow one rule. An encoder is an embedding, a chain of blocks,
+and perhaps a final norm; cut before its last k blocks, what lies below the cut
+is run once for each input and kept, what lies above is left to training.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from featstore.encoders.compiled import compile_converter, compile_forward, import_framework
+from featstore.encoders.families import Family, check_k, family_of, num_patches
 from featstore.encoders.presets import (
     IMAGE_CONVERTER_FILE,
     Preset,
@@ -17,11 +23,178 @@ from featstore.encoders.presets import (
 )
 from featstore.errors import ConfigError, PresetError
 
-TEXT_INPUTS = ("token_ids", "padding_mask", "segment_ids")
 TOKENIZE_ROWS = 4096
 
 
-class VisionEncoder:
+class Tower:
+    """A backbone that can be cut before any of its blocks.
+
+    `upper(k)` of `lower(k)` is the backbone, for every k from 0 to
+    `num_blocks`; tests/test_families.py holds each family to it. The backbone
+    is neither copied nor changed.
+
+    Args:
+        backbone: A keras-hub backbone.
+        kind: "vision" or "text".
+        name: What to call it in an error; by default its own name.
+
+    Raises:
+        PresetError: No family has such backbones, or it does not take one
+            RGB image of a fixed size.
+    """
+
+    def __init__(self, backbone: Any, kind: str, name: str = "") -> None:
+        import keras
+
+        name = name or backbone.name
+        self.backbone = backbone
+        self.family: Family = family_of(type(backbone).__name__, kind, name)
+        config = backbone.get_config()
+        parts = self.family.parts(backbone)
+        self.blocks, self.norm = parts.blocks, parts.norm
+        self.width = int(config["hidden_dim"])
+        self.leading_tokens = self.family.leading_tokens(config)
+        if kind == "vision":
+            self._check_image(config, name)
+        self._embed = keras.Model(backbone.input, parts.entering)
+
+    def _check_image(self, config: dict[str, Any], name: str) -> None:
+        shape = tuple(self.backbone.inputs[0].shape)
+        if shape[3] != 3:
+            raise PresetError(
+                f"vision preset {name}: expected images of shape (height, width, 3), found"
+                f" {shape[1:]}; choose another"
+            )
+        found, expected = self.backbone.output.shape[1], self.leading_tokens + num_patches(config)
+        if found != expected:
+            raise PresetError(
+                f"vision preset {name}: expected {expected} tokens of an image, of which"
+                f" {self.leading_tokens} before the patches, found {found}; choose another"
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        """Transformer blocks of the backbone."""
+        return len(self.blocks)
+
+    def inputs(self, first: Any, padding_mask: Any = None) -> Any:
+        """Return what the backbone wants, in the structure that it wants.
+
+        Args:
+            first: Pixels of shape (batch, height, width, 3), or token ids of
+                shape (batch, length). Arrays or tensors, symbolic ones too.
+            padding_mask: Of text: shape (batch, length), true where a token is
+                real.
+        """
+        if not isinstance(self.backbone.input, dict):
+            return first
+        given = {"images": first, "token_ids": first, "padding_mask": padding_mask}
+        if "segment_ids" in self.backbone.input:
+            # A lone sentence is all segment 0; the zeros keep the type of arrays and tensors alike.
+            given["segment_ids"] = first * 0
+        return {key: given[key] for key in self.backbone.input}
+
+    def lower(self, k: int) -> Callable[[Any], Any]:
+        """Return the part below the last `k` blocks.
+
+        Args:
+            k: 0 leaves nothing out: the whole backbone with its final norm.
+
+        Returns:
+            From `inputs` to hidden states of shape (batch, tokens, width): what
+            enters block `num_blocks - k`, or what leaves the backbone. It runs
+            in inference mode: no dropout whatever is being trained above.
+
+        Raises:
+            ConfigError: `k` is outside 0..num_blocks.
+        """
+        check_k(k, self.num_blocks, self.family.kind)
+        blocks = self.blocks[: self.num_blocks - k]
+
+        def run(inputs: Any) -> Any:
+            if k == 0:
+                output = self.backbone(inputs, training=False)
+                return output["sequence_output"] if isinstance(output, dict) else output
+            x = self._embed(inputs, training=False)
+            mask = inputs["padding_mask"] if self.family.kind == "text" else None
+            return _run_blocks(blocks, x, mask, training=False)
+
+        return run
+
+    def upper(self, k: int) -> Callable[..., Any]:
+        """Return the last `k` blocks and the final norm.
+
+        Args:
+            k: 0 returns the hidden states as they are: `lower(0)` ends after
+                the norm.
+
+        Returns:
+            From hidden states (batch, tokens, width), of text with
+            `padding_mask` (batch, length), to the backbone's output, of the
+            same shape; `training` says whether its dropout applies.
+
+        Raises:
+            ConfigError: `k` is outside 0..num_blocks.
+        """
+        check_k(k, self.num_blocks, self.family.kind)
+        blocks = self.blocks[self.num_blocks - k :]
+
+        def run(hidden: Any, padding_mask: Any = None, training: bool | None = False) -> Any:
+            x = _run_blocks(blocks, hidden, padding_mask, training)
+            return self.norm(x) if k and self.norm is not None else x
+
+        return run
+
+    def upper_layers(self, k: int) -> list[Any]:
+        """Return the layers that `upper(k)` runs, in their order.
+
+        Raises:
+            ConfigError: `k` is outside 0..num_blocks.
+        """
+        check_k(k, self.num_blocks, self.family.kind)
+        norm = [self.norm] if k and self.norm is not None else []
+        return [*self.blocks[self.num_blocks - k :], *norm]
+
+
+def _run_blocks(blocks: Sequence[Any], x: Any, mask: Any, training: bool | None) -> Any:
+    masked = {} if mask is None else {"padding_mask": mask}
+    for block in blocks:
+        x = block(x, training=training, **masked)
+        # DeiT's blocks return their attention scores too.
+        x = x[0] if isinstance(x, tuple) else x
+    return x
+
+
+class _Encoder:
+    """A preset's frozen backbone, compiled once for each place where it is cut."""
+
+    def __init__(self, kind: str, preset: Preset | str, precision: str) -> None:
+        self.preset = preset if isinstance(preset, Preset) else resolve_preset(preset)
+        self.precision = precision
+        family_of(self.preset.class_name, kind, self.preset.name)
+        self.backbone = load_backbone(self.preset, precision)
+        self.tower = Tower(self.backbone, kind, self.preset.name)
+        self.first_token = 0
+        self._forward: dict[int, Callable[[Any], np.ndarray]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer blocks of the backbone."""
+        return self.tower.num_blocks
+
+    @property
+    def width(self) -> int:
+        """Numbers of one token."""
+        return self.tower.width
+
+    def _encode(self, inputs: Any, k: int) -> np.ndarray:
+        if k not in self._forward:
+            run, variables = self.tower.lower(k), self.backbone.variables
+            self._forward[k] = compile_forward(run, variables, self.first_token)
+        return self._forward[k](inputs)
+
+
+class VisionEncoder(_Encoder):
     """A frozen vision backbone and its image converter.
 
     Args:
@@ -35,22 +208,19 @@ class VisionEncoder:
 
     Raises:
         PresetError: The preset cannot be loaded, has no image converter, or
-            its backbone does not turn one image into (tokens, width).
+            is not of a vision family.
     """
 
     def __init__(
         self, preset: Preset | str, tokens: str = "patches", precision: str = "float32"
     ) -> None:
-        import keras_hub
-
         if tokens not in ("patches", "all"):
             raise ConfigError(f'[store] tokens must be "patches" or "all", found {tokens!r}')
-        self.preset = preset if isinstance(preset, Preset) else resolve_preset(preset)
-        self.tokens = tokens
-        self.precision = precision
+        super().__init__("vision", preset, precision)
+        import keras_hub
+
         image_converter_fields(self.preset)
-        self.backbone = load_backbone(self.preset, precision)
-        self.leading_tokens = leading_tokens(self.backbone, self.preset.name)
+        self.first_token = self.tower.leading_tokens if tokens == "patches" else 0
         try:
             # float32 whatever Keras's global policy is: pixels are part of the fingerprint.
             self.converter = keras_hub.layers.ImageConverter.from_preset(
@@ -58,16 +228,13 @@ class VisionEncoder:
             )
         except Exception as error:
             raise _load_failure(self.preset, "image converter", error) from error
-        height, width = self.backbone.inputs[0].shape[1:3]
-        if tuple(self.converter.image_size) != (height, width):
+        if tuple(self.converter.image_size) != self.image_size:
             raise PresetError(
                 f"preset {self.preset.name}: the image converter gives"
-                f" {self.converter.image_size}, the backbone takes {(height, width)}; set"
+                f" {self.converter.image_size}, the backbone takes {self.image_size}; set"
                 f" image_size in {IMAGE_CONVERTER_FILE}"
             )
-        self._skipped = self.leading_tokens if tokens == "patches" else 0
-        self._forward = _compile(self.backbone, self._skipped)
-        self._to_pixels = _compile_converter(self.converter)
+        self._to_pixels = compile_converter(self.converter)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -78,12 +245,7 @@ class VisionEncoder:
     @property
     def num_tokens(self) -> int:
         """Tokens of one image, after `tokens` was applied."""
-        return int(self.backbone.output.shape[1]) - self._skipped
-
-    @property
-    def width(self) -> int:
-        """Numbers of one token."""
-        return int(self.backbone.output.shape[2])
+        return int(self.backbone.output.shape[1]) - self.first_token
 
     def to_pixels(self, image: np.ndarray) -> np.ndarray:
         """Convert one photo as the preset asks; may be called from several threads.
@@ -101,21 +263,27 @@ class VisionEncoder:
             raise ValueError(f"expected uint8 (height, width, 3), got {image.dtype} {image.shape}")
         return self._to_pixels(image)
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Run the backbone.
+    def encode(self, pixels: np.ndarray, k_vit: int = 0) -> np.ndarray:
+        """Run the blocks below the last `k_vit`.
 
         Args:
             pixels: float32 of shape (batch, *image_size, 3). One compilation a
-                batch size: pad the last batch instead of making it shorter.
+                batch size and `k_vit`: pad the last batch instead of making it
+                shorter.
+            k_vit: Last blocks left out; 0 runs them all, and the final norm.
 
         Returns:
-            Shape (batch, num_tokens, width), in the precision's dtype.
+            Shape (batch, num_tokens, width), in the precision's dtype: what
+            enters block `num_layers - k_vit`, or the backbone's output for 0.
+
+        Raises:
+            ConfigError: `k_vit` is outside 0..num_layers.
         """
-        return self._forward(pixels)
+        return self._encode(self.tower.inputs(pixels), k_vit)
 
 
-class TextEncoder:
-    """A frozen text backbone, cut before its last layers, and its tokenizer.
+class TextEncoder(_Encoder):
+    """A frozen text backbone and its tokenizer.
 
     Args:
         preset: A resolved preset, or a name for `resolve_preset`.
@@ -124,44 +292,29 @@ class TextEncoder:
         precision: Arithmetic of the backbone, as in `VisionEncoder`.
 
     Raises:
-        PresetError: The preset cannot be loaded, or its backbone is not a
-            chain of keras-hub `TransformerEncoder` layers.
+        PresetError: The preset cannot be loaded, or is not of a text family.
         ConfigError: `sequence_length` is more than the backbone has positions.
     """
 
     def __init__(
         self, preset: Preset | str, sequence_length: int, precision: str = "float32"
     ) -> None:
+        super().__init__("text", preset, precision)
         import keras_hub
 
-        self.preset = preset if isinstance(preset, Preset) else resolve_preset(preset)
         self.sequence_length = sequence_length
-        self.precision = precision
         limit = self.preset.config["config"].get("max_sequence_length")
         if limit is not None and sequence_length > limit:
             raise ConfigError(
                 f"[encoders] sequence_length must be at most {limit}, the positions of preset"
                 f" {self.preset.name}; found {sequence_length}"
             )
-        self.backbone = load_backbone(self.preset, precision)
-        self.layers = transformer_layers(self.backbone, self.preset.name)
         try:
             self._preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
                 self.preset.location, sequence_length=sequence_length
             )
         except Exception as error:
             raise _load_failure(self.preset, "tokenizer", error) from error
-        self._forward: dict[int, Callable[..., np.ndarray]] = {}
-
-    @property
-    def num_layers(self) -> int:
-        """Transformer layers of the backbone."""
-        return len(self.layers)
-
-    @property
-    def width(self) -> int:
-        """Numbers of one token."""
-        return int(self.layers[-1].output.shape[-1])
 
     def tokenize(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Turn sentences into token ids, a few thousand at a time.
@@ -179,214 +332,23 @@ class TextEncoder:
             padding_mask[rows] = np.asarray(packed["padding_mask"])
         return token_ids, padding_mask
 
-    def encode(self, token_ids: np.ndarray, padding_mask: np.ndarray, k_txt: int) -> np.ndarray:
-        """Run the layers below the last `k_txt`.
+    def encode(self, token_ids: np.ndarray, padding_mask: np.ndarray, k_txt: int = 0) -> np.ndarray:
+        """Run the blocks below the last `k_txt`.
 
         Args:
             token_ids: int32 of shape (batch, length). One compilation a shape
                 and `k_txt`: pad the last batch.
             padding_mask: bool of the same shape.
-            k_txt: Last layers left out; 0 runs them all.
+            k_txt: Last blocks left out; 0 runs them all.
 
         Returns:
             Shape (batch, length, width), in the precision's dtype: what enters
-            layer `num_layers - k_txt`, or the backbone's output for 0.
+            block `num_layers - k_txt`, or the backbone's output for 0.
 
         Raises:
             ConfigError: `k_txt` is outside 0..num_layers.
         """
-        if k_txt not in self._forward:
-            self._forward[k_txt] = _compile(frozen_part(self.backbone, k_txt, self.preset.name), 0)
-        return self._forward[k_txt](text_inputs(self.backbone, token_ids, padding_mask))
-
-
-def leading_tokens(backbone: Any, name: str) -> int:
-    """Return how many tokens stand before the patches (ViT 1, DeiT 2, DINOv2 1 + registers).
-
-    Args:
-        backbone: A keras-hub vision backbone.
-        name: What to call it in an error.
-
-    Raises:
-        PresetError: The backbone does not turn one RGB image of a fixed size
-            into (batch, tokens, width) with one token a patch.
-    """
-    wanted = "expected (batch, height, width, 3) in and (batch, tokens, width) out, as ViT has"
-    inputs, output = backbone.inputs, backbone.output
-    shape = getattr(output, "shape", None)
-    if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].shape[3] != 3:
-        found = ", ".join(f"{tensor.name} {tuple(tensor.shape)}" for tensor in inputs)
-        raise PresetError(f"vision preset {name}: {wanted}; found inputs {found}; choose another")
-    if shape is None or len(shape) != 3 or None in shape[1:]:
-        found = str(tuple(shape)) if shape is not None else f"a {type(output).__name__}"
-        raise PresetError(f"vision preset {name}: {wanted}; found output {found}; choose another")
-    patch = getattr(backbone, "patch_size", None)
-    if patch is None:
-        raise PresetError(
-            f"vision preset {name}: {type(backbone).__name__} has no patch_size, so its class"
-            " tokens cannot be told from its patches; choose a ViT, DeiT or DINOv2 preset"
-        )
-    rows, columns = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    height, width = inputs[0].shape[1:3]
-    leading = int(shape[1]) - (height // rows) * (width // columns)
-    if leading < 0:
-        raise PresetError(
-            f"vision preset {name}: {shape[1]} tokens for {height // rows}×{width // columns}"
-            " patches; expected at least one a patch; choose a ViT, DeiT or DINOv2 preset"
-        )
-    return leading
-
-
-def transformer_layers(backbone: Any, name: str) -> list[Any]:
-    """Return a text backbone's transformer layers, in the order in which they run.
-
-    Args:
-        backbone: A keras-hub text backbone.
-        name: What to call it in an error.
-
-    Raises:
-        PresetError: The layers are not keras-hub `TransformerEncoder` layers
-            that run one after the other and end in the backbone's output.
-    """
-    import keras_hub
-
-    supported = "choose a DistilBERT, BERT, RoBERTa or XLM-RoBERTa preset"
-    layers = list(getattr(backbone, "transformer_layers", []))
-    encoder = keras_hub.layers.TransformerEncoder
-    if not layers or not all(isinstance(layer, encoder) for layer in layers):
-        raise PresetError(
-            f"text preset {name}: {type(backbone).__name__} is not made of keras-hub"
-            f" TransformerEncoder layers and cannot be cut; {supported}"
-        )
-    output = backbone.output
-    if isinstance(output, dict):
-        output = output.get("sequence_output")
-    chained = all(
-        layer_input(after) is before.output for before, after in itertools.pairwise(layers)
-    )
-    if not chained or layers[-1].output is not output:
-        raise PresetError(
-            f"text preset {name}: the layers of {type(backbone).__name__} do not run once each, one"
-            f" after the other, up to its output, so it cannot be cut; {supported}"
-        )
-    unknown = [tensor.name for tensor in backbone.inputs if tensor.name not in TEXT_INPUTS]
-    if unknown:
-        raise PresetError(
-            f"text preset {name}: {type(backbone).__name__} wants the inputs {', '.join(unknown)},"
-            f" which a sentence does not give; {supported}"
-        )
-    return layers
-
-
-def layer_input(layer: Any) -> Any:
-    """Return the symbolic hidden states that enter a layer of a functional backbone."""
-    tensors = layer.input
-    return tensors[0] if isinstance(tensors, list | tuple) else tensors
-
-
-def frozen_part(backbone: Any, k_txt: int, name: str) -> Any:
-    """Return the backbone without its last `k_txt` layers, as a model on the same weights.
-
-    Args:
-        backbone: A keras-hub text backbone.
-        k_txt: Layers left out; 0 leaves none out.
-        name: What to call it in an error.
-
-    Returns:
-        keras.Model with the backbone's inputs; its output has shape
-        (batch, length, width).
-
-    Raises:
-        ConfigError: `k_txt` is outside 0..number of layers.
-        PresetError: The backbone cannot be cut.
-    """
-    import keras
-
-    layers = transformer_layers(backbone, name)
-    check_k_txt(k_txt, len(layers))
-    output = layer_input(layers[-k_txt]) if k_txt else layers[-1].output
-    return keras.Model(backbone.input, output)
-
-
-def check_k_txt(k_txt: int, num_layers: int) -> None:
-    """Check the number of last text layers to train.
-
-    Raises:
-        ConfigError: It is outside 0..num_layers.
-    """
-    if not 0 <= k_txt <= num_layers:
-        raise ConfigError(
-            f"[train] k_txt must be from 0 to {num_layers}, the layers of the text encoder;"
-            f" found {k_txt}"
-        )
-
-
-def text_inputs(backbone: Any, token_ids: Any, padding_mask: Any) -> dict[str, Any]:
-    """Return the inputs a text backbone wants; a lone sentence is all segment 0."""
-    wanted = {tensor.name for tensor in backbone.inputs}
-    # A zero that keeps the type and shape of arrays and of symbolic tensors alike.
-    inputs = {"token_ids": token_ids, "padding_mask": padding_mask, "segment_ids": token_ids * 0}
-    return {key: value for key, value in inputs.items() if key in wanted}
-
-
-def _compile(model: Any, first_token: int) -> Callable[[Any], np.ndarray]:
-    """Return the compiled inference of `model`, its tokens from `first_token` on."""
-    import keras
-
-    single = len(model.inputs) == 1 and not isinstance(model.input, dict)
-    key = None if single or len(model.inputs) > 1 else model.inputs[0].name
-
-    def wrap(inputs: Any) -> Any:
-        return inputs if key is None or isinstance(inputs, Mapping) else {key: inputs}
-
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        @tf.function(jit_compile=True)
-        def forward(inputs: Any) -> Any:
-            return model(wrap(inputs), training=False)[:, first_token:]
-
-        return lambda inputs: forward(
-            keras.tree.map_structure(tf.convert_to_tensor, inputs)
-        ).numpy()
-    if keras.backend.backend() == "jax":
-        import jax
-
-        @jax.jit
-        def apply(trainable: Any, fixed: Any, inputs: Any) -> Any:
-            outputs, _ = model.stateless_call(trainable, fixed, wrap(inputs), training=False)
-            return outputs[:, first_token:]
-
-        trainable = [variable.value for variable in model.trainable_variables]
-        fixed = [variable.value for variable in model.non_trainable_variables]
-        return lambda inputs: np.asarray(apply(trainable, fixed, inputs))
-    raise PresetError(
-        f"the Keras backend {keras.backend.backend()} is not supported; set"
-        " KERAS_BACKEND=tensorflow or jax"
-    )
-
-
-def _compile_converter(converter: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the converter as a function of one uint8 image, with the bits of its eager call."""
-    import keras
-
-    if keras.backend.backend() != "tensorflow":
-        return lambda image: np.asarray(converter(image), np.float32)
-    import tensorflow as tf
-
-    # Called eagerly, the converter rounds the resized image back to uint8; traced, it does not,
-    # and the pixels differ by up to half a level. So resize, round, and normalise apart.
-    normalise = type(converter).from_config({**converter.get_config(), "image_size": None})
-
-    @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)])
-    def convert(image: Any) -> Any:
-        with tf.device("CPU:0"):
-            resized = converter.resizing(tf.cast(image, tf.float32))
-            levels = tf.clip_by_value(tf.round(resized), 0.0, 255.0)
-            return tf.cast(normalise(levels), tf.float32)
-
-    concrete = convert.get_concrete_function()
-    return lambda image: concrete(tf.constant(image)).numpy()
+        return self._encode(self.tower.inputs(token_ids, padding_mask), k_txt)
 
 
 def load_backbone(preset: Preset, precision: str) -> Any:
@@ -398,7 +360,9 @@ def load_backbone(preset: Preset, precision: str) -> Any:
 
     Raises:
         PresetError: keras-hub cannot load it.
+        UsageError: The Keras backend is not supported.
     """
+    import_framework()
     import keras_hub
 
     try:

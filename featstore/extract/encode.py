@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from featstore.config import StoreConfig
 from featstore.data.images import decode_image, read_bytes
-from featstore.encoders.spec import QUANTISED, FeatureSpec, TextSpec, VisionSpec
+from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError
 from featstore.extract.worklist import PlannedShard
 from featstore.progress import Progress
-from featstore.store.numbers import SCALE_DTYPE, quantise
-from featstore.store.shard import ShardRows, digest_bytes, feature_dtype
+from featstore.store.numbers import Numbers
+from featstore.store.shard import digest_bytes
+from featstore.store.write import ShardRows
 
 # Sentences are encoded by so many batches at once.
 SENTENCE_BATCHES = 8
@@ -83,42 +84,6 @@ class Batched:
 
 
 @dataclass(frozen=True)
-class StoredNumbers:
-    """Features in the stored dtype.
-
-    Attributes:
-        features: Shape (rows, tokens, width).
-        scales: int8 only: float32 of shape (rows, tokens).
-    """
-
-    features: NDArray[Any]
-    scales: NDArray[np.float32] | None = None
-
-    def row(self, row: int, tokens: int | None = None) -> StoredNumbers:
-        """Return one row, or its first tokens."""
-        scales = None if self.scales is None else self.scales[row, :tokens]
-        return StoredNumbers(self.features[row, :tokens], scales)
-
-    def fits(self) -> bool:
-        """Tell whether every number is finite in the stored dtype."""
-        # int8 levels always are; the scale of a token that was not tells it.
-        return bool(np.isfinite(self.features if self.scales is None else self.scales).all())
-
-
-def to_stored(values: NDArray[Any], dtype: str) -> StoredNumbers:
-    """Round features to the stored dtype.
-
-    Args:
-        values: Float of shape (rows, tokens, width).
-        dtype: Stored number format.
-    """
-    if dtype == QUANTISED:
-        return StoredNumbers(*quantise(values))
-    with np.errstate(over="ignore"):
-        return StoredNumbers(values.astype(feature_dtype(dtype)))
-
-
-@dataclass(frozen=True)
 class Encoded:
     """One input's features, or why it has none.
 
@@ -131,15 +96,15 @@ class Encoded:
     """
 
     key: str
-    numbers: StoredNumbers | None
+    numbers: Numbers | None
     reason: str = ""
     digest: PhotoDigest | None = None
     token_ids: NDArray[np.int32] | None = None
 
 
-def _fitting(row: StoredNumbers, dtype: str) -> tuple[StoredNumbers | None, str]:
+def _fitting(row: Numbers, dtype: str) -> tuple[Numbers | None, str]:
     """Return a row that fits its stored dtype, or None and the reason."""
-    if row.fits():
+    if row.is_finite():
         return row, ""
     return None, f"features do not fit {dtype}; use [store] dtype float32"
 
@@ -243,9 +208,9 @@ class PhotoEncoding:
 
         def encoded() -> Iterator[Encoded]:
             pixels = np.stack([item.pixels for item in batch if item.pixels is not None])
-            stored = to_stored(self.batched(pixels), self.dtype)
+            stored = Numbers.rounded(self.batched(pixels), self.dtype)
             for i, item in enumerate(batch):
-                yield Encoded(item.key, *_fitting(stored.row(i), self.dtype), item.digest)
+                yield Encoded(item.key, *_fitting(stored[i], self.dtype), item.digest)
             batch.clear()
 
         for item in photos:
@@ -261,8 +226,7 @@ class PhotoEncoding:
     def _made(self, shard: PlannedShard, items: Iterable[Encoded], progress: Progress) -> Made:
         shape = (len(shard.keys), 1, self.encoder.num_tokens, self.encoder.width)
         # In place: lists of rows, joined at the end, would take the memory of two shards.
-        features = np.empty(shape, feature_dtype(self.dtype))
-        scales = np.empty(shape[:-1], SCALE_DTYPE) if self.dtype == QUANTISED else None
+        features = Numbers.empty(shape, self.dtype)
         keys: list[str] = []
         digests: list[PhotoDigest] = []
         failed: dict[str, tuple[str, PhotoDigest | None]] = {}
@@ -272,14 +236,10 @@ class PhotoEncoding:
                 failed[item.key] = (item.reason, item.digest)
                 continue
             assert item.digest is not None
-            features[len(keys), 0] = item.numbers.features
-            if scales is not None:
-                scales[len(keys), 0] = item.numbers.scales
+            features[len(keys), 0] = item.numbers
             keys.append(item.key)
             digests.append(item.digest)
-        rows = ShardRows(keys, features[: len(keys)], digests)
-        rows.scales = None if scales is None else scales[: len(keys)]
-        return shard, rows, failed
+        return shard, ShardRows(keys, features[: len(keys)], digests), failed
 
 
 class SentenceEncoding:
@@ -312,13 +272,13 @@ class SentenceEncoding:
         step = self.store.encode_batch_size * SENTENCE_BATCHES
         for first in range(0, len(keys), step):
             span = slice(first, first + step)
-            stored = to_stored(self.batched(token_ids[span], mask[span]), self.dtype)
-            for i in range(first, first + len(stored.features)):
+            stored = Numbers.rounded(self.batched(token_ids[span], mask[span]), self.dtype)
+            for i in range(first, first + len(stored)):
                 ids = token_ids[i, : lengths[i]]
-                row, reason = _fitting(stored.row(i - first, len(ids)), self.dtype)
+                row, reason = _fitting(stored[i - first, : len(ids)], self.dtype)
                 if row is not None:
                     # Copied, else a sentence would keep its whole batch in memory.
-                    row = StoredNumbers(row.features.copy(), row.scales)
+                    row = row.copy()
                 yield Encoded(keys[i], row, reason, token_ids=ids)
 
     def shards(self, planned: Iterable[PlannedShard], progress: Progress) -> Iterator[Made]:
@@ -327,7 +287,7 @@ class SentenceEncoding:
             yield self._made(shard, self.rows(shard.keys), progress)
 
     def _made(self, shard: PlannedShard, items: Iterable[Encoded], progress: Progress) -> Made:
-        kept: list[tuple[str, StoredNumbers, NDArray[np.int32]]] = []
+        kept: list[tuple[str, Numbers, NDArray[np.int32]]] = []
         failed: dict[str, tuple[str, PhotoDigest | None]] = {}
         for item in items:
             progress(1)
@@ -336,17 +296,14 @@ class SentenceEncoding:
             else:
                 assert item.token_ids is not None
                 kept.append((item.key, item.numbers, item.token_ids))
-        nothing = np.empty((0, self.encoder.width), feature_dtype(self.dtype))
+        nothing = Numbers.empty((0, self.encoder.width), self.dtype)
         lengths = [len(ids) for _, _, ids in kept]
         rows = ShardRows(
             [key for key, _, _ in kept],
-            np.concatenate([nothing, *(numbers.features for _, numbers, _ in kept)]),
+            Numbers.concatenate([nothing, *(numbers for _, numbers, _ in kept)]),
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             token_ids=np.concatenate([np.empty(0, np.int32), *(ids for _, _, ids in kept)]),
         )
-        if self.dtype == QUANTISED:
-            scales = [numbers.scales for _, numbers, _ in kept if numbers.scales is not None]
-            rows.scales = np.concatenate([np.empty(0, SCALE_DTYPE), *scales])
         return shard, rows, failed
 
 

@@ -24,7 +24,7 @@ from featstore.extract.encode import Encoder, Encoding, Failed, Made, encoding_o
 from featstore.extract.plan import Job, Plan, make_plan
 from featstore.extract.worklist import PlannedShard, WorkList, alone, sharing
 from featstore.progress import SILENT, Progress, Show
-from featstore.store.shard import ShardRows
+from featstore.store.write import ShardRows
 
 ALL = range(sys.maxsize)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from featstore.data.images import ImageIndex, read_bytes
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, vision_row_shape
 from featstore.errors import ConfigError, ImageError, StoreError
 from featstore.store.folder import read_quarantine, shard_paths
-from featstore.store.shard import digest_bytes, token_bytes
+from featstore.store.numbers import token_bytes
+from featstore.store.shard import digest_bytes
 from featstore.store.store import Store, VisionStore, open_store
 
 MAX_SHARD_BYTES = 4 << 30
@@ -25,7 +26,7 @@ UNITS = {"vit": "images", "text": "sentences"}
 KINDS = tuple(UNITS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Job:
     """Inputs whose features by one spec the store is to hold.
 
@@ -41,12 +42,15 @@ class Job:
     spec: FeatureSpec
     preset: str
     store: StoreConfig
-    keys: Sequence[str] = field(repr=False)
-    images: ImageIndex | None = field(default=None, repr=False)
-    load: Callable[[], Any] | None = field(default=None, repr=False)
+    keys: Sequence[str]
+    images: ImageIndex | None = None
+    load: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", list(dict.fromkeys(self.keys)))
+
+    def __repr__(self) -> str:
+        return f"<Job: {len(self.keys)} {self.unit} by {self.preset} into {self.folder}>"
 
     @property
     def folder(self) -> Path:
@@ -80,7 +84,7 @@ class Job:
         return [path for path in found if path is not None]
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """What an extraction has to do.
 
@@ -99,6 +103,12 @@ class Plan:
     quarantined: int
     todo_bytes: int
     free_bytes: int
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan: {len(self.keys)} of {self.requested} {self.job.unit} to do,"
+            f" {self.todo_bytes / 1e6:.1f} MB, into {self.folder}>"
+        )
 
     @property
     def folder(self) -> Path:
@@ -123,7 +133,7 @@ class Plan:
         """
         if self.todo_bytes > self.free_bytes:
             raise StoreError(
-                f"{self.folder}: the features need {self.todo_bytes / 1e9:.2f} GB and"
+                f"{self.folder}: the features need up to {self.todo_bytes / 1e9:.2f} GB and"
                 f" {self.free_bytes / 1e9:.2f} GB are free; free some space, or set"
                 " [store] root to another disk"
             )
@@ -194,13 +204,12 @@ def make_plan(job: Job) -> Plan:
         # A sentence never changes: one that failed under this spec always fails.
         same = [bool(there) or key in known for there, key in zip(stored, keys, strict=True)]
     todo = [i for i, unchanged in enumerate(same) if not unchanged]
-    row_bytes = _row_bytes(job, [keys[i] for i in todo])
     return Plan(
         job=job,
         keys=[keys[i] for i in todo],
         changed=sum(bool(stored[i]) for i in todo),
         quarantined=sum(unchanged and not stored[i] for i, unchanged in enumerate(same)),
-        todo_bytes=row_bytes,
+        todo_bytes=_bytes_of(job, len(todo)),
         free_bytes=free_space(job.folder),
     )
 
@@ -226,19 +235,23 @@ def _unchanged(
     ]
 
 
-def _row_bytes(job: Job, keys: Sequence[str]) -> int:
-    """Return the bytes that the features of some inputs take; of sentences, at most."""
+def _bytes_of(job: Job, rows: int) -> int:
+    """Return the bytes that the features of so many inputs take; of sentences, at most.
+
+    Only the tokenizer could tell how long a sentence is, and not cheaply: one
+    character may be several tokens.
+    """
     spec, store = job.spec, job.store
-    if not isinstance(spec, VisionSpec):
-        assert isinstance(spec, TextSpec)
-        words = sum(min(len(key.split()) * 2 + 2, spec.sequence_length) for key in keys)
-        return words * token_bytes(spec.dtype, int(spec.architecture["hidden_dim"]))
-    tokens, width = vision_row_shape(spec.architecture, spec.tokens)
+    if isinstance(spec, TextSpec):
+        width = int(spec.architecture["hidden_dim"])
+        return rows * spec.sequence_length * token_bytes(spec.dtype, width)
+    assert isinstance(spec, VisionSpec)
+    tokens, width = vision_row_shape(spec)
     row_bytes = spec.views * tokens * token_bytes(spec.dtype, width)
-    if min(store.shard_rows, len(keys)) * row_bytes > MAX_SHARD_BYTES:
+    if min(store.shard_rows, rows) * row_bytes > MAX_SHARD_BYTES:
         raise ConfigError(
             f"[store] shard_rows = {store.shard_rows}: one shard would take"
             f" {store.shard_rows * row_bytes / 1e9:.1f} GB of memory; choose at most"
             f" {MAX_SHARD_BYTES // row_bytes}"
         )
-    return len(keys) * row_bytes
+    return rows * row_bytes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from featstore.publish import (
     package_versions,
     publish,
     read_json,
+    text_digest,
     write_json,
 )
 from featstore.store.folder import (
@@ -28,7 +28,8 @@ from featstore.store.folder import (
     write_manifest,
     write_quarantine,
 )
-from featstore.store.shard import ShardRows, describe_file, shard_name, write_shard
+from featstore.store.shard import describe_file, shard_name
+from featstore.store.write import ShardRows, write_shard
 
 PLAN = "plan.json"
 # Key to the reason and the digest of a photo that failed.
@@ -195,8 +196,7 @@ def release_from_quarantine(folder: Path, keys: Sequence[str]) -> None:
 
 def request_token(keys: Sequence[str], shard_rows: int) -> str:
     """Return what two equal requests have in common: a digest of the rows and their order."""
-    text = json.dumps([shard_rows, list(dict.fromkeys(keys))])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return text_digest(json.dumps([shard_rows, list(dict.fromkeys(keys))]))
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
@@ -233,4 +233,4 @@ def _parse_plan(folder: Path, state: tuple[int, int, int]) -> dict[str, Any] | N
 def plan_token(written: Mapping[str, Any]) -> str:
     """Return the digest of a plan: of its request, its numbers and its rows."""
     fields = [written[name] for name in ("request", "first", "shard_rows", "keys")]
-    return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).hexdigest()
+    return text_digest(json.dumps(fields))

@@ -12,37 +12,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import socket
 import sys
-import tempfile
 import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featstore.config import EncodersConfig
-from featstore.encoders.spec import FeatureSpec, TextSpec, text_spec, vision_spec
-from featstore.errors import FeatstoreError, StoreError
-from featstore.extract.encode import Encoding, encoding_of, load_encoder
+from featstore.errors import StoreError
+from featstore.extract.actor import Finished, Host, ShardActor, Task
 from featstore.extract.extract import ALL, Summary
 from featstore.extract.plan import Job, Plan
-from featstore.extract.publisher import Publisher
-from featstore.extract.worklist import PlannedShard, WorkList, sharing
+from featstore.extract.worklist import WorkList, sharing
 from featstore.progress import SILENT, Progress, Show
-from featstore.publish import TEMPORARY, package_versions, write_text
+from featstore.publish import TEMPORARY, write_text
 from featstore.ray_cluster import (
     ENVIRONMENT,
     Actors,
     connect,
-    limit_threads,
     one_line,
     resources_of,
 )
 from featstore.store.folder import read_quarantine
-from featstore.store.shard import ShardRows, open_shard, shard_name, write_shard
+from featstore.store.shard import open_shard, shard_name
+from featstore.store.write import ShardRows
 
 # A photo that ends its process each time must not be tried without end.
 MOST_TRIES = 4
@@ -52,155 +46,6 @@ WAIT_SECONDS = 30.0
 SAMPLED_PHOTOS = 3
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What every actor of an extraction is told.
-
-    Attributes:
-        job: What is extracted, without its inputs.
-        token: What the file `marker` in the features' folder holds.
-        photos: Some of the photos that are there on the driver's machine.
-        threads: Of a forward pass; 0: as many as TensorFlow takes.
-    """
-
-    job: Job
-    token: str
-    marker: str
-    photos: tuple[Path, ...]
-    threads: int
-    return_shards: bool
-    environment: dict[str, str]
-    command: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Host:
-    """What an actor says of itself; `refusal` tells why it cannot work."""
-
-    name: str
-    sees_folder: bool = False
-    versions: tuple[tuple[str, str], ...] = ()
-    refusal: str = ""
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """What became of a planned shard.
-
-    Attributes:
-        keys: Rows published, or to publish from `data`.
-        failed: Key to reason and digest.
-        batch_size: Rows of a forward pass at the end.
-        line: Of the manifest, with `data`.
-        data: The file, where the actor does not see the folder.
-        refusal: Why it could not be made.
-    """
-
-    keys: tuple[str, ...] = ()
-    failed: dict[str, tuple[str, tuple[int, int] | None]] = dataclasses.field(default_factory=dict)
-    batch_size: int = 0
-    line: dict[str, Any] | None = None
-    data: Any = None
-    refusal: str = ""
-
-
-class ShardActor:
-    """Holds the encoder on one node and makes planned shards."""
-
-    def __init__(self, task: _Task) -> None:
-        self.task = task
-        self.name = socket.gethostname()
-        self.sees_folder = False
-        self.encoding: Encoding | None = None
-
-    def ready(self) -> _Host:
-        """Look at the folders and load the encoder; a refusal is returned, not raised."""
-        task = self.task
-        if self.encoding is None:
-            os.environ.update(task.environment)
-            # Outputs record the command of the one who asked.
-            sys.argv[:] = task.command
-            unseen = [path for path in task.photos if not path.is_file()]
-            if unseen:
-                return self._refused(
-                    f"the photo {unseen[0]} is not there; give every node the folder of the"
-                    " photos under the same path"
-                )
-            try:
-                self._load()
-            except FeatstoreError as error:
-                return self._refused(str(error))
-        self.sees_folder = not task.return_shards and self._sees_folder()
-        return _Host(self.name, self.sees_folder, tuple(package_versions().items()))
-
-    def _refused(self, why: str) -> _Host:
-        return _Host(self.name, refusal=f"node {self.name}: {why}")
-
-    def _sees_folder(self) -> bool:
-        marker = self.task.job.folder / self.task.marker
-        try:
-            same = marker.read_text() == self.task.token
-        except OSError:
-            return False
-        return same and os.access(self.task.job.folder, os.W_OK)
-
-    def _load(self) -> None:
-        task = self.task
-        limit_threads(task.threads)
-        job = task.job
-        found = _spec_here(job).fingerprint
-        if found != job.spec.fingerprint:
-            raise StoreError(
-                f"{job.preset} gives features {found}, expected {job.spec.fingerprint};"
-                " install the same versions and weights on every node"
-            )
-        self.encoding = encoding_of(job.spec, load_encoder(job.spec, job.preset), job.store)
-
-    def make(self, shard: PlannedShard) -> _Finished:
-        """Encode a planned shard; publish it, or return it.
-
-        Args:
-            shard: Its photos' paths are this node's too.
-        """
-        try:
-            return self._make(shard)
-        except FeatstoreError as error:
-            return _Finished(refusal=f"node {self.name}: {error}")
-
-    def _make(self, shard: PlannedShard) -> _Finished:
-        job, encoding = self.task.job, self.encoding
-        assert encoding is not None
-        _, rows, failed = next(iter(encoding.shards([shard], lambda count: None)))
-        keys, size = tuple(rows.keys), encoding.batched.batch_size
-        if self.sees_folder:
-            publisher = Publisher(job.folder, job.spec, self.task.token)
-            if not publisher.publish(shard.number, rows, failed):
-                return _Finished(batch_size=size)
-            return _Finished(keys, dict(failed), size)
-        if not keys:
-            return _Finished(keys, dict(failed), size)
-        line, data = _file_of(shard.number, rows, job.spec)
-        return _Finished(keys, dict(failed), size, line, data)
-
-
-def _spec_here(job: Job) -> FeatureSpec:
-    """Return a job's spec as this machine's preset files and packages make it."""
-    spec = job.spec
-    if not isinstance(spec, TextSpec):
-        return vision_spec(EncodersConfig(vit=job.preset), job.store)
-    encoders = EncodersConfig(text=job.preset, sequence_length=spec.sequence_length)
-    return text_spec(encoders, job.store, int(spec.architecture["num_layers"]) - spec.boundary)
-
-
-def _file_of(number: int, rows: ShardRows, spec: FeatureSpec) -> tuple[dict[str, Any], bytes]:
-    """Return a shard's line of the manifest and its file's bytes."""
-    with tempfile.TemporaryDirectory(prefix="featstore-") as scratch:
-        path = Path(scratch) / shard_name(number)
-        versions = package_versions()
-        line = write_shard(path, spec.kind, spec.fingerprint, spec.dtype, rows, versions)
-        return line, path.read_bytes()
-
-
 class _Driver:
     """Hands planned shards to actors until all are there."""
 
@@ -208,7 +53,7 @@ class _Driver:
         self,
         ray: Any,
         work: WorkList,
-        task: _Task,
+        task: Task,
         resources: tuple[int, float, float],
         show: Show,
         progress: Progress,
@@ -345,7 +190,7 @@ class _Driver:
         self.progress(len(shard.keys))
         return True
 
-    def _introduce(self, host: _Host) -> None:
+    def _introduce(self, host: Host) -> None:
         if self.versions not in (None, host.versions):
             found = dict(host.versions).items() ^ dict(self.versions or ()).items()
             differing = ", ".join(sorted({name for name, _ in found}))
@@ -360,7 +205,7 @@ class _Driver:
                 f"Ray: node {host.name} does not see {self.work.folder}; its shards are sent here"
             )
 
-    def _take(self, position: int, found: _Finished) -> None:
+    def _take(self, position: int, found: Finished) -> None:
         number = self.work.first + position
         keys, failed = found.keys, found.failed
         if found.data is not None:
@@ -398,11 +243,11 @@ def _task(
     wanted: Actors,
     resources: tuple[int, float, float],
     marker: str,
-) -> _Task:
+) -> Task:
     token = work.publisher.token
     assert token is not None
     _, gpus, cpus = resources
-    return _Task(
+    return Task(
         job=dataclasses.replace(work.job, keys=(), images=None, load=None),
         token=token,
         marker=marker,

@@ -53,7 +53,8 @@ from featstore.store.folder import (
     write_manifest,
     write_spec,
 )
-from featstore.store.shard import ShardRows, open_shard, shard_name
+from featstore.store.shard import open_shard, shard_name
+from featstore.store.write import ShardRows
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,15 @@ from featstore.errors import (
     CorruptShardError,
     StoreError,
 )
-from featstore.publish import command_line, package_versions, read_json, write_json
+from featstore.publish import (
+    checksum,
+    command_line,
+    package_versions,
+    read_json,
+    text_digest,
+    write_checked,
+    write_json,
+)
 from featstore.store.shard import (
     MAKE_READABLE,
     REPAIR,
@@ -80,12 +87,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """Return the XXH3-128 of a manifest's canonical JSON, its own `checksum` left out."""
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
-    return xxhash.xxh3_128_hexdigest(canonical_json(content).encode())
-
-
 def manifest_damage(folder: Path) -> str:
     """Say what is wrong with a folder's manifest; empty where nothing is.
 
@@ -114,7 +115,7 @@ def manifest_damage(folder: Path) -> str:
         return "its format or fingerprint is not this folder's"
     try:
         if "checksum" in found:
-            changed = found["checksum"] != manifest_checksum(found)
+            changed = found["checksum"] != checksum(found)
         else:
             # The first version had no other fields: this may have been the checksum's name.
             changed = not found.keys() <= FIRST_FIELDS
@@ -140,7 +141,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     return lines if sound else []
 
 
-def _manifest_lines(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+def manifest_lines(folder: Path) -> list[tuple[Path, dict[str, Any] | None]]:
     """Return each shard on the disk with its line of the manifest, if it has one.
 
     Raises:
@@ -177,7 +178,7 @@ def reconcile_manifest(folder: Path) -> list[dict[str, Any]]:
             that is not in it is damaged.
     """
     lines = []
-    for path, line in _manifest_lines(folder):
+    for path, line in manifest_lines(folder):
         if line is None:
             spec = read_spec(folder)
             rows = len(open_shard(path, spec["kind"], folder.name, spec["dtype"]))
@@ -196,7 +197,7 @@ def write_manifest(folder: Path, fingerprint: str, lines: list[dict[str, Any]]) 
         "quarantine": (folder / "quarantine.json").exists(),
         "shards": lines,
     }
-    write_json(folder / "manifest.json", {**manifest, "checksum": manifest_checksum(manifest)})
+    write_checked(folder / "manifest.json", manifest)
 
 
 def quarantine_checksum(key: str, entry: Mapping[str, Any]) -> str:
@@ -306,7 +307,7 @@ def read_spec(folder: Path) -> dict[str, Any]:
         text = canonical_json(spec)
     except (OSError, ValueError, KeyError, TypeError, StoreError) as error:
         raise CorruptShardError(f"{path}: no readable spec ({error})") from error
-    found = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    found = text_digest(text)
     if found != folder.name:
         raise CorruptShardError(
             f"{path}: fingerprint {found} does not match its folder; the file was changed"
@@ -324,6 +325,15 @@ def read_spec(folder: Path) -> dict[str, Any]:
                 f" {kind.__name__})"
             )
     return spec
+
+
+def read_names(folder: Path) -> list[str]:
+    """Return the preset names that a folder's features are known by, if any can be read."""
+    try:
+        names = read_json(folder / "spec.json")["names"]
+        return [str(name) for name in names.values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def write_spec(folder: Path, spec: FeatureSpec, names: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""One immutable HDF5 shard: write it, map it, check it.
+"""One immutable HDF5 shard: what is in the file, open it, map it, check it (`write.py` makes it).
 
 Layout (format 1; every dataset contiguous and uncompressed):
 
@@ -15,7 +15,7 @@ Layout (format 1; every dataset contiguous and uncompressed):
 and in format 2, which int8 features have:
 
     /scales         float32, the size of one step of each token's features
-                    (see `quantise.py`): vision (rows, views, tokens); text
+                    (see `numbers.py`): vision (rows, views, tokens); text
                     (all tokens,). A row's checksum goes on with its scales.
 
 Root attributes: `format`, `kind`, `fingerprint`, `dtype` (bfloat16 is kept as
@@ -28,7 +28,6 @@ bytes.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import math
@@ -36,8 +35,8 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,7 @@ from numpy.typing import NDArray
 
 from featstore.encoders.spec import QUANTISED, format_of
 from featstore.errors import Advice, Command, CorruptShardError, StoreError
-from featstore.publish import publish
-from featstore.store.numbers import SCALE_DTYPE
+from featstore.store.numbers import SCALE_DTYPE, Numbers, feature_dtype
 
 PAGE_BYTES = 4096
 VERIFY = Command("store", "verify")
@@ -102,23 +100,9 @@ def shard_number(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def feature_dtype(name: str) -> np.dtype[Any]:
-    """Return the NumPy dtype of a stored number format."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
-
-
-def _disk_dtype(name: str) -> np.dtype[Any]:
+def disk_dtype(name: str) -> np.dtype[Any]:
+    """Return the HDF5 dtype of a stored number format; it has none for bfloat16."""
     return np.dtype(np.uint16) if name == "bfloat16" else np.dtype(name)
-
-
-def token_bytes(dtype: str, width: int) -> int:
-    """Return the bytes that one token of features takes on the disk, its scale included."""
-    scale_bytes = SCALE_DTYPE.itemsize if dtype == QUANTISED else 0
-    return width * feature_dtype(dtype).itemsize + scale_bytes
 
 
 def digest_keys(keys: Iterable[str]) -> NDArray[np.uint64]:
@@ -133,74 +117,23 @@ def digest_bytes(data: bytes) -> tuple[int, int]:
     return value >> 64, value & (2**64 - 1)
 
 
-def row_checksum(
-    features: NDArray[Any],
-    token_ids: NDArray[np.int32] | None = None,
-    scales: NDArray[np.float32] | None = None,
-) -> int:
-    """Return the XXH3-64 checksum of one row: ids of a text row, features, scales if any."""
-    state = xxhash.xxh3_64()
-    if token_ids is not None:
-        state.update(np.ascontiguousarray(token_ids).view(np.uint8).data)
-    state.update(np.ascontiguousarray(features).view(np.uint8).data)
-    if scales is not None:
-        state.update(np.ascontiguousarray(scales).view(np.uint8).data)
-    return state.intdigest()
+def shard_header(
+    kind: str, fingerprint: str, dtype: str, shape: tuple[int, ...], versions: str, number: Any
+) -> dict[str, Any]:
+    """Return what the index checksum covers beside the index; all but the shape are attributes."""
+    header = {
+        "format": format_of(dtype),
+        "kind": kind,
+        "fingerprint": fingerprint,
+        "dtype": dtype,
+        "shape": list(shape),
+        "versions": versions,
+    }
+    return header if number is None else {**header, "number": number}
 
 
-@dataclass
-class ShardRows:
-    """The rows of a shard, in memory, before it is published.
-
-    Attributes:
-        keys: Image ids, or sentences.
-        features: Vision `(rows, views, tokens, width)`; text `(all tokens,
-            width)`. In the stored dtype.
-        source_digests: Vision only: two 64-bit numbers a row.
-        offsets: Text only: int64 of shape (rows + 1,).
-        token_ids: Text only: int32 of shape (all tokens,).
-        scales: int8 features only: float32, the shape of `features` but its
-            last axis.
-    """
-
-    keys: list[str]
-    features: NDArray[Any]
-    source_digests: list[tuple[int, int]] | None = None
-    offsets: NDArray[np.int64] | None = None
-    token_ids: NDArray[np.int32] | None = None
-    scales: NDArray[np.float32] | None = None
-
-    def _checksum(self, row: int | slice) -> int:
-        """Return the checksum of a row, or of a text row's tokens."""
-        ids = None if self.token_ids is None else self.token_ids[row]
-        return row_checksum(
-            self.features[row], ids, None if self.scales is None else self.scales[row]
-        )
-
-    def index(self) -> dict[str, NDArray[Any]]:
-        """Return every dataset but the features and their scales."""
-        encoded = [key.encode() for key in self.keys]
-        key_offsets = np.zeros(len(encoded) + 1, np.int64)
-        np.cumsum([len(key) for key in encoded], out=key_offsets[1:])
-        arrays: dict[str, NDArray[Any]] = {
-            "keys": np.frombuffer(b"".join(encoded), np.uint8),
-            "key_offsets": key_offsets,
-            "key_digests": digest_keys(self.keys),
-        }
-        if self.offsets is None:
-            arrays["source_digests"] = np.array(self.source_digests, np.uint64).reshape(-1, 2)
-            checksums = [self._checksum(row) for row in range(len(self.features))]
-        else:
-            assert self.token_ids is not None
-            arrays["offsets"] = self.offsets
-            arrays["token_ids"] = self.token_ids
-            spans = zip(self.offsets[:-1], self.offsets[1:], strict=True)
-            checksums = [self._checksum(slice(a, b)) for a, b in spans]
-        arrays["checksums"] = np.array(checksums, np.uint64)
-        return arrays
-
-
-def _index_checksum(arrays: dict[str, NDArray[Any]], header: dict[str, Any]) -> str:
+def index_checksum(arrays: dict[str, NDArray[Any]], header: dict[str, Any]) -> str:
+    """Return the XXH3-128 of a shard's index and header."""
     state = xxhash.xxh3_128()
     state.update(json.dumps(header, sort_keys=True).encode())
     for name in sorted(arrays):
@@ -209,104 +142,6 @@ def _index_checksum(arrays: dict[str, NDArray[Any]], header: dict[str, Any]) -> 
         if array.size:
             state.update(array.view(np.uint8).data)
     return state.hexdigest()
-
-
-def write_shard(
-    path: Path,
-    kind: str,
-    fingerprint: str,
-    dtype: str,
-    rows: ShardRows,
-    versions: dict[str, str],
-    before: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Publish a shard.
-
-    Args:
-        path: Final name; a file that is already there is an error.
-        kind: "vit" or "text".
-        fingerprint: Of the spec that the features were made by.
-        dtype: Stored number format.
-        rows: What to write.
-        versions: Package name to version, kept as an attribute.
-        before: Called right before the file gets its name; see `publish`.
-
-    Returns:
-        The shard's line of the manifest: name, rows, bytes, digest.
-
-    Raises:
-        CorruptShardError: `path` exists.
-        FeatstoreError: The file system refused.
-    """
-    if path.exists():
-        raise CorruptShardError(f"{path}: a published shard is never written again")
-    number = shard_number(path)
-    arrays = rows.index()
-    return _publish_shard(path, kind, fingerprint, dtype, rows, arrays, versions, number, before)
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Refuse to write a file that the disk has no room for.
-
-    HDF5 does not survive a disk that fills up under it: closing the file fails
-    too, and has been seen to end the process.
-
-    Raises:
-        OSError: The disk, the quota or the limit of a file's size is too small.
-    """
-    if not hasattr(os, "posix_fallocate"):
-        return  # macOS and Windows
-    with path.open("wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                raise  # otherwise a file system that cannot tell
-
-
-def _publish_shard(
-    path: Path,
-    kind: str,
-    fingerprint: str,
-    dtype: str,
-    rows: ShardRows,
-    arrays: dict[str, NDArray[Any]],
-    versions: dict[str, str],
-    number: int | None,
-    before: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    features = np.ascontiguousarray(rows.features).view(_disk_dtype(dtype))
-    numbers: dict[str, NDArray[Any]] = {"features": features}
-    if dtype == QUANTISED:
-        assert rows.scales is not None
-        # Before the features: who reads the file once has a row's scales when its features come.
-        numbers = {"scales": np.ascontiguousarray(rows.scales), **numbers}
-    header = {
-        "format": format_of(dtype),
-        "kind": kind,
-        "fingerprint": fingerprint,
-        "dtype": dtype,
-        "shape": list(features.shape),
-        "versions": json.dumps(versions, sort_keys=True),
-    }
-    if number is not None:
-        header["number"] = number
-    with publish(path, before) as temporary:
-        sizes = [array.nbytes for array in (*numbers.values(), *arrays.values())]
-        # Each dataset may be moved to the next page; the rest are headers and attributes.
-        _reserve(temporary, sum(sizes) + (len(sizes) + 4) * PAGE_BYTES)
-        # Page alignment lets a row be mapped, and copied, from an aligned address.
-        with h5py.File(
-            temporary, "w", alignment_threshold=PAGE_BYTES, alignment_interval=PAGE_BYTES
-        ) as file:
-            for name, array in (numbers | arrays).items():
-                file.create_dataset(name, data=array)
-            for name, value in header.items():
-                if name != "shape":
-                    file.attrs[name] = value
-            file.attrs["index_checksum"] = _index_checksum(arrays, header)
-        entry = describe_file(temporary)
-    return {"name": path.name, "rows": len(rows.keys), **entry}
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -325,26 +160,22 @@ class Shard:
     """A shard open for reading: its index in memory, its features mapped.
 
     Attributes:
-        features: Read-only map of `/features`.
+        features: Read-only map of `/features` and, of int8, `/scales`.
+        starts: Where each of `features.arrays` starts in the file; 0 where it is empty.
         index: The other datasets by name.
         versions: Packages that wrote it.
-        features_offset: Where `/features` starts in the file; 0 where it is empty.
         number: The number that it states; None in a shard of the first version.
-        scales: Read-only map of `/scales`; None where there are none.
-        scales_offset: Where `/scales` starts in the file.
     """
 
     path: Path
     kind: str
     fingerprint: str
     dtype: str
-    features: NDArray[Any]
+    features: Numbers
+    starts: tuple[int, ...]
     index: dict[str, NDArray[Any]]
-    versions: dict[str, str] = field(default_factory=dict)
-    features_offset: int = 0
+    versions: dict[str, str]
     number: int | None = None
-    scales: NDArray[np.float32] | None = None
-    scales_offset: int = 0
 
     def __len__(self) -> int:
         return len(self.index["checksums"])
@@ -369,9 +200,7 @@ class Shard:
         if self.kind == "text":
             part = slice(*self.index["offsets"][row : row + 2])
             ids = self.index["token_ids"][part]
-        scales = None if self.scales is None else self.scales[part]
-        found = row_checksum(self.features[part], ids, scales)
-        return found == int(self.index["checksums"][row])
+        return self.features[part].checksum(ids) == int(self.index["checksums"][row])
 
     def check_row(self, row: int) -> None:
         """Read a row.
@@ -389,70 +218,11 @@ class Shard:
         """Return where each row ends in the file, int64 of shape (rows,)."""
         ends = self.index["offsets"][1:] if self.kind == "text" else np.arange(1, len(self) + 1)
 
-        def ends_in(offset: int, array: NDArray[Any]) -> NDArray[np.int64]:
-            step = array.dtype.itemsize * math.prod(array.shape[1:])
-            return np.asarray(offset + ends * step, np.int64)
-
-        found = ends_in(self.features_offset, self.features)
-        if self.scales is None:
-            return found
-        return np.maximum(found, ends_in(self.scales_offset, self.scales))
-
-
-def rewrite_shard(shard: Shard, keep: NDArray[np.int64], restored: Set[int]) -> dict[str, Any]:
-    """Publish a shard again under its own name, with some of its rows.
-
-    With every row kept and restored to its old value, the file has the bytes
-    that it was first published with (by the same version of HDF5).
-
-    Args:
-        shard: Opened with `private`; its restored rows are already put right
-            in `features` and `scales`.
-        keep: int64, ascending: the rows to keep.
-        restored: Rows whose features were computed anew; every other row must
-            still have its checksum.
-
-    Returns:
-        The shard's new line of the manifest.
-
-    Raises:
-        CorruptShardError: A kept row is damaged; nothing was written.
-        FeatstoreError: The file system refused.
-
-    Cost: where rows are left out, the memory of those that stay.
-    """
-    index, keys = shard.index, shard.keys()
-    rows = ShardRows([keys[row] for row in keep.tolist()], shard.features, scales=shard.scales)
-    whole = len(keep) == len(shard)
-    kept = keep
-    if shard.kind == "vit":
-        rows.source_digests = [tuple(pair) for pair in index["source_digests"][keep].tolist()]
-    elif whole:
-        rows.offsets, rows.token_ids = index["offsets"], index["token_ids"]
-    else:
-        spans = [np.arange(*index["offsets"][row : row + 2]) for row in keep.tolist()]
-        kept = np.concatenate([np.zeros(0, np.int64), *spans])
-        rows.token_ids = index["token_ids"][kept]
-        rows.offsets = np.concatenate([[0], np.cumsum([len(span) for span in spans])])
-        rows.offsets = rows.offsets.astype(np.int64)
-    if not whole:
-        rows.features = shard.features[kept]
-        rows.scales = None if shard.scales is None else shard.scales[kept]
-    arrays = rows.index()
-    for row, found in zip(keep.tolist(), arrays["checksums"], strict=True):
-        # Writing a damaged row again would give it a checksum that fits.
-        if row not in restored and found != index["checksums"][row]:
-            shard.check_row(row)
-    return _publish_shard(
-        shard.path,
-        shard.kind,
-        shard.fingerprint,
-        shard.dtype,
-        rows,
-        arrays,
-        shard.versions,
-        shard.number,
-    )
+        parts = zip(self.starts, self.features.arrays, strict=True)
+        steps = [
+            (start, array.dtype.itemsize * math.prod(array.shape[1:])) for start, array in parts
+        ]
+        return np.max([start + ends * step for start, step in steps], axis=0).astype(np.int64)
 
 
 def salvage_keys(path: Path) -> list[str]:
@@ -624,9 +394,9 @@ def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bo
                     f" {expected} with {rank} axes"
                 )
         stored = datasets["features"]
-        if stored.dtype != _disk_dtype(dtype):
+        if stored.dtype != disk_dtype(dtype):
             raise CorruptShardError(
-                f"{path}: /features is {stored.dtype}, expected {_disk_dtype(dtype)}"
+                f"{path}: /features is {stored.dtype}, expected {disk_dtype(dtype)}"
             )
         scaled = datasets.get("scales")
         if scaled and (scaled.dtype, scaled.shape) != (SCALE_DTYPE, stored.shape[:-1]):
@@ -642,43 +412,27 @@ def _open_shard(path: Path, kind: str, fingerprint: str, dtype: str, private: bo
         reason = " ".join(str(error).split())
         raise CorruptShardError(f"{path}: not a readable shard ({reason})") from error
     _check_shapes(path, kind, stored.shape, index)
-    header: dict[str, Any] = {
-        "format": format_of(dtype),
-        "kind": kind,
-        "fingerprint": fingerprint,
-        "dtype": dtype,
-        "shape": list(stored.shape),
-        "versions": attributes["versions"],
-    }
-    if "number" in attributes:
-        named = shard_number(path)
-        header["number"] = attributes["number"] if named is None else named
+    number: Any = attributes.get("number")
+    if number is not None and (named := shard_number(path)) is not None:
+        number = named
+    written_by = str(attributes["versions"])
+    header = shard_header(kind, fingerprint, dtype, stored.shape, written_by, number)
     for name, wanted in header.items():
         if name in attributes and attributes[name] != wanted:
             raise CorruptShardError(f"{path}: {name} is {attributes[name]!r}, expected {wanted!r}")
-    if attributes["index_checksum"] != _index_checksum(index, header):
+    if attributes["index_checksum"] != index_checksum(index, header):
         raise CorruptShardError(
             f"{path}: keys, digests or offsets were changed (index checksum differs)"
         )
     try:
-        versions = dict(json.loads(str(header["versions"])))
+        versions = dict(json.loads(written_by))
     except (ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CorruptShardError(f"{path}: not a readable shard ({reason})") from error
-    number = header.get("number")
-    return Shard(
-        path,
-        kind,
-        fingerprint,
-        dtype,
-        stored.read(memory).view(feature_dtype(dtype)),
-        index,
-        versions,
-        features_offset=stored.offset or 0,
-        number=number,
-        scales=scaled.read(memory) if scaled else None,
-        scales_offset=(scaled.offset or 0) if scaled else 0,
-    )
+    values = stored.read(memory).view(feature_dtype(dtype))
+    features = Numbers(values, scaled.read(memory) if scaled else None)
+    starts = tuple(part.offset or 0 for part in (stored, scaled) if part)
+    return Shard(path, kind, fingerprint, dtype, features, starts, index, versions, number)
 
 
 def _map(path: Path, private: bool) -> mmap.mmap:

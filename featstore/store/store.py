@@ -1,23 +1,17 @@
-"""Open the features of one spec, find rows by key, gather them.
-
-A key may stand in several shards (its photo changed): the last one counts.
-"""
+"""Open the features of one spec and read them, by key or by position (see `index.py`)."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
-from bisect import bisect_right
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.encoders.spec import QUANTISED, FeatureSpec, canonical_json, differing_fields
+from featstore.encoders.spec import FeatureSpec, canonical_json, differing_fields
 from featstore.errors import (
     Command,
     CorruptShardError,
@@ -25,173 +19,10 @@ from featstore.errors import (
     StaleFeaturesError,
     StoreError,
 )
-from featstore.store.folder import _manifest_lines, read_quarantine, read_spec, shard_paths
-from featstore.store.numbers import SCALE_DTYPE
-from featstore.store.shard import (
-    VERIFY,
-    digest_keys,
-    feature_dtype,
-    open_shard,
-)
-
-IntArray = NDArray[np.int64]
-
-ALIGNMENT_BYTES = 64
-
-
-def aligned_empty(
-    shape: tuple[int, ...], dtype: Any, alignment: int = ALIGNMENT_BYTES
-) -> NDArray[Any]:
-    """Return an uninitialised array that starts at a multiple of `alignment` bytes.
-
-    NumPy's own large arrays start 16 bytes past a page. Copying to there from
-    rows that start at a page takes twice the time on processors whose string
-    moves are slow at such distances, AMD's Zen 3 and 4 among them.
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + alignment, np.uint8)
-    start = -memory.ctypes.data % alignment
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-class Store:
-    """The features of one spec, read-only.
-
-    Safe to use from several threads. Nothing of HDF5 stays open, so it may
-    also be used after a fork.
-    """
-
-    def __init__(self, folder: Path, spec: dict[str, Any]) -> None:
-        self.folder = folder
-        self.spec = spec
-        try:
-            self.dtype = feature_dtype(spec["dtype"])
-        except TypeError as error:
-            raise CorruptShardError(f"{folder}: unknown dtype {spec['dtype']!r}") from error
-        self.shards = [
-            open_shard(path, spec["kind"], folder.name, spec["dtype"])
-            for path, _ in _manifest_lines(folder)
-        ]
-        for shard in self.shards:
-            expected = self.shards[0].features.shape[1:]
-            if shard.features.shape[1:] != expected:
-                raise CorruptShardError(
-                    f"{shard.path}: a row has shape {shard.features.shape[1:]}, expected"
-                    f" {expected} as in {self.shards[0].path.name}",
-                    VERIFY,
-                )
-        counts = [len(shard) for shard in self.shards]
-        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._first_rows = self._starts[:-1].tolist()
-        digests = [shard.index["key_digests"] for shard in self.shards]
-        self._digests = np.concatenate(digests) if digests else np.zeros((0, 2), np.uint64)
-        self._order = np.argsort(self._digests[:, 0], kind="stable")
-        self._sorted = self._digests[self._order, 0]
-        self._checked = bytearray(len(self))
-        # A photo that changed and then failed: the features of its old bytes are stale.
-        quarantine = read_quarantine(folder, with_lost=True)
-        stale = [key for key, entry in quarantine.items() if entry["source_digest"]]
-        self._stale = set(self._find(stale).tolist()) - {-1}
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    @property
-    def quantised(self) -> bool:
-        """Whether `gather` gives int8 levels, which `gather_scales` has the scales of."""
-        return bool(self.spec["dtype"] == QUANTISED)
-
-    def lookup(self, keys: Sequence[str] | NDArray[Any]) -> IntArray:
-        """Find rows by key.
-
-        Args:
-            keys: Image ids, or sentences; repeats allowed.
-
-        Returns:
-            int64 of shape (len(keys),): store positions, -1 where absent. A
-            photo that changed and can no longer be decoded is absent too.
-        """
-        positions = self._find(keys)
-        if self._stale:
-            positions = np.where(np.isin(positions, list(self._stale)), -1, positions)
-        return positions
-
-    def _find(self, keys: Sequence[str] | NDArray[Any]) -> IntArray:
-        if not len(keys) or not len(self):
-            return np.full(len(keys), -1, np.int64)
-        wanted = digest_keys(keys)
-        # The last of equal digests is the newest row: the sort is stable.
-        slots = np.searchsorted(self._sorted, wanted[:, 0], side="right") - 1
-        positions = self._order[slots]
-        found = (slots >= 0) & (self._digests[positions] == wanted).all(axis=1)
-        return np.where(found, positions, -1)
-
-    def locate(self, positions: IntArray) -> tuple[IntArray, IntArray]:
-        """Return shard numbers and rows inside them, both int64 of shape (batch,).
-
-        Raises:
-            IndexError: A position is outside [0, len(self)).
-        """
-        positions = self._in_range(positions)
-        shards = np.searchsorted(self._starts, positions, side="right") - 1
-        return shards, positions - self._starts[shards]
-
-    def newest(self) -> IntArray:
-        """Return the position of each key's newest row, ascending; the others are superseded."""
-        order = np.lexsort((self._digests[:, 1], self._digests[:, 0]))
-        digests = self._digests[order]
-        last = np.ones(len(order), bool)
-        last[:-1] = (digests[1:] != digests[:-1]).any(axis=1)
-        return np.sort(order[last])
-
-    def live(self) -> IntArray:
-        """Return the positions that `lookup` can give, ascending."""
-        newest = self.newest()
-        return newest[~np.isin(newest, list(self._stale))] if self._stale else newest
-
-    def keys(self) -> list[str]:
-        """Return every key in store order, superseded rows included."""
-        return [key for shard in self.shards for key in shard.keys()]  # noqa: SIM118
-
-    def _in_range(self, positions: IntArray) -> IntArray:
-        """Return positions as int64; raise IndexError where one is outside [0, len(self))."""
-        positions = np.asarray(positions, np.int64)
-        if positions.size:
-            self._check_range(int(positions.min()), int(positions.max()))
-        return positions
-
-    def _check_range(self, least: int, greatest: int) -> None:
-        if least < 0 or greatest >= len(self):
-            raise IndexError(f"positions must lie in [0, {len(self)})")
-
-    def _places(self, positions: IntArray) -> list[tuple[int, int]]:
-        """Return shard and row of each position, after checking rows that were never read.
-
-        In lists: for a batch, arrays would take a tenth as long as copying it.
-
-        Raises:
-            IndexError: A position is outside [0, len(self)).
-            CorruptShardError: A row no longer has its checksum.
-        """
-        wanted: list[int] = positions.tolist()
-        if not wanted:
-            return []
-        self._check_range(min(wanted), max(wanted))
-        first_rows = self._first_rows
-        places = [
-            (shard := bisect_right(first_rows, position) - 1, position - first_rows[shard])
-            for position in wanted
-        ]
-        if not all(map(self._checked.__getitem__, wanted)):
-            self._check_rows(wanted, places)
-        return places
-
-    def _check_rows(self, positions: list[int], places: list[tuple[int, int]]) -> None:
-        """Check the checksum of each row that is read for the first time."""
-        for position, (shard, row) in zip(positions, places, strict=True):
-            if not self._checked[position]:
-                self.shards[shard].check_row(row)
-                self._checked[position] = True
+from featstore.store.folder import read_spec, shard_paths
+from featstore.store.index import IntArray, Keys, Store
+from featstore.store.numbers import Numbers, aligned_empty
+from featstore.store.shard import Shard
 
 
 class VisionStore(Store):
@@ -201,15 +32,15 @@ class VisionStore(Store):
         super().__init__(folder, spec)
         # Sliced once, to rows that `concatenate` joins: for a batch of 32, slicing each row and
         # copying it by a call of its own would cost a tenth of the copy.
-        self._plain_views = [shard.features[:, :1] for shard in self.shards]
-        self._plain_scales = [
-            shard.scales[:, 0] for shard in self.shards if shard.scales is not None
-        ]
+        # By array of `Numbers`, then by shard.
+        views = [shard.features[:, :1].arrays for shard in self.shards]
+        self._plain_views = list(zip(*views, strict=True))
 
     @functools.cached_property
     def row_shape(self) -> tuple[int, int]:
         """(tokens, width) of one view."""
-        return self.shards[0].features.shape[2:]
+        _, _, tokens, width = self.shards[0].features.shape
+        return tokens, width
 
     def source_digests(self, positions: IntArray) -> NDArray[np.uint64]:
         """Return the digests of the files that rows were made from, (batch, 2)."""
@@ -218,11 +49,28 @@ class VisionStore(Store):
         found = [self.shards[s].index["source_digests"][r] for s, r in pairs]
         return np.array(found, np.uint64).reshape(-1, 2)
 
+    def _extent(self) -> str:
+        if not self.rows:
+            return "no rows,"
+        return f"{len(self)} rows of {self.row_shape[0]} x {self.row_shape[1]}"
+
+    def __getitem__(self, key: str) -> NDArray[Any]:
+        """Return one image's features.
+
+        Returns:
+            `dtype`, shape (tokens, width): view 0, copied.
+
+        Raises:
+            MissingKeyError: It has none.
+            CorruptShardError: The row no longer has its checksum.
+        """
+        return self.gather(np.array([self._position(key)]))[0]
+
     def empty(self, rows: int) -> NDArray[Any]:
         """Return an uninitialised batch that `gather` fills at full speed.
 
         Returns:
-            Stored dtype, shape (rows, tokens, width), aligned to 64 bytes.
+            `dtype`, shape (rows, tokens, width), aligned to 64 bytes.
         """
         return aligned_empty((rows, *self.row_shape), self.dtype)
 
@@ -237,7 +85,7 @@ class VisionStore(Store):
             positions: int64 of shape (batch,). Store positions; repeats allowed.
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            IndexError: A position is outside [0, rows).
 
         Cost: some microseconds a row where it is in memory already.
         """
@@ -246,37 +94,37 @@ class VisionStore(Store):
             return  # macOS and Windows: the map still reads, page by page
         for number in np.unique(shards).tolist():
             shard = self.shards[number]
-            parts = [(shard.features_offset, shard.features[0].nbytes)]
-            if shard.scales is not None:
-                parts.append((shard.scales_offset, shard.scales[0].nbytes))
+            sizes = [array[0].nbytes for array in shard.features.arrays]
             # Only a hint: a file that cannot be opened any more is still mapped.
             with contextlib.suppress(OSError), shard.path.open("rb") as file:
                 for row in rows[shards == number].tolist():
-                    for offset, row_bytes in parts:
-                        start = offset + row * row_bytes
+                    for first, row_bytes in zip(shard.starts, sizes, strict=True):
+                        start = first + row * row_bytes
                         os.posix_fadvise(file.fileno(), start, row_bytes, os.POSIX_FADV_WILLNEED)
 
-    def gather(self, positions: IntArray, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Copy feature rows in the order of `positions`.
+    def gather(self, keys: Keys, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Copy feature rows in the order of `keys`.
 
         Args:
-            positions: int64 of shape (batch,). Store positions; repeats allowed.
-            out: Stored dtype, shape (batch, tokens, width), to fill, best
-                made by `empty`; or None to allocate.
+            keys: Image ids or store positions, of shape (batch,); repeats
+                allowed. Fastest: positions as int64.
+            out: `dtype`, shape (batch, tokens, width), to fill, best made by
+                `empty`; or None to allocate.
 
         Returns:
-            Stored dtype, shape (batch, tokens, width): view 0. int8 are
-            levels, to be multiplied by `gather_scales`.
+            `dtype`, shape (batch, tokens, width): view 0.
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            MissingKeyError: An image has no features.
+            IndexError: A position is outside [0, rows).
             ValueError: `out` has another shape or dtype.
             CorruptShardError: A row no longer has its checksum.
 
         Cost: one memory copy of the rows, and one pass of the checksum the
-        first time that a row is read; no HDF5 call.
+        first time that a row is read; no HDF5 call. Of int8 another pass, which
+        widens them.
         """
-        positions = np.asarray(positions, np.int64)
+        positions = self.positions(keys)
         if out is None:
             out = self.empty(len(positions))
         elif out.shape != (len(positions), *self.row_shape) or out.dtype != self.dtype:
@@ -284,32 +132,34 @@ class VisionStore(Store):
                 f"out is {out.dtype} {out.shape}, expected {self.dtype}"
                 f" {(len(positions), *self.row_shape)}"
             )
-        if rows := [self._plain_views[shard][row] for shard, row in self._places(positions)]:
-            np.concatenate(rows, out=out)
+        if self.quantised:
+            return self.gather_stored(positions).plain(out)
+        self._fill(positions, (out,))
         return out
 
-    def _check_rows(self, positions: list[int], places: list[tuple[int, int]]) -> None:
-        self.will_need(np.array([p for p in positions if not self._checked[p]]))
-        super()._check_rows(positions, places)
-
-    def gather_scales(self, positions: IntArray) -> NDArray[np.float32]:
-        """Copy the scales of int8 rows in the order of `positions`.
+    def gather_stored(self, positions: IntArray) -> Numbers:
+        """Copy feature rows as they are stored; see `gather`.
 
         Args:
             positions: int64 of shape (batch,). Store positions; repeats allowed.
 
         Returns:
-            float32 of shape (batch, tokens): one level of each token of view 0.
-
-        Raises:
-            IndexError: A position is outside [0, len(self)).
-            CorruptShardError: A row no longer has its checksum.
+            Shape (batch, tokens, width): view 0, aligned to 64 bytes.
         """
-        positions = np.asarray(positions, np.int64)
-        scales = np.empty((len(positions), self.row_shape[0]), SCALE_DTYPE)
-        for i, (shard, row) in enumerate(self._places(positions)):
-            scales[i] = self._plain_scales[shard][row]
-        return scales
+        found = Numbers.empty((len(positions), *self.row_shape), self.spec["dtype"])
+        self._fill(positions, found.arrays)
+        return found
+
+    def _fill(self, positions: IntArray, arrays: tuple[NDArray[Any], ...]) -> None:
+        """Copy rows into the arrays of a `Numbers`."""
+        places = self._places(positions)
+        if places:
+            for views, array in zip(self._plain_views, arrays, strict=True):
+                np.concatenate([views[shard][row] for shard, row in places], out=array)
+
+    def _check_rows(self, positions: list[int], places: list[tuple[int, int]]) -> None:
+        self.will_need(np.array([p for p in positions if not self._checked[p]]))
+        super()._check_rows(positions, places)
 
 
 class TextStore(Store):
@@ -317,6 +167,8 @@ class TextStore(Store):
 
     def __init__(self, folder: Path, spec: dict[str, Any]) -> None:
         super().__init__(folder, spec)
+        # By array of `Numbers`, then by shard.
+        self._stored = list(zip(*(shard.features.arrays for shard in self.shards), strict=True))
         lengths = [np.diff(shard.index["offsets"]) for shard in self.shards]
         self._lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
 
@@ -329,63 +181,101 @@ class TextStore(Store):
         """Return the number of valid tokens of rows, int64 of shape (batch,).
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            IndexError: A position is outside [0, rows).
         """
         return self._lengths[self._in_range(positions)]
 
-    def gather(self, positions: IntArray, length: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def _extent(self) -> str:
+        if not self.rows:
+            return "no rows,"
+        return f"{len(self)} rows, {self.lengths(self._live).sum()} tokens x {self.width}"
+
+    def _tokens(self, key: str) -> tuple[Shard, slice]:
+        """Return where the valid tokens of a sentence are."""
+        ((number, row),) = self._places(np.array([self._position(key)]))
+        shard = self.shards[number]
+        return shard, slice(*shard.index["offsets"][row : row + 2].tolist())
+
+    def __getitem__(self, key: str) -> NDArray[Any]:
+        """Return the hidden states of one sentence.
+
+        Returns:
+            `dtype`, shape (valid tokens, width), copied.
+
+        Raises:
+            MissingKeyError: It has none.
+            CorruptShardError: The row no longer has its checksum.
+        """
+        shard, tokens = self._tokens(key)
+        return shard.features[tokens].copy().plain()
+
+    def token_ids(self, key: str) -> NDArray[np.int32]:
+        """Return the ids of a sentence's valid tokens, int32 of shape (valid tokens,).
+
+        Raises:
+            MissingKeyError: It has no features.
+            CorruptShardError: The row no longer has its checksum.
+        """
+        shard, tokens = self._tokens(key)
+        return shard.index["token_ids"][tokens].copy()
+
+    def gather(
+        self, keys: Keys, length: int | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """Copy sentences, padded with zeros to one length.
 
         Args:
-            positions: int64 of shape (batch,). Store positions; repeats allowed.
+            keys: Sentences or store positions, of shape (batch,); repeats
+                allowed.
             length: Tokens of the result. 1 gives the `[CLS]` states alone; a
-                sentence longer than `length` is otherwise an error.
+                sentence longer than `length` is otherwise an error. None: as
+                long as the longest of them.
 
         Returns:
-            Hidden states in the stored dtype, shape (batch, length, width),
-            and the padding mask, bool of shape (batch, length), True at valid
-            tokens. int8 are levels, to be multiplied by `gather_scales`.
+            Hidden states in `dtype`, shape (batch, length, width), and the
+            padding mask, bool of shape (batch, length), True at valid tokens.
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            MissingKeyError: A sentence has no features.
+            IndexError: A position is outside [0, rows).
             ValueError: A sentence is longer than `length`.
             CorruptShardError: A row no longer has its checksum.
         """
-        positions = np.asarray(positions, np.int64)
-        valid = self.lengths(positions)
-        if length > 1 and valid.size and valid.max() > length:
-            raise ValueError(f"a sentence has {valid.max()} tokens, more than {length}")
-        hidden = np.zeros((len(positions), length, self.width), self.dtype)
-        for i, (shard, row) in enumerate(self._places(positions)):
-            part = self.shards[shard]
-            start = part.index["offsets"][row]
-            count = min(int(valid[i]), length)
-            hidden[i, :count] = part.features[start : start + count]
-        return hidden, np.arange(length) < valid[:, None]
+        positions = self.positions(keys)
+        if length is None:
+            # Two at least: a length of 1 means the first token alone.
+            length = max(2, int(self.lengths(positions).max(initial=0)))
+        hidden, mask = self.gather_stored(positions, length)
+        return hidden.plain(), mask
 
-    def gather_scales(self, positions: IntArray, length: int) -> NDArray[np.float32]:
-        """Copy the scales of int8 sentences, padded with zeros to one length.
+    def gather_stored(self, positions: IntArray, length: int) -> tuple[Numbers, NDArray[np.bool_]]:
+        """Copy sentences as they are stored, padded with zeros; see `gather`.
 
         Args:
             positions: int64 of shape (batch,). Store positions; repeats allowed.
-            length: As in `gather`; of a longer sentence, the first scales.
+            length: As in `gather`.
 
         Returns:
-            float32 of shape (batch, length): one level of each token.
+            Hidden states of shape (batch, length, width), and the padding mask.
 
         Raises:
-            IndexError: A position is outside [0, len(self)).
+            IndexError: A position is outside [0, rows).
+            ValueError: A sentence is longer than `length`.
             CorruptShardError: A row no longer has its checksum.
         """
-        positions = np.asarray(positions, np.int64)
-        scales = np.zeros((len(positions), length), SCALE_DTYPE)
-        for i, (shard, row) in enumerate(self._places(positions)):
-            part = self.shards[shard]
-            assert part.scales is not None
-            start, end = part.index["offsets"][row : row + 2]
-            count = min(int(end - start), length)
-            scales[i, :count] = part.scales[start : start + count]
-        return scales
+        valid = self.lengths(positions)
+        if length > 1 and valid.size and valid.max() > length:
+            raise ValueError(f"a sentence has {valid.max()} tokens, more than {length}")
+        hidden = Numbers.zeros((len(positions), length, self.width), self.spec["dtype"])
+        counts = np.minimum(valid, length).tolist()
+        places = [
+            (shard, self.shards[shard].index["offsets"][row])
+            for shard, row in self._places(positions)
+        ]
+        for stored, array in zip(self._stored, hidden.arrays, strict=True):
+            for i, ((shard, start), count) in enumerate(zip(places, counts, strict=True)):
+                array[i, :count] = stored[shard][start : start + count]
+        return hidden, np.arange(length) < valid[:, None]
 
 
 def open_store(folder: str | os.PathLike[str]) -> VisionStore | TextStore:
@@ -398,13 +288,22 @@ def open_store(folder: str | os.PathLike[str]) -> VisionStore | TextStore:
         MissingFeaturesError: There are no features.
         CorruptShardError: It is damaged.
     """
-    folder = Path(folder)
+    # The last part of the path is the fingerprint: `.` or `..` would not say it.
+    folder = Path(os.path.abspath(Path(folder).expanduser()))
     if not shard_paths(folder):
         raise MissingFeaturesError(
             f"{folder}: no features there; expected a folder such as cache/vit/<fingerprint>,"
             " which extraction makes"
         )
-    spec = read_spec(folder)
+    return store_of(folder, read_spec(folder))
+
+
+def store_of(folder: Path, spec: dict[str, Any]) -> VisionStore | TextStore:
+    """Open a features folder whose spec was read, be there shards or none.
+
+    Raises:
+        CorruptShardError: It is damaged, or of a kind that is not known.
+    """
     kinds: dict[str, type[VisionStore | TextStore]] = {"vit": VisionStore, "text": TextStore}
     if spec["kind"] not in kinds:
         raise CorruptShardError(f"{folder}: holds features of kind {spec['kind']!r}")
@@ -434,7 +333,7 @@ def open_features_of(root: Path, spec: FeatureSpec, command: Command | None = No
         found = read_spec(folder)
         if canonical_json(found) != canonical_json(spec.to_dict()):
             raise CorruptShardError(f"{folder}: holds another spec than its name says")
-        return (VisionStore if spec.kind == "vit" else TextStore)(folder, found)
+        return store_of(folder, found)
     others = []
     for path in sorted((root / spec.kind).glob("*/spec.json")):
         # Another folder's damage must not hide what is wrong with this one.

@@ -32,15 +32,23 @@ def import_framework() -> None:
 
     They come from compiled code, so the file descriptor itself is turned away;
     where the import fails, what was printed is shown.
+
+    Raises:
+        UsageError: The backend is neither TensorFlow nor JAX, or is missing.
     """
+    from featstore.encoders import compiled
+
     if "keras" in sys.modules:
+        compiled.import_framework()
         return
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as hidden:
         os.dup2(hidden.fileno(), 2)
         try:
-            import keras_hub  # noqa: F401
+            compiled.import_framework()
+        except UsageError:
+            raise
         except Exception:
             hidden.seek(0)
             os.write(kept, hidden.read())
@@ -210,7 +218,7 @@ def open_project(config_file: str | None, flags: dict[str, Any], save: bool = Tr
     config = read_config(config_file, flags)
     from featstore.project import Project
 
-    project = Project(config)
+    project = Project(config, dry_run=not save)
     dataset = project.dataset
     if save:
         dataset.save()

@@ -7,15 +7,14 @@ from typing import Any
 
 import keras
 
+from featstore.encoders.families import check_k, family_of
 from featstore.encoders.spec import QUANTISED
-from featstore.encoders.tower import check_k_txt, transformer_layers
-from featstore.errors import PresetError
+from featstore.encoders.tower import Tower
+from trainer.batches import SCALES_OF
 from trainer.config import TrainConfig
 from trainer.model.head import TAIL_NAME, apply_head
 from trainer.model.tails import Dequantize, TextTail
 from trainer.model.weights import copy_weights, layer_weights, seeded
-
-SCALES_OF = {"features": "feature_scales", "hidden": "hidden_scales"}
 
 
 def _features_input(
@@ -42,24 +41,20 @@ def text_layer_configs(text_config: Mapping[str, Any], k_txt: int) -> list[dict[
 
     Raises:
         ConfigError: `k_txt` is outside 0..number of layers.
-        PresetError: The backbone cannot be cut.
+        PresetError: The backbone is of no text family.
     """
     import keras_hub
 
     name = str(text_config["class_name"])
-    backbone_class = getattr(keras_hub.models, name, None)
-    if backbone_class is None or "num_layers" not in text_config["config"]:
-        raise PresetError(
-            f"text preset: unknown class {name} or no num_layers in its config.json; choose a"
-            " DistilBERT, BERT, RoBERTa or XLM-RoBERTa preset"
-        )
+    family_of(name, "text", name)
     num_layers = int(text_config["config"]["num_layers"])
-    check_k_txt(k_txt, num_layers)
+    check_k(k_txt, num_layers, "text")
     # keras-hub alone knows how its class sets up a layer: ask a backbone of that class, made small
     # where size does not matter.
     arguments = {**text_config["config"], "dtype": "float32", "num_layers": 1}
     template_arguments = {**arguments, "vocabulary_size": 8, "max_sequence_length": 8}
-    layer = transformer_layers(backbone_class.from_config(template_arguments), name)[0]
+    template = getattr(keras_hub.models, name).from_config(template_arguments)
+    layer = Tower(template, "text").blocks[0]
     config = {key: value for key, value in layer.get_config().items() if key != "dtype"}
     stem = config["name"].removesuffix("0")
     return [{**config, "name": f"{stem}{i}"} for i in range(num_layers - k_txt, num_layers)]
@@ -98,7 +93,7 @@ def build_cached_model(
 
     Raises:
         ConfigError: `k_txt` or the heads do not fit the text encoder.
-        PresetError: The text encoder cannot be cut.
+        PresetError: The text encoder is of no text family.
     """
     width = int(text_config["config"]["hidden_dim"])
     inputs: dict[str, Any] = {}
@@ -127,6 +122,6 @@ def load_text_layers(model: keras.Model, text_backbone: Any) -> None:
         RunError: A weight's shape differs.
     """
     tail = model.get_layer(TAIL_NAME).transformer_layers
-    source = transformer_layers(text_backbone, text_backbone.name)
-    for layer, pretrained in zip(tail, source[len(source) - len(tail) :], strict=True):
+    source = Tower(text_backbone, "text").upper_layers(len(tail))
+    for layer, pretrained in zip(tail, source, strict=True):
         copy_weights(layer_weights(pretrained), layer_weights(layer))

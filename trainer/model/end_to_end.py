@@ -2,120 +2,128 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
-from featstore.encoders.tower import frozen_part, leading_tokens, text_inputs, transformer_layers
+from featstore.encoders.tower import Tower
 from featstore.errors import PresetError
 from trainer.config import TrainConfig
 from trainer.model.head import TEXT_NAME, VISION_NAME, apply_head
 from trainer.model.weights import seeded, trained_weights
 
 
-@keras.saving.register_keras_serializable(package="featstore")
-class FrozenVision(keras.layers.Layer):
-    """A vision backbone that never trains and never runs its dropout.
+class _TowerLayer(keras.layers.Layer):
+    """A backbone of which only the last blocks train, if any do.
 
-    Args:
-        backbone: A keras-hub vision backbone, taken over: it is frozen.
-        tokens: `"patches"` drops the leading class and register tokens;
-            `"all"` keeps them.
+    The blocks below run in inference mode even while the model trains: a
+    frozen layer whose dropout runs is not the one whose output was cached.
     """
 
-    def __init__(self, backbone: Any, tokens: str = "patches", **kwargs: Any) -> None:
+    kind: ClassVar[str]
+
+    def __init__(self, backbone: Any, k: int, **kwargs: Any) -> None:
         super().__init__(**{**kwargs, "dtype": backbone.dtype_policy})
         self.backbone = backbone
-        self.tokens = tokens
-        set_trainable(backbone, False)
-        self._skipped = leading_tokens(backbone, backbone.name) if tokens == "patches" else 0
+        # Not a layer: Keras tracks (and saves) what is inside once, through the backbone.
+        self.tower = Tower(backbone, self.kind)
+        self.k = k
+        self._freeze(True)
         self.built = True
 
     @property
+    def trained_layers(self) -> list[Any]:
+        """The layers that train, in the order in which they run."""
+        return self.tower.upper_layers(self.k)
+
+    @property
     def trainable(self) -> bool:
-        """Always False: a model that is reloaded sets this flag on all its layers."""
-        return False
+        """Whether the last blocks train; the others never do, whatever is set."""
+        return bool(self._trainable) and self.k > 0
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        set_trainable(self.backbone, False)
+        self._freeze(value)
 
-    def call(self, pixels: Any) -> Any:
-        """Return the tokens, of shape (batch, tokens, width), of float pixels."""
-        inputs = pixels
-        if isinstance(self.backbone.input, dict):
-            inputs = {self.backbone.inputs[0].name: pixels}
-        return self.backbone(inputs, training=False)[:, self._skipped :]
+    def _freeze(self, value: bool) -> None:
+        self._trainable = value
+        trained = {id(weight) for layer in self.trained_layers for weight in layer.weights}
+        trained = trained if value else set()
+        # Each layer and weight, from the outside in: a layer hands its flag down, but not if it
+        # had the value already, as that of a reloaded frozen backbone has.
+        for layer in self.backbone._flatten_layers():
+            layer.trainable = any(id(weight) in trained for weight in layer.weights)
+        for weight in self.backbone.weights:
+            weight.trainable = id(weight) in trained
 
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        """Return (batch, tokens, width)."""
-        _, tokens, width = self.backbone.output.shape
-        return (input_shape[0], tokens - self._skipped, width)
+    def run(self, inputs: Any, mask: Any = None, training: bool | None = None) -> Any:
+        """Return the backbone's hidden states, of shape (batch, tokens, width)."""
+        hidden = self.tower.lower(self.k)(self.tower.inputs(inputs, mask))
+        return self.tower.upper(self.k)(hidden, mask, training)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         backbone = keras.saving.serialize_keras_object(self.backbone)
-        return {**super().get_config(), "backbone": backbone, "tokens": self.tokens}
+        return {**super().get_config(), "backbone": backbone}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> FrozenVision:
+    def from_config(cls, config: dict[str, Any]) -> Any:
         """Rebuild the layer with a backbone of random weights."""
         backbone = keras.saving.deserialize_keras_object(config["backbone"])
         return cls(**{**config, "backbone": backbone})
 
 
 @keras.saving.register_keras_serializable(package="featstore")
-class TextTower(keras.layers.Layer):
-    """A text backbone of which only the last layers train.
+class FrozenVision(_TowerLayer):
+    """A vision backbone that never trains and never runs its dropout.
 
-    The layers below run in inference mode even while the model trains: a
-    frozen layer whose dropout runs is not the one whose output was cached.
+    Args:
+        backbone: A keras-hub vision backbone, taken over: it is frozen.
+        tokens: `"patches"` drops the leading class and register tokens;
+            `"all"` keeps them.
+
+    Raises:
+        PresetError: The backbone is not of a vision family.
+    """
+
+    kind = "vision"
+
+    def __init__(self, backbone: Any, tokens: str = "patches", **kwargs: Any) -> None:
+        super().__init__(backbone, 0, **kwargs)
+        self.tokens = tokens
+        self._skipped = self.tower.leading_tokens if tokens == "patches" else 0
+
+    def call(self, pixels: Any) -> Any:
+        """Return the tokens, of shape (batch, tokens, width), of float pixels."""
+        return self.run(pixels)[:, self._skipped :]
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Return (batch, tokens, width)."""
+        return (input_shape[0], self.backbone.output.shape[1] - self._skipped, self.tower.width)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {**super().get_config(), "tokens": self.tokens}
+
+
+@keras.saving.register_keras_serializable(package="featstore")
+class TextTower(_TowerLayer):
+    """A text backbone of which only the last blocks train.
 
     Args:
         backbone: A keras-hub text backbone, taken over: its layers' `trainable`
             flags are set here.
-        k_txt: The last layers that train.
+        k_txt: The last blocks that train.
 
     Raises:
-        ConfigError: `k_txt` is outside 0..number of layers.
-        PresetError: The backbone cannot be cut.
+        ConfigError: `k_txt` is outside 0..number of blocks.
+        PresetError: The backbone is not of a text family.
     """
 
+    kind = "text"
+
     def __init__(self, backbone: Any, k_txt: int, **kwargs: Any) -> None:
-        super().__init__(**{**kwargs, "dtype": backbone.dtype_policy})
-        self.backbone = backbone
-        self.k_txt = k_txt
-        frozen = frozen_part(backbone, k_txt, backbone.name)
-        layers = transformer_layers(backbone, backbone.name)
-        # A function, so that Keras does not track (and save) the shared layers a second time.
-        self._run_frozen = functools.partial(frozen, training=False)
-        self._first_trained = len(layers) - k_txt
-        self._freeze(True)
-        self.built = True
-
-    @property
-    def trainable(self) -> bool:
-        """Whether the last layers train; the others never do, whatever is set."""
-        return bool(self._trainable)
-
-    @trainable.setter
-    def trainable(self, value: bool) -> None:
-        self._freeze(value)
-
-    def _freeze(self, trains: bool) -> None:
-        self._trainable = trains
-        # The backbone must be trainable for a layer inside it to be.
-        set_trainable(self.backbone, trains)
-        trained = {id(layer) for layer in self.trained_layers}
-        for layer in self.backbone.layers:
-            if id(layer) not in trained:
-                set_trainable(layer, False)
-
-    @property
-    def trained_layers(self) -> list[Any]:
-        """The last `k_txt` layers, in the order in which they run."""
-        return transformer_layers(self.backbone, self.backbone.name)[self._first_trained :]
+        super().__init__(backbone, k_txt, **kwargs)
 
     def call(self, token_ids: Any, attention_mask: Any, training: bool | None = None) -> Any:
         """Run the backbone.
@@ -123,33 +131,22 @@ class TextTower(keras.layers.Layer):
         Args:
             token_ids: int32 of shape (batch, length).
             attention_mask: int32 of the same shape, 1 where a token is real.
-            training: Whether the dropout of the trained layers applies.
+            training: Whether the dropout of the trained blocks applies.
 
         Returns:
             Shape (batch, 1, width): the state of the first token.
         """
-        x = self._run_frozen(text_inputs(self.backbone, token_ids, attention_mask))
-        for layer in self.trained_layers:
-            x = layer(x, padding_mask=attention_mask, training=training)
-        return x[:, :1]
+        return self.run(token_ids, attention_mask, training)[:, :1]
 
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...], **_: Any
     ) -> tuple[int | None, ...]:
         """Return (batch, 1, width)."""
-        layers = transformer_layers(self.backbone, self.backbone.name)
-        return (input_shape[0], 1, layers[-1].output.shape[-1])
+        return (input_shape[0], 1, self.tower.width)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        backbone = keras.saving.serialize_keras_object(self.backbone)
-        return {**super().get_config(), "backbone": backbone, "k_txt": self.k_txt}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> TextTower:
-        """Rebuild the layer with a backbone of random weights."""
-        backbone = keras.saving.deserialize_keras_object(config["backbone"])
-        return cls(**{**config, "backbone": backbone})
+        return {**super().get_config(), "k_txt": self.k}
 
 
 def build_end_to_end(
@@ -191,18 +188,6 @@ def build_end_to_end(
     model = keras.Model(inputs, logit, name="end_to_end")
     check_frozen(model)
     return model
-
-
-def set_trainable(layer: Any, value: bool) -> None:
-    """Set `trainable` on a built layer and on all inside it, whatever it was before.
-
-    Keras alone skips the inside of a layer whose own flag already has the
-    value, as that of a reloaded frozen backbone does.
-    """
-    for inner in layer._flatten_layers():
-        inner.trainable = value
-    for weight in layer.weights:
-        weight.trainable = value
 
 
 def check_frozen(model: keras.Model) -> None:

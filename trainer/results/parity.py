@@ -26,7 +26,7 @@ from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import Advice, Command, ImageError, RunError
 from featstore.progress import SILENT, Show
 from featstore.publish import command_line, package_versions, write_json
-from featstore.store.numbers import dequantise
+from featstore.store.numbers import Numbers
 from featstore.store.shard import digest_bytes
 from trainer.batches import CachedRows, IntArray
 from trainer.config import Config
@@ -202,25 +202,20 @@ class _Comparison:
         outputs = self.models.end_to_end.predict_on_batch(inputs)
         expected = np.asarray(outputs["logits"])[: len(kept), 0]
         fresh = np.asarray(outputs["features"])[: len(kept)]
-        scales = None if batch.feature_scales is None else batch.feature_scales[: len(kept)]
-        self._add_features(self.vision, batch.features[: len(kept)], fresh, scales)
+        self._add_features(self.vision, batch.features[: len(kept)], fresh)
         # Padding is zero in the store and whatever the layers make of it here.
         states = self.models.text.encode(token_ids, mask, self.k_txt) * mask[..., None]
         fresh = states[: len(kept)]
         text, positions = self.text_store, self.cached.text_positions[kept]
-        stored, _ = text.gather(positions, mask.shape[1])
-        scales = text.gather_scales(positions, mask.shape[1]) if text.quantised else None
-        self._add_features(self.text, stored, fresh, scales)
+        stored, _ = text.gather_stored(positions, mask.shape[1])
+        self._add_features(self.text, stored, fresh)
         self.logit.add(found[:, None], expected[:, None], self.logit_tolerance)
         self.compared += kept.tolist()
         self.found += found.tolist()
         self.expected += expected.tolist()
 
-    def _add_features(
-        self, quantity: _Quantity, stored: Floats, fresh: Floats, scales: Floats | None
-    ) -> None:
-        found = stored if scales is None else dequantise(stored, scales)
-        quantity.add(found, fresh, feature_tolerance(stored, fresh, self.precision, scales))
+    def _add_features(self, quantity: _Quantity, stored: Numbers, fresh: Floats) -> None:
+        quantity.add(stored.plain(), fresh, feature_tolerance(stored, fresh, self.precision))
 
     def quantities(self) -> dict[str, dict[str, Any]]:
         """Return the figures of each quantity over all rows that were added."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featstore.data.dataset import rows_to_predict
-from featstore.data.examples import LABELS
+from featstore.data.labels import LABELS
 from featstore.progress import SILENT, Show
 from trainer.metrics import sigmoid
 from trainer.results.score import Scorer

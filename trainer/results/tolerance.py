@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.encoders.spec import QUANTISED
-from featstore.store.numbers import LEVELS
-from featstore.store.shard import feature_dtype
+from featstore.store.numbers import LEVELS, Numbers, feature_dtype
 
 Floats = NDArray[Any]
 
@@ -38,9 +37,7 @@ def arithmetic_noise(precision: str) -> float:
     return max(1e-4, 256 * unit_roundoff(precision))
 
 
-def feature_tolerance(
-    stored: Floats, fresh: Floats, precision: str, scales: Floats | None = None
-) -> Floats:
+def feature_tolerance(stored: Numbers, fresh: Floats, precision: str) -> Floats:
     """Return how far each stored number may be from its recomputed value.
 
     Half a unit in the last place of the stored format, or half a step of the
@@ -48,10 +45,9 @@ def feature_tolerance(
     recomputed row's root mean square.
 
     Args:
-        stored: Stored dtype, shape (rows, tokens, width).
+        stored: Shape (rows, tokens, width).
         fresh: float32 of the same shape.
         precision: Arithmetic of the encoder while it extracted.
-        scales: float32 of shape (rows, tokens), of int8 features only.
 
     Returns:
         float64 of the same shape.
@@ -59,13 +55,15 @@ def feature_tolerance(
     import ml_dtypes
 
     half: Floats
-    if scales is not None:
-        half = scales.astype(np.float64)[..., None] / 2
+    if stored.scales is not None:
+        half = stored.scales.astype(np.float64)[..., None] / 2
     else:
-        limits = ml_dtypes.finfo(stored.dtype)
+        limits = ml_dtypes.finfo(stored.values.dtype)
         # A number in [2^(e-1), 2^e) is rounded by at most 2^(e-1) · eps / 2, a subnormal one as
         # the smallest normal number is.
-        magnitudes = np.maximum(np.abs(stored.astype(np.float64)), float(limits.smallest_normal))
+        magnitudes = np.maximum(
+            np.abs(stored.values.astype(np.float64)), float(limits.smallest_normal)
+        )
         half = np.ldexp(float(limits.eps) / 4, np.frexp(magnitudes)[1])
     squares = np.square(fresh, dtype=np.float64)
     noise = arithmetic_noise(precision) * np.sqrt(squares.mean(axis=(1, 2), keepdims=True))

@@ -19,7 +19,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from featstore.store.store import ALIGNMENT_BYTES
+from featstore.store.numbers import ALIGNMENT_BYTES
 from trainer.batches import Batch, CachedRows
 from trainer.prefetch import Prefetcher
 
@@ -168,8 +168,9 @@ class _TensorFlowPredictor:
         """Return the inputs as tensors, the features as they lie in memory: others are copied."""
         inputs: dict[str, Any] = batch.inputs()
         # DLPack knows NumPy's own dtypes; TensorFlow takes aligned memory only.
-        if batch.features.dtype.isbuiltin == 1 and not batch.features.ctypes.data % ALIGNMENT_BYTES:
-            inputs["features"] = self._from_dlpack(batch.features.__dlpack__())
+        values = batch.features.values
+        if values.dtype.isbuiltin == 1 and not values.ctypes.data % ALIGNMENT_BYTES:
+            inputs["features"] = self._from_dlpack(values.__dlpack__())
         # A function makes tensors of arrays too, but takes longer.
         return {name: self._tensor(value) for name, value in inputs.items()}
 

@@ -1,0 +1,218 @@
+"""Every family of encoders: cut before any block, both parts together are the backbone."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from tiny_presets import TINY_FAMILIES, randomise, write_tiny_family
+
+from featstore.config import EncodersConfig, StoreConfig
+from featstore.encoders.compiled import compile_forward
+from featstore.encoders.families import FAMILIES
+from featstore.encoders.presets import resolve_preset
+from featstore.encoders.spec import text_spec, vision_row_shape, vision_spec
+from featstore.encoders.tower import Tower, load_backbone
+from featstore.errors import ConfigError, PresetError
+
+BLOCKS, ROWS, LENGTH = 3, 2, 7
+VISION = [name for name, (cls, _) in TINY_FAMILIES.items() if FAMILIES[cls].kind == "vision"]
+LEADING = {
+    "vit": 1,
+    "vit_without_class_token": 0,
+    "deit": 2,
+    "dinov2": 1,
+    "dinov2_registers": 5,
+}
+CUTS = list(itertools.product(TINY_FAMILIES, range(BLOCKS + 1)))
+
+
+@pytest.fixture(scope="module")
+def presets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    return {name: write_tiny_family(name, folder / name) for name in TINY_FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def towers(presets: dict[str, Path]) -> dict[str, Tower]:
+    return {
+        name: Tower(load_backbone(resolve_preset(folder), "float32"), kind_of(name))
+        for name, folder in presets.items()
+    }
+
+
+def kind_of(name: str) -> str:
+    return FAMILIES[TINY_FAMILIES[name][0]].kind
+
+
+def inputs_of(tower: Tower) -> tuple[Any, np.ndarray | None]:
+    """Return random inputs as the backbone wants them, and the padding mask of text."""
+    rng = np.random.default_rng(0)
+    if tower.family.kind == "vision":
+        return tower.inputs(rng.normal(size=(ROWS, 32, 32, 3)).astype(np.float32)), None
+    mask = np.arange(LENGTH) < np.array([[LENGTH], [4]])
+    return tower.inputs(rng.integers(5, 40, (ROWS, LENGTH), np.int32), mask), mask
+
+
+def whole(tower: Tower, inputs: Any) -> np.ndarray:
+    output = tower.backbone(inputs, training=False)
+    return np.asarray(output["sequence_output"] if isinstance(output, dict) else output)
+
+
+def test_every_entry_is_held_to_its_backbone() -> None:
+    assert {class_name for class_name, _ in TINY_FAMILIES.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(("name", "k"), CUTS)
+def test_both_parts_together_are_the_backbone(towers: dict[str, Tower], name: str, k: int) -> None:
+    tower = towers[name]
+    inputs, mask = inputs_of(tower)
+    expected = whole(tower, inputs)
+    hidden = tower.lower(k)(inputs)
+    assert tower.num_blocks == BLOCKS
+    assert tuple(hidden.shape) == expected.shape == (ROWS, expected.shape[1], tower.width)
+    found = np.asarray(tower.upper(k)(hidden, mask))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    if k:
+        # The cut is before the block: what enters it is not yet what leaves the encoder.
+        assert np.abs(np.asarray(hidden) - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_each_cut_is_one_block_further_down(towers: dict[str, Tower], name: str) -> None:
+    tower = towers[name]
+    inputs, mask = inputs_of(tower)
+    hidden = [np.asarray(tower.lower(k)(inputs)) for k in range(1, BLOCKS + 1)]
+    for k in range(2, BLOCKS + 1):
+        block = tower.upper_layers(k)[0]
+        masked = {} if mask is None else {"padding_mask": mask}
+        after = block(hidden[k - 1], training=False, **masked)
+        after = after[0] if isinstance(after, tuple) else after
+        np.testing.assert_allclose(np.asarray(after), hidden[k - 2], atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "k"), CUTS)
+def test_compiled_is_eager(towers: dict[str, Tower], name: str, k: int) -> None:
+    tower = towers[name]
+    inputs, _ = inputs_of(tower)
+    expected = np.asarray(tower.lower(k)(inputs))
+    compiled = compile_forward(tower.lower(k), tower.backbone.variables, first_token=1)
+    np.testing.assert_allclose(compiled(inputs), expected[:, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_dropout_is_above_the_cut_alone(towers: dict[str, Tower], name: str) -> None:
+    tower = towers[name]
+    inputs, mask = inputs_of(tower)
+    hidden = tower.lower(1)(inputs)
+    np.testing.assert_array_equal(np.asarray(hidden), np.asarray(tower.lower(1)(inputs)))
+    still = np.asarray(tower.upper(1)(hidden, mask))
+    moved = np.asarray(tower.upper(1)(hidden, mask, training=True))
+    assert np.abs(moved - still).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_upper_layers_hold_the_weights_above_the_cut(towers: dict[str, Tower], name: str) -> None:
+    tower = towers[name]
+    assert tower.upper_layers(0) == []
+    norm = [] if tower.norm is None else [tower.norm]
+    assert tower.upper_layers(2) == [*tower.blocks[1:], *norm]
+    assert (tower.norm is not None) == (tower.family.kind == "vision")
+    known = {id(weight) for weight in tower.backbone.weights}
+    found = [weight for layer in tower.upper_layers(BLOCKS) for weight in layer.weights]
+    assert found
+    assert {id(weight) for weight in found} < known
+
+
+@pytest.mark.parametrize("k", [-1, BLOCKS + 1])
+def test_a_cut_that_is_not_there(towers: dict[str, Tower], k: int) -> None:
+    for name, setting in (("vit", "k_vit"), ("bert", "k_txt")):
+        for part in (towers[name].lower, towers[name].upper, towers[name].upper_layers):
+            with pytest.raises(ConfigError, match=f"{setting} = {k}: .* choose 0 to {BLOCKS}"):
+                part(k)
+
+
+def test_a_tower_changes_nothing_of_its_backbone(presets: dict[str, Path]) -> None:
+    backbone = load_backbone(resolve_preset(presets["bert"]), "float32")
+    before = [(weight.path, weight.trainable) for weight in backbone.weights]
+    for _ in range(2):
+        tower = Tower(backbone, "text")
+        inputs, mask = inputs_of(tower)
+        tower.upper(2)(tower.lower(2)(inputs), mask)
+    assert [(weight.path, weight.trainable) for weight in backbone.weights] == before
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_leading_tokens(towers: dict[str, Tower], presets: dict[str, Path], name: str) -> None:
+    assert towers[name].leading_tokens == LEADING[name]
+    backbone = towers[name].backbone
+    assert backbone.output.shape[1] == 16 + LEADING[name]
+
+
+def write_converter(folder: Path) -> None:
+    keras_hub.layers.ViTImageConverter(image_size=(32, 32)).save_to_preset(str(folder))
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_row_shape_is_the_encoders(presets: dict[str, Path], tmp_path: Path, name: str) -> None:
+    write_converter(presets[name])
+    encoders = EncodersConfig(vit=str(presets[name]))
+    for tokens, count in (("patches", 16), ("all", 16 + LEADING[name])):
+        spec = vision_spec(encoders, StoreConfig(root=str(tmp_path), tokens=tokens))
+        assert vision_row_shape(spec) == (count, 8)
+
+
+def test_each_boundary_has_its_own_fingerprint(presets: dict[str, Path], tmp_path: Path) -> None:
+    write_converter(presets["vit"])
+    encoders, store = EncodersConfig(vit=str(presets["vit"])), StoreConfig(root=str(tmp_path))
+    specs = [vision_spec(encoders, store, k) for k in range(BLOCKS + 1)]
+    assert len({spec.fingerprint for spec in specs}) == BLOCKS + 1
+    assert [spec.boundary for spec in specs] == [3, 2, 1, 0]
+    assert [spec.final_norm for spec in specs] == [True, False, False, False]
+    assert specs[0] == vision_spec(encoders, store)
+    for k in (-1, BLOCKS + 1):
+        with pytest.raises(ConfigError, match=f"k_vit = {k}"):
+            vision_spec(encoders, store, k)
+
+
+def test_a_preset_of_the_other_kind_is_refused(presets: dict[str, Path], tmp_path: Path) -> None:
+    store = StoreConfig(root=str(tmp_path))
+    encoders = EncodersConfig(vit=str(presets["bert"]), text=str(presets["vit"]))
+    with pytest.raises(PresetError, match=r"a BertBackbone .* choose a ViT, DeiT or DINOv2") as one:
+        vision_spec(encoders, store)
+    with pytest.raises(PresetError, match=r"a ViTBackbone .* DistilBERT, BERT, RoBERTa") as two:
+        text_spec(encoders, store, 0)
+    assert "\n" not in f"{one.value}{two.value}"
+
+
+def test_an_entry_that_counts_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class_name, settings = TINY_FAMILIES["dinov2"]
+    backbone = getattr(keras_hub.models, class_name)(**settings)
+    family = FAMILIES[class_name]
+    monkeypatch.setitem(FAMILIES, class_name, type(family)(family.title, family.kind, family.parts))
+    with pytest.raises(PresetError, match=r"expected 16 tokens .* found 17"):
+        Tower(backbone, "vision")
+
+
+def test_images_must_be_in_colour() -> None:
+    class_name, settings = TINY_FAMILIES["vit"]
+    grey = getattr(keras_hub.models, class_name)(**{**settings, "image_shape": (32, 32, 1)})
+    with pytest.raises(PresetError, match=r"found \(32, 32, 1\)"):
+        Tower(grey, "vision")
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_in_reduced_precision(presets: dict[str, Path], name: str) -> None:
+    backbone = load_backbone(resolve_preset(presets[name]), "bfloat16")
+    randomise(backbone, seed=3)
+    tower = Tower(backbone, kind_of(name))
+    inputs, mask = inputs_of(tower)
+    hidden = tower.lower(2)(inputs)
+    assert keras.backend.standardize_dtype(hidden.dtype) == "bfloat16"
+    found = np.asarray(keras.ops.cast(tower.upper(2)(hidden, mask), "float32"))
+    np.testing.assert_allclose(found, whole(tower, inputs).astype(np.float32), atol=0.05)
