@@ -404,8 +404,15 @@ def test_a_failing_write_can_be_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(FeatstoreError, match=f"shard-{number:05d}.h5: cannot be written"):
+        before = threading.active_count()
+        with pytest.raises(
+            FeatstoreError, match=f"shard-{number:05d}.h5: cannot be written"
+        ) as kept:
             run_pixels(store, IDS, index)
+        # Whoever keeps the error keeps no thread: one that is waited for by the collector of
+        # garbage, in a thread that is just beginning, would never end.
+        assert kept.value is not None
+        assert threading.active_count() == before
     folder = PIXEL_SPEC.folder(Path(store.root))
     assert len(shard_paths(folder)) == number
     assert not list(folder.glob(".tmp-*"))
