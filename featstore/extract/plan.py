@@ -123,7 +123,7 @@ class Plan:
             StoreError: The disk has less free space than the features need.
         """
         if self.todo_bytes > self.free_bytes:
-            bound = "up to " if isinstance(self.spec, TextSpec) else ""
+            bound = "up to " if isinstance(self.job.spec, TextSpec) else ""
             raise StoreError(
                 f"{self.folder}: the features need {bound}{self.todo_bytes / 1e9:.2f} GB and"
                 f" {self.free_bytes / 1e9:.2f} GB are free; free some space, or set"
