@@ -1,4 +1,4 @@
-"""How long work is shown while it goes: bars, and lines for people."""
+"""How work is shown while it goes: bars, and lines for people."""
 
 from __future__ import annotations
 

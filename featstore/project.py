@@ -21,11 +21,13 @@ from featstore.config import (
     load_sections,
 )
 from featstore.data.dataset import Dataset, load_dataset
+from featstore.encoders.presets import Digests
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, text_spec, vision_spec
 from featstore.errors import Command, DataError, MissingFeaturesError, UsageError
 from featstore.extract.encode import Encoder, load_encoder
 from featstore.extract.extract import ALL, Summary, estimate, extract
 from featstore.extract.plan import KINDS, Job, Plan, make_plan
+from featstore.features import FeatureRows
 from featstore.progress import SHOWN, Show
 from featstore.ray_cluster import Actors
 from featstore.settings import read_toml
@@ -44,6 +46,7 @@ class Project:
 
     Args:
         config: The settings; None: `settings` under the defaults.
+        dry_run: Keep no note beside the store of what was computed on the way.
         settings: Settings by their names, such as `rows="a2.jsonl"`,
             `images="photos"`, `vit="vit_base_patch16_224_imagenet21k"`,
             `text="distil_bert_base_en_uncased"`, `root="cache"`.
@@ -52,7 +55,9 @@ class Project:
         ConfigError: Unknown setting, wrong type, or a value out of bounds.
     """
 
-    def __init__(self, config: FeatureConfig | None = None, **settings: Any) -> None:
+    def __init__(
+        self, config: FeatureConfig | None = None, *, dry_run: bool = False, **settings: Any
+    ) -> None:
         if config is not None and settings:
             raise TypeError("give a configuration or settings, not both")
         self.file: Path | None = None
@@ -61,6 +66,7 @@ class Project:
             config = load_sections(FeatureConfig, os.devnull, self.overrides, where="Project")
         self.config = config
         self.root = Path(config.store.root)
+        self._digests = Digests(self.root, write=not dry_run)
         self._made: dict[str, Any] = {}
 
     @classmethod
@@ -92,6 +98,7 @@ class Project:
         """Return a project of other settings that keeps what it has in common with this one."""
         other = Project(config)
         other.file, other.overrides, other._made = self.file, self.overrides, self._made
+        other._digests = self._digests
         return other
 
     def once(self, key: str, make: Callable[[], Made]) -> Made:
@@ -143,7 +150,7 @@ class Project:
         """
         encoders, store = self.config.encoders, self.config.store
         key = f"spec {encoders!r} {dataclasses.replace(store, root='')!r}"
-        return self.once(key, lambda: vision_spec(encoders, store))
+        return self.once(key, lambda: vision_spec(encoders, store, digests=self._digests))
 
     def text_spec(self, k_txt: int | None = None) -> TextSpec:
         """Return the spec of the hidden states that enter the last `k_txt` text layers.
@@ -158,7 +165,7 @@ class Project:
         encoders, store = self.config.encoders, self.config.store
         layers = self.k_txt if k_txt is None else k_txt
         key = f"spec {encoders!r} {dataclasses.replace(store, root='')!r} {layers}"
-        return self.once(key, lambda: text_spec(encoders, store, layers))
+        return self.once(key, lambda: text_spec(encoders, store, layers, self._digests))
 
     def spec(self, kind: str, k_txt: int | None = None) -> VisionSpec | TextSpec:
         """Return the spec of one kind of features, "vit" or "text"; see `text_spec`.
@@ -253,6 +260,33 @@ class Project:
         if not present.any():
             raise DataError(f"split {split!r} has no row whose photo could be read")
         return rows[present], {key: quarantine[key]["reason"] for key in absent}
+
+    def features(
+        self, split: str = "train", k_txt: int | None = None, *, pad_to: int | None = None
+    ) -> FeatureRows:
+        """Return a split's rows as a map-style data set, for loops that are not the trainer's.
+
+        Args:
+            split: "train", "val", "test" or "all".
+            k_txt: Which sentence features; None: as the configuration says.
+            pad_to: Tokens of every sentence, see `FeatureRows`.
+
+        Returns:
+            The rows whose photo could be read.
+
+        Raises:
+            MissingFeaturesError: A photo or a sentence was never extracted.
+        """
+        rows, _ = self.usable(split)
+        examples = self.dataset.examples.select(rows)
+        return FeatureRows(
+            self.images(),
+            self.sentences(k_txt),
+            examples.image_ids,
+            examples.hypotheses,
+            examples.labels,
+            pad_to=pad_to,
+        )
 
     def job(self, kind: str, split: Split = "all", k_txt: int | None = None) -> Job:
         """Return what it takes to have a split's features of one kind, "vit" or "text"."""

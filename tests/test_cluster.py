@@ -218,15 +218,3 @@ def test_the_command_on_ray_stops_and_goes_on(work: Any, alone: list[Any]) -> No
     # The command's own actors train with XLA, which rounds otherwise.
     assert rows == [(*trial[:3], pytest.approx(trial[3], abs=1e-5)) for trial in alone]
     assert found["workers"] == 1
-
-
-def test_options_of_ray_without_ray(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "cli.py", "search", "--num-cpus", "2", "--runs", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "give --ray ADDRESS" in done.stderr

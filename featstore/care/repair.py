@@ -1,4 +1,4 @@
-"""Advice what `verify` finds, without losing what is intact.
+"""Mend what `verify` finds, without losing what is intact.
 
 A shard is immutable, so a damaged one is replaced whole: its intact rows are
 kept as they are, the damaged ones are computed again from their photo or
@@ -315,7 +315,7 @@ class _Repair:
         return self.result
 
     def run(self) -> RepairReport:
-        """Advice everything, in an order in which a kill never makes it worse.
+        """Mend everything, in an order in which a kill never makes it worse.
 
         Raises:
             StoreError: A folder stands in a shard's place; nothing was changed.

@@ -47,12 +47,13 @@ class Digests:
     Args:
         root: The store's root, which need not exist; None keeps digests in this
             process alone.
+        write: False only reads what is listed there.
     """
 
     _of_process: ClassVar[dict[tuple[Any, ...], str]] = {}
 
-    def __init__(self, root: str | Path | None = None) -> None:
-        self.path = None if root is None else Path(root) / DIGESTS_FILE
+    def __init__(self, root: str | Path | None = None, write: bool = True) -> None:
+        self.path, self.write = None if root is None else Path(root) / DIGESTS_FILE, write
 
     def of(self, files: Sequence[Path]) -> str:
         """Return the XXH3-128, as hex, of some files' bytes in their order.
@@ -86,7 +87,7 @@ class Digests:
             return []
 
     def _write(self, listed: list[dict[str, Any]], line: dict[str, Any]) -> None:
-        if self.path is None or line in listed or not self.path.parent.is_dir():
+        if not (self.path and self.write and self.path.parent.is_dir()) or line in listed:
             return
         # What is known of the same files as they were before goes.
         others = [old for old in listed if _paths(old) != _paths(line)]

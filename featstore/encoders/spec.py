@@ -156,21 +156,28 @@ def vision_row_shape(spec: VisionSpec) -> tuple[int, int]:
     return tokens, int(spec.architecture["hidden_dim"])
 
 
-def vision_spec(encoders: EncodersConfig, store: StoreConfig, k_vit: int = 0) -> VisionSpec:
+def vision_spec(
+    encoders: EncodersConfig,
+    store: StoreConfig,
+    k_vit: int = 0,
+    digests: Digests | None = None,
+) -> VisionSpec:
     """Return the spec of the hidden states that enter the last `k_vit` vision blocks.
 
     Reads the preset's files, not the model: no framework is imported for a
-    preset folder. The digest of its weights is kept beside the store.
+    preset folder.
 
     Args:
         encoders, store: The configuration.
         k_vit: 0 is the encoder's output, after its final norm.
+        digests: Where the digest of its weights is kept; by default in this
+            process.
 
     Raises:
         PresetError: The preset cannot be found or is not a vision encoder.
         ConfigError: The encoder has fewer than `k_vit` blocks.
     """
-    preset = resolve_preset(encoders.vit, Digests(store.root))
+    preset = resolve_preset(encoders.vit, digests)
     family_of(preset.class_name, "vision", preset.name)
     fields = architecture(preset, "num_layers", "image_shape", "patch_size", "hidden_dim")
     layers = int(fields["num_layers"])
@@ -189,7 +196,9 @@ def vision_spec(encoders: EncodersConfig, store: StoreConfig, k_vit: int = 0) ->
     )
 
 
-def text_spec(encoders: EncodersConfig, store: StoreConfig, k_txt: int) -> TextSpec:
+def text_spec(
+    encoders: EncodersConfig, store: StoreConfig, k_txt: int, digests: Digests | None = None
+) -> TextSpec:
     """Return the spec of the hidden states that enter the last `k_txt` text blocks.
 
     Reads the preset's files, as `vision_spec` does.
@@ -198,7 +207,7 @@ def text_spec(encoders: EncodersConfig, store: StoreConfig, k_txt: int) -> TextS
         PresetError: The preset cannot be found or is not a text encoder.
         ConfigError: The encoder has fewer than `k_txt` blocks.
     """
-    preset = resolve_preset(encoders.text, Digests(store.root))
+    preset = resolve_preset(encoders.text, digests)
     family_of(preset.class_name, "text", preset.name)
     fields = architecture(preset, "num_layers", "hidden_dim", "vocabulary_size")
     layers = int(fields["num_layers"])

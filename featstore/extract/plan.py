@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from featstore.store.store import Store, VisionStore, open_store
 
 MAX_SHARD_BYTES = 4 << 30
 TEXT_SHARD_TOKENS = 1 << 18
+# [CLS], a word, [SEP].
+SHORTEST_SENTENCE = 3
 UNITS = {"vit": "images", "text": "sentences"}
 KINDS = tuple(UNITS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Job:
     """Inputs whose features by one spec the store is to hold.
 
@@ -42,12 +44,15 @@ class Job:
     spec: FeatureSpec
     preset: str
     store: StoreConfig
-    keys: Sequence[str] = field(repr=False)
-    images: ImageIndex | None = field(default=None, repr=False)
-    load: Callable[[], Any] | None = field(default=None, repr=False)
+    keys: Sequence[str]
+    images: ImageIndex | None = None
+    load: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", list(dict.fromkeys(self.keys)))
+
+    def __repr__(self) -> str:
+        return f"<Job: {len(self.keys)} {self.unit} by {self.preset} into {self.folder}>"
 
     @property
     def folder(self) -> Path:
@@ -81,7 +86,7 @@ class Job:
         return [path for path in found if path is not None]
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """What an extraction has to do.
 
@@ -90,7 +95,8 @@ class Plan:
         keys: Image ids or sentences to encode, in order.
         changed: How many of `keys` are stored from a photo that has changed.
         quarantined: Inputs passed over because they failed before.
-        todo_bytes: Size of the features of `keys` on disk; of sentences, at most.
+        least_bytes, todo_bytes: Size of the features of `keys` on disk, at
+            least and at most; they differ for sentences.
         free_bytes: Free space where they go.
     """
 
@@ -98,8 +104,15 @@ class Plan:
     keys: list[str]
     changed: int
     quarantined: int
+    least_bytes: int
     todo_bytes: int
     free_bytes: int
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan: {len(self.keys)} of {self.requested} {self.job.unit} to do,"
+            f" {self.todo_bytes / 1e6:.1f} MB, into {self.folder}>"
+        )
 
     @property
     def folder(self) -> Path:
@@ -120,12 +133,12 @@ class Plan:
         """Refuse to start what cannot end.
 
         Raises:
-            StoreError: The disk has less free space than the features need.
+            StoreError: The disk has less free space than the features need at
+                the least.
         """
-        if self.todo_bytes > self.free_bytes:
-            bound = "up to " if isinstance(self.job.spec, TextSpec) else ""
+        if self.least_bytes > self.free_bytes:
             raise StoreError(
-                f"{self.folder}: the features need {bound}{self.todo_bytes / 1e9:.2f} GB and"
+                f"{self.folder}: the features need {self.least_bytes / 1e9:.2f} GB and"
                 f" {self.free_bytes / 1e9:.2f} GB are free; free some space, or set"
                 " [store] root to another disk"
             )
@@ -196,12 +209,14 @@ def make_plan(job: Job) -> Plan:
         # A sentence never changes: one that failed under this spec always fails.
         same = [bool(there) or key in known for there, key in zip(stored, keys, strict=True)]
     todo = [i for i, unchanged in enumerate(same) if not unchanged]
+    least_bytes, most_bytes = _bytes_of(job, len(todo))
     return Plan(
         job=job,
         keys=[keys[i] for i in todo],
         changed=sum(bool(stored[i]) for i in todo),
         quarantined=sum(unchanged and not stored[i] for i, unchanged in enumerate(same)),
-        todo_bytes=_bytes_of(job, len(todo)),
+        least_bytes=least_bytes,
+        todo_bytes=most_bytes,
         free_bytes=free_space(job.folder),
     )
 
@@ -227,16 +242,16 @@ def _unchanged(
     ]
 
 
-def _bytes_of(job: Job, rows: int) -> int:
-    """Return the bytes that the features of so many inputs take; of sentences, at most.
+def _bytes_of(job: Job, rows: int) -> tuple[int, int]:
+    """Return the bytes that the features of so many inputs take, at least and at most.
 
     Only the tokenizer could tell how long a sentence is, and not cheaply: one
     character may be several tokens.
     """
     spec, store = job.spec, job.store
     if isinstance(spec, TextSpec):
-        width = int(spec.architecture["hidden_dim"])
-        return rows * spec.sequence_length * token_bytes(spec.dtype, width)
+        tokens = rows * token_bytes(spec.dtype, int(spec.architecture["hidden_dim"]))
+        return tokens * SHORTEST_SENTENCE, tokens * spec.sequence_length
     assert isinstance(spec, VisionSpec)
     tokens, width = vision_row_shape(spec)
     row_bytes = spec.views * tokens * token_bytes(spec.dtype, width)
@@ -246,4 +261,4 @@ def _bytes_of(job: Job, rows: int) -> int:
             f" {store.shard_rows * row_bytes / 1e9:.1f} GB of memory; choose at most"
             f" {MAX_SHARD_BYTES // row_bytes}"
         )
-    return rows * row_bytes
+    return rows * row_bytes, rows * row_bytes

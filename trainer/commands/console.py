@@ -218,7 +218,7 @@ def open_project(config_file: str | None, flags: dict[str, Any], save: bool = Tr
     config = read_config(config_file, flags)
     from featstore.project import Project
 
-    project = Project(config)
+    project = Project(config, dry_run=not save)
     dataset = project.dataset
     if save:
         dataset.save()

@@ -122,7 +122,7 @@ def search_group(
         from featstore.ray_cluster import check_address
 
         check_address(ray_address)
-    what = drive.meant(config, space_file, folder, init_from, searched, sections)
+    what = drive.meant(config, space_file, folder, init_from, searched, sections, dry_run)
     project, space = what.project, what.space
     print_rows(project.dataset)
     if dry_run:

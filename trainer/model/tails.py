@@ -1,4 +1,4 @@
-"""The text layers that train, and the model that trains over cached features."""
+"""What a cached model begins with: the text layers that train, and int8 features widened."""
 
 from __future__ import annotations
 

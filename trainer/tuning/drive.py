@@ -276,6 +276,7 @@ def meant(
     init_from: str | None,
     search_settings: Mapping[str, Any],
     settings: Mapping[str, Mapping[str, Any]],
+    dry_run: bool = False,
 ) -> Meant:
     """Return what a search is asked to be, by its settings or by its name alone.
 
@@ -286,6 +287,7 @@ def meant(
         init_from: Run that each trial starts from.
         search_settings: `[search]` settings; they win.
         settings: Section to key to value of settings that are fixed.
+        dry_run: See `Project`.
 
     Raises:
         ConfigError: The space or a setting is wrong.
@@ -298,7 +300,7 @@ def meant(
         file = Path(space) if isinstance(space, str | os.PathLike) else space
         varied = read_space(file, search_settings, settings, config.is_demo)
         base = varied.base(config)
-    return Meant(Project(base), base, varied, source)
+    return Meant(Project(base, dry_run=dry_run), base, varied, source)
 
 
 def search(
