@@ -13,13 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featstore.api import Project
     from featstore.errors import FeatstoreError
-    from featstore.project import Project
     from featstore.store.store import TextStore, VisionStore, open_store
 
 _HOMES = {
     "FeatstoreError": "featstore.errors",
-    "Project": "featstore.project",
+    "Project": "featstore.api",
     "TextStore": "featstore.store.store",
     "VisionStore": "featstore.store.store",
     "open_store": "featstore.store.store",

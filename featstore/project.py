@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +70,7 @@ class Project:
         self._made: dict[str, Any] = {}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str] = DEFAULT_FILE, **settings: Any) -> Project:
+    def load(cls, path: str | os.PathLike[str] = DEFAULT_FILE, **settings: Any) -> Self:
         """Open the configuration of a file.
 
         Args:
@@ -94,9 +94,9 @@ class Project:
             f" text={encoders.text!r} dtype={store.dtype!r} root={store.root!r}>"
         )
 
-    def with_config(self, config: FeatureConfig) -> Project:
+    def with_config(self, config: FeatureConfig) -> Self:
         """Return a project of other settings that keeps what it has in common with this one."""
-        other = Project(config)
+        other = type(self)(config)
         other.file, other.overrides, other._made = self.file, self.overrides, self._made
         other._digests = self._digests
         return other
@@ -116,7 +116,7 @@ class Project:
         """
         return self.once(self._rows_key, lambda: load_dataset(self.config.data, self.root))
 
-    def with_dataset(self, dataset: Dataset) -> Project:
+    def with_dataset(self, dataset: Dataset) -> Self:
         """Return a project of the same encoders and store over other rows."""
         other = self.with_config(self.config)
         other._made = {key: made for key, made in self._made.items() if key != self._rows_key}
@@ -342,46 +342,6 @@ class Project:
         from featstore.extract.ray import extract_on_ray
 
         return extract_on_ray(job, ray, actors, show, shards)
-
-    def info(self) -> dict[str, Any]:
-        """Say what is stored, and what of it the configuration asks for; see `describe_store`."""
-        from featstore.care.info import describe_store
-
-        return describe_store(self)
-
-    def verify(self, **options: Any) -> list[Any]:
-        """Check every byte of the stored features; see `featstore.care.verify.verify_store`."""
-        from featstore.care.verify import verify_store
-
-        return verify_store(self, **{"show": SHOWN, **options})
-
-    def repair(self, **options: Any) -> list[Any]:
-        """Mend what `verify` finds; see `featstore.care.repair.repair_store`."""
-        from featstore.care.repair import repair_store
-
-        return repair_store(self, **{"show": SHOWN, **options})
-
-    def garbage(self, runs: str | os.PathLike[str] = "runs", delete: bool = False) -> Any:
-        """List what neither the configuration nor a run needs; see `featstore.care.gc`.
-
-        Args:
-            runs: Folder of the runs.
-            delete: Delete it.
-        """
-        from featstore.care import gc
-
-        found = gc.find_garbage(self, Path(runs))
-        if delete:
-            gc.delete(found)
-        return found
-
-    def dump(
-        self, out: str | os.PathLike[str], kind: str = "vit", **options: Any
-    ) -> dict[str, Any]:
-        """Write features to one file for other tools; see `featstore.care.dump.dump_features`."""
-        from featstore.care.dump import dump_features
-
-        return dump_features(self, kind, Path(out), **{"show": SHOWN, **options})
 
 
 def _state(folder: Path) -> tuple[Any, ...]:

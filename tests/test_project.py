@@ -13,10 +13,10 @@ from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, write_data
 
 import featstore.project
+from featstore.api import Project
 from featstore.config import FeatureConfig
 from featstore.errors import ConfigError, MissingFeaturesError, UsageError
 from featstore.progress import SILENT
-from featstore.project import Project
 
 PHOTOS = sum(IMAGES_OF_SPLIT.values())
 READERS = ["load_dataset", "vision_spec", "text_spec", "load_encoder", "open_features_of"]

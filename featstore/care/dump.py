@@ -26,7 +26,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,12 +41,10 @@ from featstore.errors import (
 )
 from featstore.extract.plan import free_space
 from featstore.progress import SILENT, Show
+from featstore.project import Project
 from featstore.publish import command_line, package_versions, publish
 from featstore.store.folder import read_quarantine
 from featstore.store.store import IntArray, TextStore, VisionStore
-
-if TYPE_CHECKING:
-    from featstore.project import Project
 
 GROUP_BYTES = 64 << 20
 STORED = "stored"

@@ -13,7 +13,7 @@ import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from featstore.errors import RunError, StoreError
 from featstore.extract.claims import CLAIM, writing
 from featstore.extract.plan import KINDS
 from featstore.extract.publisher import PLAN
+from featstore.project import Project
 from featstore.publish import TEMPORARY, read_json
 from featstore.store.folder import (
     listed,
@@ -33,9 +34,6 @@ from featstore.store.folder import (
 )
 from featstore.store.shard import MAKE_READABLE, open_shard, shard_number
 from featstore.store.write import rewrite_shard
-
-if TYPE_CHECKING:
-    from featstore.project import Project
 
 DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
 # The manifest goes first: a folder that is deleted in part is refused until this goes on.

@@ -7,18 +7,16 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from featstore.config import SPLITS
 from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.errors import Advice, Command, CorruptShardError, FeatstoreError, StoreError
 from featstore.extract.plan import KINDS, UNITS
+from featstore.project import Project
 from featstore.publish import TEMPORARY
 from featstore.store.folder import listed, read_names, read_quarantine, read_spec, shard_paths
 from featstore.store.store import TextStore, VisionStore, store_of
-
-if TYPE_CHECKING:
-    from featstore.project import Project
 
 FINGERPRINT = re.compile("[0-9a-f]{32}")
 

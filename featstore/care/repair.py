@@ -25,7 +25,7 @@ import contextlib
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +39,7 @@ from featstore.extract.encode import encoding_of
 from featstore.extract.extract import extract_alone
 from featstore.extract.plan import KINDS, Job, make_plan, photo_digests
 from featstore.progress import SILENT, Progress, Show
+from featstore.project import Project
 from featstore.store.folder import (
     LOST,
     read_manifest,
@@ -52,9 +53,6 @@ from featstore.store.folder import (
 )
 from featstore.store.shard import Shard, open_shard
 from featstore.store.write import rewrite_shard
-
-if TYPE_CHECKING:
-    from featstore.project import Project
 
 ACTIONS = {
     "spec": "write it again from the configuration",

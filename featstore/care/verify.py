@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
@@ -24,6 +24,7 @@ from featstore.data.images import ImageIndex
 from featstore.errors import Advice, Command, CorruptShardError, StoreError
 from featstore.extract.plan import KINDS, photo_digest
 from featstore.progress import SILENT, Progress, Show
+from featstore.project import Project
 from featstore.publish import TEMPORARY, read_json
 from featstore.store.folder import (
     manifest_damage,
@@ -42,9 +43,6 @@ from featstore.store.shard import (
     shard_number,
 )
 from featstore.store.store import VisionStore
-
-if TYPE_CHECKING:
-    from featstore.project import Project
 
 LISTS = ("spec.json", "manifest.json", "quarantine.json")
 BLOCK_BYTES = 4 << 20

@@ -23,7 +23,7 @@ from trainer.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from featstore.project import Project
+    from featstore.api import Project
 
 
 @click.group("store")
@@ -42,7 +42,7 @@ def _kind_option(*choices: str) -> Callable[[Function], Function]:
 
 def _project(config_file: str | None, flags: dict[str, Any]) -> Project:
     config = read_config(config_file, flags)
-    from featstore.project import Project
+    from featstore.api import Project
 
     return Project(config)
 
