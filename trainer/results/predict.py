@@ -40,7 +40,7 @@ def predict(
 
     Returns:
         One line for each row, in their order: `Image_ID`, `Hypothesis`, `Label`
-        ("entailment", "contradiction", or None), `probability_entailment` (0 to
+        ("entailment", "contradiction", or missing), `probability_entailment` (0 to
         1), `confidence` (probability of the label), and `reason`: why a row has
         none, else "".
 
@@ -52,8 +52,7 @@ def predict(
 
     dataset = rows_to_predict(rows, images, scorer.project.root)
     project = scorer.project.with_dataset(dataset)
-    if len(dataset.examples):
-        project.extract("vit", show=show)
+    project.extract("vit", show=show)
     scores = Scorer(scorer.run, project).score("all", scorer.train.control, show)
     threshold = float(scorer.run.metrics["threshold"])
     examples = dataset.examples
