@@ -126,12 +126,11 @@ def share(
 ) -> tuple[Plan, Summary]:
     store = store_in(root)
     if photos is None:
-        job = Job(
-            WORD_SPEC, "words", store, SENTENCES, load=functools.partial(WordEncoder, seconds)
-        )
+        words = functools.partial(WordEncoder, seconds)
+        job = Job(WORD_SPEC, "words", store, SENTENCES, load=words)
     else:
-        load = functools.partial(PixelEncoder, seconds=seconds)
-        job = pixel_job(store, ids, index_images(photos), load=load)
+        pixels = functools.partial(PixelEncoder, seconds=seconds)
+        job = pixel_job(store, ids, index_images(photos), load=pixels)
     return extract(job, shards=shards)
 
 

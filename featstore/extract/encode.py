@@ -7,8 +7,9 @@ it, and whatever was made before.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -122,7 +123,9 @@ class Encoding(Protocol):
         """
         ...
 
-    def shards(self, planned: Iterable[PlannedShard], progress: Progress) -> Iterator[Made]:
+    def shards(
+        self, planned: Iterable[PlannedShard], progress: Progress
+    ) -> Generator[Made, None, None]:
         """Encode planned shards, one after the other.
 
         Args:
@@ -165,9 +168,12 @@ class PhotoEncoding:
 
     def rows(self, keys: Sequence[str], paths: Sequence[Path]) -> Iterator[Encoded]:
         """Encode photos; see `Encoding`."""
-        return self._encoded(self._decoded(zip(keys, paths, strict=True)))
+        with closing(self._decoded(zip(keys, paths, strict=True))) as decoded:
+            yield from self._encoded(decoded)
 
-    def shards(self, planned: Iterable[PlannedShard], progress: Progress) -> Iterator[Made]:
+    def shards(
+        self, planned: Iterable[PlannedShard], progress: Progress
+    ) -> Generator[Made, None, None]:
         """Encode planned shards, the photos of the next ones decoded meanwhile; see `Encoding`."""
         begun: deque[PlannedShard] = deque()
 
@@ -176,13 +182,14 @@ class PhotoEncoding:
                 begun.append(shard)
                 yield from zip(shard.keys, shard.paths, strict=True)
 
-        decoded = self._decoded(photos())
-        for first in decoded:
-            shard = begun.popleft()
-            own = chain([first], islice(decoded, len(shard.keys) - 1))
-            yield self._made(shard, self._encoded(own), progress)
+        # Closed at once: its threads must not be waited for wherever a failure's traceback goes.
+        with closing(self._decoded(photos())) as decoded:
+            for first in decoded:
+                shard = begun.popleft()
+                own = chain([first], islice(decoded, len(shard.keys) - 1))
+                yield self._made(shard, self._encoded(own), progress)
 
-    def _decoded(self, photos: Iterable[tuple[str, Path]]) -> Iterator[_Decoded]:
+    def _decoded(self, photos: Iterable[tuple[str, Path]]) -> Generator[_Decoded, None, None]:
         """Yield photos in order, decoded some batches ahead of the reader by threads."""
         ahead = 3 * self.store.encode_batch_size
         with ThreadPoolExecutor(self.store.decode_threads) as pool:
@@ -284,7 +291,9 @@ class SentenceEncoding:
                     row = row.copy()
                 yield Encoded(keys[i], row, reason, token_ids=ids)
 
-    def shards(self, planned: Iterable[PlannedShard], progress: Progress) -> Iterator[Made]:
+    def shards(
+        self, planned: Iterable[PlannedShard], progress: Progress
+    ) -> Generator[Made, None, None]:
         """Encode planned shards; see `Encoding`."""
         for shard in planned:
             yield self._made(shard, self.rows(shard.keys), progress)

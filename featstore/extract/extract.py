@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -156,7 +157,7 @@ def make_shards(
     summary.batch_size = encoding.batched.batch_size
 
 
-def _publish_all(work: WorkList, made: Iterable[Made], summary: Summary) -> None:
+def _publish_all(work: WorkList, made: Generator[Made, None, None], summary: Summary) -> None:
     """Publish shards from a thread while the next one is being encoded."""
     pending: Future[None] | None = None
 
@@ -164,7 +165,7 @@ def _publish_all(work: WorkList, made: Iterable[Made], summary: Summary) -> None
         if work.publish(shard, rows, failed):
             summary.add(rows, failed)
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, closing(made):
         for item in made:
             if pending is not None:
                 pending.result()
