@@ -283,6 +283,14 @@ def test_rows_of_which_none_can_be_used_are_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_another_photo_of_a_known_id_is_refused(own: trainer.Run, photos: Path) -> None:
+    before = own.evaluate("test", show=SILENT)
+    (photos / "red.png").rename(photos / "photo044.png")
+    with pytest.raises(DataError, match="1 photos have the ids of others"):
+        own.predict(frame_of([("photo044", "a dog")]), images=photos, show=SILENT)
+    assert trainer.load_run(own.folder).evaluate("test", show=SILENT) == before
+
+
 # --- what is left as it was ---------------------------------------------------------------
 
 
