@@ -60,6 +60,12 @@ class Command:
         parts = [*self.words, *(part for flag in order for part in (flag, flags[flag]))]
         return " ".join([program, *map(shlex.quote, parts)])
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Command) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(self.line())
+
     def __str__(self) -> str:
         return f"`{self.line()}`"
 

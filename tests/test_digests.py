@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import xxhash
 
-from featstore.config import EncodersConfig, StoreConfig
+from featstore.config import EncodersConfig, FeatureConfig, StoreConfig
 from featstore.encoders import presets
 from featstore.encoders.presets import DIGESTS_FILE, Digests, resolve_preset
-from featstore.encoders.spec import text_spec, vision_spec
 from featstore.errors import PresetError
+from featstore.project import Project
 from featstore.publish import checksum, read_checked, write_checked
 
 WEIGHTS = "model.weights.h5"
@@ -124,13 +124,14 @@ def test_specs_keep_digests_beside_their_store(
     preset: Path, tiny_text: Path, root: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoders = EncodersConfig(vit=str(preset), text=str(tiny_text))
-    store = StoreConfig(root=str(root))
+    config = FeatureConfig(encoders=encoders, store=StoreConfig(root=str(root)))
     found = []
-    for _ in range(2):
+    for project in (Project(config, dry_run=True), Project(config), Project(config)):
         forget(monkeypatch)
-        found.append((vision_spec(encoders, store), text_spec(encoders, store, 1)))
-    assert found[0] == found[1]
-    assert len(reads) == 2
+        assert (root / DIGESTS_FILE).exists() == bool(found[1:])
+        found.append((project.vision_spec, project.text_spec(1)))
+    assert found[0] == found[1] == found[2]
+    assert len(reads) == 4
     assert len(read_checked(root / DIGESTS_FILE)["weights"]) == 2
 
 

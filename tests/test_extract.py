@@ -22,6 +22,7 @@ from PIL import Image
 
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import ImageIndex, decode_image, index_images
+from featstore.encoders.presets import DIGESTS_FILE
 from featstore.encoders.spec import FeatureSpec, VisionSpec, text_spec, vision_spec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ConfigError, FeatstoreError, StoreError
@@ -126,6 +127,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
+        if path.name != DIGESTS_FILE
     }
 
 

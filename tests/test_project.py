@@ -192,7 +192,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counted(name: str) -> Any:
         own = getattr(featstore.project, name)
-        return lambda *args: (found.append(name), own(*args))[1]
+        return lambda *args, **named: (found.append(name), own(*args, **named))[1]
 
     for name in READERS:
         monkeypatch.setattr(featstore.project, name, counted(name))

@@ -6,6 +6,7 @@ it, and whatever was made before.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -161,10 +162,10 @@ class PhotoEncoding:
         on_halved: Callable[[int], None] = lambda size: None,
     ) -> None:
         self.dtype, self.encoder, self.store = spec.dtype, encoder, store
-        k_vit = encoder.num_layers - spec.boundary
-        self.batched = Batched(
-            lambda pixels: encoder.encode(pixels, k_vit), store.encode_batch_size, on_halved
-        )
+        encode: Callable[..., NDArray[Any]] = encoder.encode
+        if not spec.final_norm:
+            encode = functools.partial(encode, k_vit=encoder.num_layers - spec.boundary)
+        self.batched = Batched(encode, store.encode_batch_size, on_halved)
 
     def rows(self, keys: Sequence[str], paths: Sequence[Path]) -> Iterator[Encoded]:
         """Encode photos; see `Encoding`."""
