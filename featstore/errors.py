@@ -35,11 +35,14 @@ class Command:
         *words: The command and its arguments, such as `"store", "repair"`.
         bare: Only where things are (`--runs`) is added to it when it is shown,
             none of the settings in force.
+        without: Options that are not added to it, such as one that was wrong.
         **options: Its options, by their names with `_` for `-`.
     """
 
-    def __init__(self, *words: str, bare: bool = False, **options: object) -> None:
-        self.words, self.bare = words, bare
+    def __init__(
+        self, *words: str, bare: bool = False, without: tuple[str, ...] = (), **options: object
+    ) -> None:
+        self.words, self.bare, self.without = words, bare, without
         self.options = {name.replace("_", "-"): str(value) for name, value in options.items()}
 
     def line(self, program: str = PROGRAM, *more: tuple[str, object]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
@@ -61,9 +61,9 @@ class Project:
         if config is not None and settings:
             raise TypeError("give a configuration or settings, not both")
         self.file: Path | None = None
-        self.overrides: Mapping[str, Mapping[str, Any]] = by_section(FeatureConfig, settings)
         if config is None:
-            config = load_sections(FeatureConfig, os.devnull, self.overrides, where="Project")
+            given = by_section(FeatureConfig, settings)
+            config = load_sections(FeatureConfig, os.devnull, given, where="Project")
         self.config = config
         self.root = Path(config.store.root)
         self._digests = Digests(self.root, write=not dry_run)
@@ -83,7 +83,7 @@ class Project:
         overrides = by_section(FeatureConfig, settings)
         config = load_sections(FeatureConfig, Path(path), overrides, OTHER_SECTIONS, "Project.load")
         project = cls(config)
-        project.file, project.overrides = Path(path), overrides
+        project.file = Path(path)
         return project
 
     def __repr__(self) -> str:
@@ -97,7 +97,7 @@ class Project:
     def with_config(self, config: FeatureConfig) -> Self:
         """Return a project of other settings that keeps what it has in common with this one."""
         other = type(self)(config)
-        other.file, other.overrides, other._made = self.file, self.overrides, self._made
+        other.file, other._made = self.file, self._made
         other._digests = self._digests
         return other
 

@@ -337,7 +337,7 @@ def test_stale_features_list_what_differs(project: Project, extraction: object) 
     line = fail(1, "train", *args)
     assert "dtype: wanted 'float16', stored 'float32'" in line
     # Without the flags, it would find nothing to do.
-    flags = f"--split all --config {project.file} --dtype float16"
+    flags = f"--config {project.file} --dtype float16"
     assert f"`python cli.py extract-vit {flags}`" in line
 
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
-from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config
+from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, prepared, tiny_config
 
 import trainer.results.parity
 from featstore.errors import RunError
@@ -25,11 +25,10 @@ from featstore.store.shard import open_shard
 from featstore.store.write import ShardRows, write_shard
 from trainer.commands.main import cli
 from trainer.config import render_config
-from trainer.features import open_features
 from trainer.metrics import sigmoid
 from trainer.model.weights import trained_weights, transfer_weights
-from trainer.results.evaluate import open_run_features
 from trainer.results.parity import check_parity
+from trainer.results.score import project_of
 from trainer.results.tolerance import feature_tolerance
 from trainer.run.fit import fit
 from trainer.run.folder import Run
@@ -41,8 +40,7 @@ ROWS = IMAGES_OF_SPLIT["test"] * len(SENTENCES)
 def make_run(folder: Path, vit: Path, text: Path, store: dict[str, Any], **train: Any) -> Run:
     config = tiny_config(folder / "data", vit, text, **{"epochs": 1, **train})
     config = dataclasses.replace(config, store=dataclasses.replace(config.store, **store))
-    features = open_features(config, extracted(config))
-    fit(Training(Run(folder / "runs" / "first"), features))
+    fit(Training(Run(folder / "runs" / "first"), prepared(config), config.train))
     return Run(folder / "runs" / "first")
 
 
@@ -65,7 +63,9 @@ def run(whole: Path, tmp_path: Path) -> Run:
 
 
 def measure(run: Run, split: str, count: int, seed: int = 0) -> dict[str, Any]:
-    return check_parity(run, split, count, seed)
+    result, failure = check_parity(run, split, count, seed)
+    assert result["failure"] == (None if failure is None else str(failure))
+    return result
 
 
 def photo(run: Run, image_id: str) -> Path:
@@ -97,8 +97,8 @@ def rewrite(run: Run, kind: str, change: Callable[[ShardRows], None]) -> None:
 
 
 def assert_sound_by_its_checksums(run: Run) -> None:
-    features = open_run_features(run)
-    for store in (features.vision, features.text):
+    project = project_of(run)
+    for store in (project.images(), project.sentences()):
         assert all(shard.row_is_intact(row) for shard in store.shards for row in range(len(shard)))
 
 

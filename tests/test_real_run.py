@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import extracted, with_train
+from tiny_runs import prepared, with_train
 
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
-from featstore.data.dataset import Dataset
+from featstore.project import Project
 from trainer.config import Config
-from trainer.features import open_features
+from trainer.features import prepare
 from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training
@@ -34,8 +34,8 @@ def write_rows(path: Path, source: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def real(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Dataset]:
-    """Settings over some real rows, and the rows, their photos' features extracted."""
+def real(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Some real rows, their photos' features extracted."""
     folder = tmp_path_factory.mktemp("real")
     write_rows(folder / "rows.jsonl", shared_dir / "data" / "a2.jsonl")
     presets = shared_dir / "presets"
@@ -47,22 +47,21 @@ def real(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Co
         ),
         store=StoreConfig(root=str(folder / "cache")),
     )
-    return config, extracted(config)
+    return prepared(config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k_txt", [0, 3])
-def test_plain_and_fast_runs_have_one_loss_curve(
-    real: tuple[Config, Dataset], tmp_path: Path, k_txt: int
-) -> None:
-    config, dataset = real
-    config = with_train(config, k_txt=k_txt, lr=5e-5, epochs=2)
+def test_plain_and_fast_runs_have_one_loss_curve(real: Project, tmp_path: Path, k_txt: int) -> None:
+    assert isinstance(real.config, Config)
+    prepare(real, k_txt)
+    config = with_train(real.config, k_txt=k_txt, lr=5e-5, epochs=2)
     curves = {}
     for fast in (True, False):
         records: list[dict[str, float]] = []
         run = Run(tmp_path / f"fast-{fast}")
-        features = open_features(with_train(config, fast_path=fast), dataset)
-        fit(Training(run, features, reporter=Reporter(epoch=records.append)))
+        train = with_train(config, fast_path=fast).train
+        fit(Training(run, real, train, reporter=Reporter(epoch=records.append)))
         curves[fast] = np.array([[r["loss"], r["val_loss"]] for r in records])
     # Training happened, so that two curves that agree are not two constants.
     assert curves[True][1, 0] < curves[True][0, 0]

@@ -405,6 +405,7 @@ def test_no_trial_starts_after_the_timeout(project: Project) -> None:
     [
         (["--space", "none.toml"], 2, "none.toml"),
         (["--name", "../x"], 2, "--name '../x'"),
+        (["--name", ""], 2, "--name ''"),
         (["--storage", "nonsense://x"], 2, "--storage nonsense://x"),
         (["--num-gpus", "1"], 2, "give --ray ADDRESS"),
         (["--num-cpus", "2"], 2, "give --ray ADDRESS"),

@@ -16,6 +16,7 @@ from featstore.data.dataset import Dataset
 from featstore.progress import SILENT
 from featstore.project import Project
 from trainer.config import Config, TrainConfig
+from trainer.features import prepare
 
 SENTENCES = (
     "a dog",
@@ -86,6 +87,14 @@ def extracted(config: Config) -> Dataset:
     project = Project(config)
     project.extract("vit", show=SILENT)
     return project.dataset
+
+
+def prepared(config: Config) -> Project:
+    """Extract what a configuration needs; return its project."""
+    project = Project(config)
+    project.extract("vit", show=SILENT)
+    prepare(project, config.train.k_txt)
+    return project
 
 
 def with_train(config: Config, **changes: Any) -> Config:

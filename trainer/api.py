@@ -142,7 +142,8 @@ def train(
     project = project.with_config(config)
     folders = Path(runs)
     source = find_run(folders, init_from) if init_from else None
-    run = Run(run_folder(folders, name or free_name(folders, f"k{config.train.k_txt}")))
+    name = free_name(folders, f"k{config.train.k_txt}") if name is None else name
+    run = Run(run_folder(folders, name))
     run.check_free_or_same(config)
     project.dataset.save()
     prepare(project, config.train.k_txt, show)

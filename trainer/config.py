@@ -98,7 +98,9 @@ def config_of(project: Project, **settings: Any) -> Config:
     """
     known = project.config
     if not isinstance(known, Config):
-        known = load_sections(Config, project.file or os.devnull, project.overrides)
+        # Its rows decide whether the demo's settings are the defaults.
+        rows = {"data": {"rows": project.config.data.rows}}
+        known = load_sections(Config, project.file or os.devnull, rows)
     values = {**vars(known.train), **settings}
     train = build_section("train", TrainConfig, values, "settings", Path.cwd())
     return Config.of(project.config, train)

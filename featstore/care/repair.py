@@ -112,7 +112,7 @@ def _no_match(folder: Path, project: Project) -> StoreError:
         f"{folder}: the configuration's encoder cannot make these features again{differs}",
         Advice(
             f"give the --{kind} and --config that they were extracted with, or remove them with ",
-            Command("store", "gc"),
+            Command("store", "gc", without=(f"--{kind}",)),
         ),
     )
 

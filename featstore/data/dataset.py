@@ -124,6 +124,10 @@ def rows_to_predict(
     else:
         result = read_frame(rows)
     examples, missing = drop_missing(result.examples, index.lookup)
+    if not len(examples):
+        raise DataError(
+            f"none of the {len(result.examples)} rows to predict has a photo in {index.folder}"
+        )
     issues = [*result.issues, *missing]
     return Dataset(examples, Splits.none(examples), index, issues, root)
 

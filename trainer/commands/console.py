@@ -87,7 +87,7 @@ def typed(command: Command) -> str:
     for word in command.words:
         if isinstance(target, click.Group):
             target = target.commands.get(word, target)
-    known = {flag for option in target.params for flag in option.opts}
+    known = {flag for option in target.params for flag in option.opts} - {*command.without}
     force = context.meta.get(PLACES, ())
     force = force if command.bare else (*context.meta.get(SETTINGS, ()), *force)
     return command.line(str(root.info_name), *(pair for pair in force if pair[0] in known))

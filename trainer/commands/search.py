@@ -111,7 +111,7 @@ def search_group(
     from trainer.tuning.table import best_row, trial_rows
 
     started = time.time()
-    name = name or free_name(Path(runs), "search")
+    name = free_name(Path(runs), "search") if name is None else name
     folder = run_folder(Path(runs), name)
     sections = _flag_sections(flags)
     searched = sections.pop("search", {})

@@ -9,6 +9,7 @@ import numpy as np
 
 from featstore.data.dataset import rows_to_predict
 from featstore.data.labels import LABELS
+from featstore.errors import DataError
 from featstore.progress import SILENT, Show
 from trainer.metrics import sigmoid
 from trainer.results.score import Scorer
@@ -40,20 +41,26 @@ def predict(
 
     Returns:
         One line for each row, in their order: `Image_ID`, `Hypothesis`, `Label`
-        ("entailment", "contradiction", or None), `probability_entailment` (0 to
+        ("entailment", "contradiction", or missing), `probability_entailment` (0 to
         1), `confidence` (probability of the label), and `reason`: why a row has
         none, else "".
 
     Raises:
-        RowError, DataError: No row can be used, or they cannot be read.
+        RowError, DataError: No row can be used, they cannot be read, or a photo has
+            the id of another one that is in the run's store.
         StoreError: The store cannot be written.
     """
     import pandas as pd
 
     dataset = rows_to_predict(rows, images, scorer.project.root)
     project = scorer.project.with_dataset(dataset)
-    if len(dataset.examples):
-        project.extract("vit", show=show)
+    if changed := project.plan("vit").changed:
+        # Extracted, they would take the place of the photos that the run is measured on.
+        raise DataError(
+            f"{images}: {changed} photos have the ids of others whose features the run's store"
+            f" {scorer.project.root} has; give them other ids"
+        )
+    project.extract("vit", show=show)
     scores = Scorer(scorer.run, project).score("all", scorer.train.control, show)
     threshold = float(scorer.run.metrics["threshold"])
     examples = dataset.examples

@@ -355,7 +355,8 @@ def search(
         searched["seed"] = settings["search_seed"]
     fixed = {k: v for k, v in settings.items() if k not in searched and k != "search_seed"}
     config = None if project is None else config_of(project, **fixed)
-    folder = run_folder(Path(runs), name or free_name(Path(runs), "search"))
+    name = free_name(Path(runs), "search") if name is None else name
+    folder = run_folder(Path(runs), name)
     what = meant(config, space, folder, init_from, searched, {"train": fixed})
     own = what.project if project is None else project.with_config(what.base)
     found = start_search(folder, what.base, what.space, what.init_from, storage, own)
