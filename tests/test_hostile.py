@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from test_fit import Workspace
 from test_golden import SPECS, golden_folder
-from tiny_runs import extracted, tiny_config
+from tiny_runs import prepared, tiny_config
 
 from featstore.care.info import describe_folder, open_folder
 from featstore.care.repair import repair_folder
@@ -376,7 +376,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path, tiny_text
     """A workspace and a run of one epoch."""
     made = tmp_path_factory.mktemp("hostile")
     config = tiny_config(made / "data", tiny_vit, tiny_text)
-    work = Workspace(config, extracted(config), made / "runs")
+    work = Workspace(config, prepared(config), made / "runs")
     return work, work.fit(epochs=1)
 
 
