@@ -826,7 +826,7 @@ def alone(config: Config, keys: list[str], out: Path) -> None:
         assert path is not None
         (photo,) = encoding.rows([key], [path])
         assert photo.numbers is not None
-        values[str(number)] = photo.numbers.features
+        values[str(number)] = photo.numbers.values
     np.savez(out, **values)
 
 

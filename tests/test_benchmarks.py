@@ -296,7 +296,7 @@ from benchmarks.steps import cached_stepper, random_batch
 size = dataclasses.replace(TINY, width=128, mlp_dim=128)
 _, stepper = cached_stepper(size.train(2), size)
 batch = random_batch(8, 12, size=size)
-arguments = (stepper._load(), (batch.inputs(), batch.labels, batch.weights))
+arguments = (stepper._states(), (batch.inputs(), batch.labels, batch.weights))
 cost = stepper._train.lower(*arguments).compile().cost_analysis()
 print(json.dumps((cost[0] if isinstance(cost, list) else cost)["flops"]))
 """
