@@ -11,8 +11,7 @@ Columns are found by name: case, spaces, underscores and hyphens do not count, a
 `ROLES` lists the names known. What a label may be stands in `labels.py`: a file that has
 other integers than 0 and 1 beside these is an error.
 
-A row that cannot be used is dropped and reported; a file that cannot be read is a
-`RowError`.
+A row that cannot be used is dropped and reported; a file that cannot be read is a `RowError`.
 """
 
 from __future__ import annotations
