@@ -104,6 +104,7 @@ def test_an_unknown_setting_is_named_with_the_nearest(place: Place, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_a_run_tells(place: Place) -> None:
     run, metrics = place.run, place.run.metrics
     assert metrics == json.loads(run.metrics_path.read_text())
@@ -140,6 +141,7 @@ def test_a_run_is_loaded_by_its_name_or_its_folder(
         trainer.load_run("frist", place.runs)
 
 
+@pytest.mark.slow
 def test_a_run_without_the_picture_is_measured_without_it(place: Place) -> None:
     run = trainer.train(
         place.project, name="blind", runs=place.runs, control="hypothesis-only", **QUIET
@@ -252,6 +254,7 @@ def test_labels_are_the_logits_side_of_the_threshold(
     np.testing.assert_allclose(found["confidence"], confidence, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_file_is_predicted_as_the_table(own: trainer.Run, photos: Path, tmp_path: Path) -> None:
     frame = frame_of(ROWS)
     lines, table = tmp_path / "rows.jsonl", tmp_path / "rows.csv"
@@ -308,6 +311,7 @@ def svg() -> Iterator[None]:
     matplotlib.use(earlier)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("svg")
 def test_nothing_global_is_changed(
     own: trainer.Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -357,6 +361,7 @@ def test_a_search_and_going_on_by_its_name(place: Place) -> None:
     assert again.retrain(1, 2, "val", Reporter())["accuracy"]["deviation"] >= 0
 
 
+@pytest.mark.slow
 def test_a_search_reads_each_photo_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     for k_txt in range(5):
         place.project.extract("text", k_txt=k_txt, show=SILENT)

@@ -71,6 +71,7 @@ def test_a_missing_package_is_one_line(backend: str, package: str) -> None:
     assert "KERAS_BACKEND=tensorflow or KERAS_BACKEND=jax" in line
 
 
+@pytest.mark.slow
 def test_a_backend_of_keras_json_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "keras.json").write_text('{"backend": "numpy"}')
     code = (
@@ -86,6 +87,7 @@ def test_a_backend_of_keras_json_is_one_line(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_jax_cuts_and_compiles_the_same(tiny_vit: Path, tiny_text: Path) -> None:
     code = """
 import sys

@@ -199,6 +199,7 @@ def test_advice_of_repair_never_repeats_the_wrong_encoder(
     assert invoke("store", "verify", *settings).exit_code == 0
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_run_are_those_of_its_advice(folder: Path, elsewhere: Path) -> None:
     root: dict[str, Any] = {"root": str(elsewhere / "cache")}
     settings = ["--config", str(folder / "featstore.toml"), "--root", root["root"]]

@@ -170,6 +170,7 @@ def test_evaluate_gives_the_old_metrics(
     assert store_files(golden) == files, "features were extracted again"
 
 
+@pytest.mark.slow
 def test_the_stopped_run_goes_on_to_the_end(
     golden: Path, finished: Run, tmp_path: Path, tolerance: float
 ) -> None:
@@ -181,6 +182,7 @@ def test_the_stopped_run_goes_on_to_the_end(
         assert_same_values(found, expected, tolerance)
 
 
+@pytest.mark.slow
 def test_training_again_gives_the_old_figures(
     golden: Path, finished: Run, tmp_path: Path, tolerance: float
 ) -> None:
@@ -197,6 +199,7 @@ def test_training_again_gives_the_old_figures(
     assert store_files(golden) == files, "features were extracted again"
 
 
+@pytest.mark.slow
 def test_extracting_again_gives_the_old_features(
     golden: Path, finished: Run, tmp_path: Path, tolerance: float
 ) -> None:
