@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,7 @@ from trainer.config import SECTIONS, Config, load_config
 
 if TYPE_CHECKING:
     from featstore.project import Project
+    from trainer.api import Run
 
 Function = Callable[..., Any]
 
@@ -281,3 +283,27 @@ def print_rows(dataset: Any) -> None:
         if reasons:
             found = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
             click.echo(f"rows {title}: {found} (named in {dataset.report})", err=True)
+
+
+def open_run(name: str, runs: str) -> Run:
+    """Open a run; what is typed next is typed with its settings."""
+    from trainer.run.folder import find_run
+
+    remember_settings(("--config", find_run(Path(runs), name).config_path))
+    import_framework()
+    from trainer.api import load_run
+
+    return load_run(name, runs)
+
+
+def print_metrics(result: dict[str, Any]) -> None:
+    at, half = result["at_threshold"], result["at_half"]
+    auc = "undefined" if result["auc"] is None else f"{result['auc']:.4f}"
+    click.echo(
+        f"{result['split']}: {result['rows']} rows ({result['entailment']} entailment,"
+        f" {result['contradiction']} contradiction), loss {result['loss']:.4f}, AUC {auc}"
+    )
+    click.echo(f"{'threshold':>16} {'accuracy':>9} {'macro-F1':>9}   tp    fp    fn    tn")
+    for name, found in ((f"τ = {result['threshold']:.2f}", at), ("0.50", half)):
+        counts = " ".join(f"{found[key]:5d}" for key in ("tp", "fp", "fn", "tn"))
+        click.echo(f"{name:>16} {found['accuracy']:9.2%} {found['macro_f1']:9.2%} {counts}")

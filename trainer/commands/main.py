@@ -14,10 +14,12 @@ from featstore.config import DEFAULT_FILE
 from featstore.errors import Command, UsageError
 from featstore.publish import program
 from trainer.commands.console import Commands, quoted
+from trainer.commands.evaluate import evaluate
 from trainer.commands.extract import extract_text, extract_vit
+from trainer.commands.parity import parity
 from trainer.commands.search import search_group
 from trainer.commands.store import store_group
-from trainer.commands.train import evaluate, parity, train
+from trainer.commands.train import train
 from trainer.config import Config, render_config
 
 # Said before TensorFlow is imported: it reads them then.

@@ -1,0 +1,80 @@
+"""`parity`: a run against the end-to-end model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from featstore.progress import SHOWN
+from trainer.commands.console import json_option, open_run, runs_option, split_option
+
+
+def _print_parity(result: dict[str, Any]) -> None:
+    click.echo(
+        f"{result['split']}: {result['rows']} of {result['rows_of_split']} rows, stored in"
+        f" {result['stored_dtype']}"
+    )
+
+    def shown(value: float | None) -> str:
+        return "not finite" if value is None else f"{value:.2e}"
+
+    click.echo(f"{'':>20} {'largest':>10} {'mean':>10} {'largest/tol.':>12}  met  tolerance")
+    for found in result["quantities"].values():
+        largest, mean = shown(found["largest"]), shown(found["mean"])
+        over, met = shown(found["largest_over_tolerance"]), "yes" if found["met"] else "NO"
+        click.echo(
+            f"{found['name']:>20} {largest:>10} {mean:>10} {over:>12}  {met:>3}"
+            f"  {found['tolerance']}"
+        )
+    recorded, differing = result["recorded_loss"], result["predictions"]
+    loss = "not finite" if recorded["found"] is None else f"{recorded['found']:.6f}"
+    click.echo(
+        f"{recorded['name']:>20} {recorded['expected']:.6f}, now {loss}"
+        f" over {recorded['rows']} rows; {'met' if recorded['met'] else 'NOT met'}"
+        f" ({recorded['tolerance']:.1e})"
+    )
+    click.echo(f"{'predictions':>20} {len(differing)} differ at τ = {result['threshold']:.2f}")
+    for row in differing:
+        click.echo(
+            f"{row['image_id']!r}, {row['hypothesis']!r}: logit {row['cached_logit']:.4f} cached,"
+            f" {row['end_to_end_logit']:.4f} end to end, threshold {row['threshold_logit']:.4f}"
+        )
+    for path, found in result["metrics"].items():
+        figures = "not finite"
+        if found is not None:
+            figures = f"accuracy {found['accuracy']:.2%}, macro-F1 {found['macro_f1']:.2%}"
+        click.echo(f"{path.replace('_', ' '):>20} {figures}")
+    for note in result["notes"]:
+        click.echo(f"note: {note}")
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "--rows",
+    "count",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Rows drawn from the split.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides which rows."
+)
+@split_option("test", "val", "train")
+@runs_option
+@json_option
+def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool) -> None:
+    """Prove that a run equals the end-to-end model, from the photos' bytes on."""
+    found = open_run(run, runs)
+    from trainer.results.parity import check_parity
+
+    result, failure = check_parity(found, split, count, seed, SHOWN)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _print_parity(result)
+    if failure is not None:
+        raise failure
