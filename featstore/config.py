@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from featstore.errors import ConfigError
-from featstore.settings import build_section, hints, read_toml, setting, suggest
+from featstore.settings import build_section, complete, hints, read_toml, setting, suggest
 
 DEFAULT_FILE = "featstore.toml"
 DEFAULT_K_TXT = 3
@@ -170,7 +170,7 @@ def load_sections(
     for name, section in sections.items():
         parts[name] = {}
         for values, source, folder in (
-            (given.get(name, {}), str(file), file.absolute().parent),
+            (complete(section, given.get(name, {})), str(file), file.absolute().parent),
             ((overrides or {}).get(name, {}), where, Path.cwd()),
         ):
             built: Any = build_section(name, section, values, source, folder)

@@ -35,6 +35,7 @@ def setting(
     above: float | None = None,
     path: bool = False,
     preset: bool = False,
+    before: Any = None,
 ) -> Any:
     """Declare one setting of a section.
 
@@ -47,6 +48,8 @@ def setting(
         path: The value is a file or folder, taken relative to the file that
             names it.
         preset: The same, where it is there; another value is a preset's name.
+        before: Of a setting that came later: what was done before there was one.
+            See `complete`.
     """
     metadata = {
         "help": help,
@@ -56,6 +59,7 @@ def setting(
         "above": above,
         "path": path,
         "preset": preset,
+        "before": before,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -197,6 +201,26 @@ def build_section(
             value = anchored
         chosen[key] = value
     return section(**chosen)
+
+
+def complete(section: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what the settings of an older version meant.
+
+    A run and a search keep every setting. Where a section has all but later
+    ones, those had no other value than their `before`, whatever the default is
+    now.
+
+    Args:
+        section: The dataclass.
+        values: Key to value, as written.
+    """
+    later = {
+        field.name: field.metadata["before"]
+        for field in dataclasses.fields(section)
+        if field.metadata["before"] is not None
+    }
+    whole = all(f.name in values or f.name in later for f in dataclasses.fields(section))
+    return {**later, **values} if whole else dict(values)
 
 
 def toml_value(value: Any) -> str:

@@ -160,6 +160,20 @@ def test_without_rows_the_demo_fills_what_is_not_given(tmp_path: Path) -> None:
     assert own.train.num_heads == Config().train.num_heads != demo.train.num_heads
 
 
+def test_what_an_older_version_wrote_keeps_its_meaning(tmp_path: Path) -> None:
+    """A run's file has every setting of its time; the default of a later one is not for it."""
+    lines = render_config(Config()).splitlines()
+    later = [line for line in lines if line.startswith("attention_dropout")]
+    assert len(later) == 1
+    old = "\n".join(line for line in lines if line not in later)
+    assert load(tmp_path, old).train.attention_dropout == 0
+    some = "\n".join(line for line in old.splitlines() if not line.startswith("seed"))
+    assert load(tmp_path, some).train.attention_dropout == Config().train.attention_dropout == -1
+    assert load(tmp_path, "\n".join(lines)).train.attention_dropout == -1
+    flag = load(tmp_path, old, train={"attention_dropout": 0.3})
+    assert flag.train.attention_dropout == 0.3
+
+
 def test_suggest() -> None:
     assert suggest("stor", ["store", "train"]) == " (did you mean 'store'?)"
     assert suggest("zzz", ["store", "train"]) == ""

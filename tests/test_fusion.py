@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from featstore.errors import ConfigError
 from trainer.config import TrainConfig
 from trainer.model.head import HEAD_LAYERS, MultiHeadAttention, apply_head
+from trainer.model.weights import seeded
 
 
 def pair(query_width: int, width: int, heads: int, **kwargs: Any) -> tuple[Any, Any]:
@@ -235,3 +236,31 @@ def test_logit_stays_float32_in_mixed_precision() -> None:
 def test_heads_must_fit() -> None:
     with pytest.raises(ConfigError, match="head_dim must divide the text width 6"):
         head(TrainConfig(), 6, 5, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("settings_of", "rates"),
+    [
+        ({}, (0.4, 0.4)),
+        ({"attention_dropout": 0.0}, (0.0, 0.4)),
+        ({"attention_dropout": 0.7}, (0.7, 0.4)),
+    ],
+)
+def test_dropout_acts_on_the_attention_weights_and_before_the_logit(
+    settings_of: dict[str, float], rates: tuple[float, float]
+) -> None:
+    """As in the study, at one rate; and the fast head draws what the plain one draws."""
+    train = TrainConfig(num_heads=2, head_dim=4, mlp_dim=8, dropout=0.4, **settings_of)
+    query, features = arrays(16, 1, 6, 9, 5)
+    found = []
+    for fast in (False, True):
+        with seeded("head"):
+            model = head(train, 6, 5, 9, fast)
+        assert (model.get_layer("xattn").dropout, model.get_layer("drop_1").rate) == rates
+        with tf.GradientTape() as tape:
+            outputs = [model([query, features], training=True) for _ in range(2)]
+            loss = tf.reduce_sum(outputs[0] * tf.sin(tf.range(16.0)[:, None]))
+        gradients = tape.gradient(loss, model.trainable_variables)
+        found.append([np.asarray(value) for value in (*outputs, *gradients)])
+    assert_close(found[1], found[0], 1e-5)
+    assert np.abs(found[0][0] - found[0][1]).max() > 1e-3

@@ -28,6 +28,13 @@ class TrainConfig:
         1.0, "largest norm of one variable's gradient; 0: no limit", minimum=0
     )
     dropout: float = setting(0.15, "dropout before the logit", minimum=0, maximum=0.95)
+    attention_dropout: float = setting(
+        -1.0,
+        "dropout of the cross-attention's weights; negative: the same as dropout",
+        minimum=-1,
+        maximum=0.95,
+        before=0.0,
+    )
     batch_size: int = setting(32, "rows of one step", minimum=1)
     epochs: int = setting(8, "most passes over the training rows", minimum=1)
     num_heads: int = setting(0, "heads of the cross-attention; 0: text width / head_dim", minimum=0)

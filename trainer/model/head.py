@@ -135,6 +135,11 @@ def head_heads(train: TrainConfig, text_width: int) -> int:
     return text_width // train.head_dim
 
 
+def attention_dropout(train: TrainConfig) -> float:
+    """Return the dropout of the attention weights that the settings mean."""
+    return train.dropout if train.attention_dropout < 0 else train.attention_dropout
+
+
 def apply_head(cls: Any, features: Any, train: TrainConfig, fast: bool = True) -> Any:
     """Add the fusion head to a functional model.
 
@@ -145,7 +150,8 @@ def apply_head(cls: Any, features: Any, train: TrainConfig, fast: bool = True) -
     Args:
         cls: Symbolic float of shape (batch, 1, text_width).
         features: Symbolic float of shape (batch, tokens, vision_width).
-        train: `num_heads`, `head_dim`, `mlp_dim`, `dropout` and `dtype_policy` are used.
+        train: `num_heads`, `head_dim`, `mlp_dim`, `dropout`, `attention_dropout` and
+            `dtype_policy` are used.
         fast: `MultiHeadAttention` and `Dense` of this module rather than Keras's own.
 
     Returns:
@@ -158,7 +164,9 @@ def apply_head(cls: Any, features: Any, train: TrainConfig, fast: bool = True) -
     heads = head_heads(train, text_width)
     attention = MultiHeadAttention if fast else keras.layers.MultiHeadAttention
     dense = Dense if fast else keras.layers.Dense
-    attended = attention(heads, train.head_dim, dtype=dtype, name="xattn")(cls, features)
+    attended = attention(
+        heads, train.head_dim, dropout=attention_dropout(train), dtype=dtype, name="xattn"
+    )(cls, features)
     x = keras.layers.Add(dtype=dtype, name="xattn_residual")([cls, attended])
     x = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="xattn_norm")(x)
     x = keras.layers.Flatten(dtype=dtype, name="flatten_cls")(x)

@@ -35,7 +35,8 @@ from featstore.errors import Advice, Command, RunError, UsageError
 from featstore.extract.plan import Job
 from featstore.project import Project
 from featstore.publish import command_line, package_versions, write_json
-from trainer.config import Config, load_config, render_config
+from featstore.settings import complete
+from trainer.config import SECTIONS, Config, load_config, render_config
 from trainer.run.folder import SEARCH_FILE, Run, find_run
 from trainer.tuning.space import Space, space_from_json
 from trainer.tuning.storage import masked, open_storage, quiet_optuna
@@ -366,6 +367,10 @@ def start_search(
     identity = _identity(base, space, init_from, url, project)
     if earlier is not None:
         before = {key: earlier[key] for key in identity}
+        before["settings"] = {
+            name: complete(section, before["settings"].get(name, {}))
+            for name, section in SECTIONS.items()
+        }
         before["space"]["search"] = {
             key: before["space"]["search"][key] for key in identity["space"]["search"]
         }
