@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 from featstore.data.labels import LABELS
 
 Labels = npt.ArrayLike
 Values = npt.ArrayLike
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 GRID: FloatArray = np.arange(5, 96) / 100
 """Thresholds tried by `sweep_threshold`: 0.05 to 0.95 in steps of 0.01, 0.5 among them."""
@@ -51,9 +52,13 @@ def log_loss(labels: Labels, logits: Values) -> float:
         ValueError: No rows, shapes differ, a label other than 0 or 1, or a logit that is
             not finite.
     """
-    truth, values = _check(labels, logits, "logits")
-    terms = np.maximum(values, 0) - values * truth + np.log1p(np.exp(-np.abs(values)))
-    return float(terms.mean())
+    truth, values = check_rows(labels, logits, "logits")
+    return float(row_losses(truth, values).mean())
+
+
+def row_losses(truth: npt.NDArray[np.int8], logits: FloatArray) -> FloatArray:
+    """Return the binary cross-entropy of each row, in nats; see `log_loss`."""
+    return np.maximum(logits, 0) - logits * truth + np.log1p(np.exp(-np.abs(logits)))
 
 
 def auc(labels: Labels, scores: Values) -> float | None:
@@ -66,10 +71,40 @@ def auc(labels: Labels, scores: Values) -> float | None:
     Raises:
         ValueError: As `log_loss`.
     """
-    truth, values = _check(labels, scores, "scores")
+    truth, values = check_rows(labels, scores, "scores")
     if truth.min() == truth.max():
         return None
     return float(roc_auc_score(truth, values))
+
+
+def average_precision(labels: Labels, scores: Values) -> float | None:
+    """Return the average precision of entailment, or None where only one class is present.
+
+    Args:
+        labels: 0 or 1 of shape (rows,).
+        scores: Float of shape (rows,); probabilities or logits, only their order counts.
+
+    Raises:
+        ValueError: As `log_loss`.
+    """
+    truth, values = check_rows(labels, scores, "scores")
+    if truth.min() == truth.max():
+        return None
+    return float(average_precision_score(truth, values))
+
+
+def brier(labels: Labels, probabilities: Values) -> float:
+    """Return the Brier score: the mean of (probability - label)², in [0, 1].
+
+    Args:
+        labels: 0 or 1 of shape (rows,).
+        probabilities: Float of shape (rows,), in [0, 1]: of label 1.
+
+    Raises:
+        ValueError: As `binary_metrics`.
+    """
+    truth, values = check_probabilities(labels, probabilities)
+    return float(brier_score_loss(truth, values, pos_label=1))
 
 
 def binary_metrics(labels: Labels, probabilities: Values, threshold: float) -> dict[str, Any]:
@@ -88,7 +123,7 @@ def binary_metrics(labels: Labels, probabilities: Values, threshold: float) -> d
     Raises:
         ValueError: As `log_loss`; or a probability or the threshold is outside [0, 1].
     """
-    truth, values = _check_probabilities(labels, probabilities)
+    truth, values = check_probabilities(labels, probabilities)
     _check_threshold(threshold)
     called = values >= threshold
     positive = truth == 1
@@ -132,7 +167,7 @@ def sweep_threshold(
 
     Cost: O(rows · log rows + grid · log rows).
     """
-    truth, values = _check_probabilities(labels, probabilities)
+    truth, values = check_probabilities(labels, probabilities)
     thresholds = np.asarray(grid, dtype=np.float64)
     if thresholds.ndim != 1 or len(thresholds) == 0:
         raise ValueError(f"grid: expected shape (n,), found {thresholds.shape}")
@@ -148,10 +183,22 @@ def sweep_threshold(
     f1_positive = 2 * tp / np.maximum(2 * tp + fp + fn, 1)
     f1_negative = 2 * tn / np.maximum(2 * tn + fp + fn, 1)
     macro_f1 = (f1_positive + f1_negative) / 2
-    # Rounded, so that two ways to the same fraction tie.
-    ties = thresholds[np.round(macro_f1, 12) == np.round(macro_f1.max(), 12)]
-    distance = np.round(np.abs(ties - 0.5), 12)
-    return float(ties[distance == distance.min()].min()), float(macro_f1.max())
+    return float(best_thresholds(macro_f1, thresholds)), float(macro_f1.max())
+
+
+def best_thresholds(macro_f1: FloatArray, thresholds: FloatArray) -> FloatArray:
+    """Return the threshold of the best macro-F1; of equals as `sweep_threshold` says.
+
+    Args:
+        macro_f1: float64 of shape (..., thresholds).
+        thresholds: float64 of shape (thresholds,).
+
+    Returns:
+        float64 of shape (...).
+    """
+    preferred = np.lexsort((thresholds, np.round(np.abs(thresholds - 0.5), 12)))
+    # Rounded, so that two ways to the same fraction tie; the first of equals is taken.
+    return thresholds[preferred[np.round(macro_f1[..., preferred], 12).argmax(axis=-1)]]
 
 
 def calibration_error(labels: Labels, probabilities: Values, bins: int = CALIBRATION_BINS) -> float:
@@ -169,13 +216,29 @@ def calibration_error(labels: Labels, probabilities: Values, bins: int = CALIBRA
     Raises:
         ValueError: As `binary_metrics`.
     """
-    truth, values = _check_probabilities(labels, probabilities)
-    called = values >= 0.5
-    confidence = np.where(called, values, 1 - values)
-    correct = called == (truth == 1)
-    at = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    truth, values = check_probabilities(labels, probabilities)
+    at, confidence, correct = confidence_bins(truth, values, bins)
     gap = np.bincount(at, weights=correct - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(truth))
+
+
+def confidence_bins(
+    truth: npt.NDArray[np.int8], probabilities: FloatArray, bins: int = CALIBRATION_BINS
+) -> tuple[IntArray, FloatArray, npt.NDArray[np.bool_]]:
+    """Put rows into the bins of `calibration_error`.
+
+    Args:
+        truth: 0 or 1 of shape (rows,).
+        probabilities: float64 of shape (rows,), in [0, 1]: of label 1.
+        bins: Number of bins over (0, 1].
+
+    Returns:
+        Each row's bin, its confidence, and whether its class at 0.5 is right: of shape (rows,).
+    """
+    called = probabilities >= 0.5
+    confidence = np.where(called, probabilities, 1 - probabilities)
+    at = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    return at, confidence, called == (truth == 1)
 
 
 def evaluate_logits(
@@ -191,13 +254,14 @@ def evaluate_logits(
 
     Returns:
         `rows`, `entailment`, `contradiction` (rows of each class), `loss` (nats a row),
-        `auc` (None for one class), `calibration_error`, `threshold`, and `at_threshold`
-        and `at_half`, each as of `binary_metrics`. Plain Python numbers throughout.
+        `auc` and `average_precision` (None for one class), `brier`, `calibration_error`,
+        `threshold`, and `at_threshold` and `at_half`, each as of `binary_metrics`. Plain
+        Python numbers throughout.
 
     Raises:
         ValueError: As `log_loss`; or the threshold is outside [0, 1].
     """
-    truth, values = _check(labels, logits, "logits")
+    truth, values = check_rows(labels, logits, "logits")
     probabilities = sigmoid(values)
     if threshold is None:
         threshold, _ = sweep_threshold(truth, probabilities)
@@ -206,6 +270,8 @@ def evaluate_logits(
         **{name: int(np.sum(truth == label)) for name, label in LABELS.items()},
         "loss": log_loss(truth, values),
         "auc": auc(truth, values),
+        "average_precision": average_precision(truth, values),
+        "brier": brier(truth, probabilities),
         "calibration_error": calibration_error(truth, probabilities),
         "threshold": float(threshold),
         "at_threshold": binary_metrics(truth, probabilities, threshold),
@@ -222,7 +288,9 @@ def _class_metrics(hit: int, false_alarm: int, miss: int) -> dict[str, float | i
     }
 
 
-def _check(labels: Labels, values: Values, name: str) -> tuple[npt.NDArray[np.int8], FloatArray]:
+def check_rows(
+    labels: Labels, values: Values, name: str
+) -> tuple[npt.NDArray[np.int8], FloatArray]:
     """Return labels as int8 and values as float64, both of shape (rows,)."""
     truth, numbers = np.asarray(labels), np.asarray(values, dtype=np.float64)
     if truth.ndim != 1 or truth.shape != numbers.shape:
@@ -239,10 +307,10 @@ def _check(labels: Labels, values: Values, name: str) -> tuple[npt.NDArray[np.in
     return truth.astype(np.int8), numbers
 
 
-def _check_probabilities(
+def check_probabilities(
     labels: Labels, probabilities: Values
 ) -> tuple[npt.NDArray[np.int8], FloatArray]:
-    truth, values = _check(labels, probabilities, "probabilities")
+    truth, values = check_rows(labels, probabilities, "probabilities")
     if values.min() < 0 or values.max() > 1:
         raise ValueError(
             f"expected probabilities in [0, 1], found {values.min():g} to {values.max():g};"
