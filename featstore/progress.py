@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 Progress = Callable[[int], None]
 Bar = Callable[[int, str], contextlib.AbstractContextManager[Progress]]
 
-BAR_SECONDS, LOGGED_BAR_SECONDS = 0.1, 30.0
+BAR_SECONDS, LOGGED_BAR_SECONDS, SLOW_SECONDS = 0.1, 30.0, 2.0
 
 
 @contextlib.contextmanager
@@ -22,19 +23,22 @@ def no_bar(total: int, unit: str) -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
-def bar(total: int, unit: str) -> Iterator[Progress]:
+def bar(total: int, unit: str, delay: float = 0) -> Iterator[Progress]:
     """Show rows done, rows a second and the time that is left: in a terminal, a notebook or a log.
 
     Args:
         total: Rows to be done.
         unit: What they are, such as "images".
+        delay: Seconds that the work must take before anything is shown.
     """
     with warnings.catch_warnings():
         # Where a notebook lacks widgets, the bar is text.
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
 
-    with tqdm(total=total, unit=f" {unit}", smoothing=0.1, mininterval=bar_seconds()) as shown:
+    with tqdm(
+        total=total, unit=f" {unit}", smoothing=0.1, mininterval=bar_seconds(), delay=delay
+    ) as shown:
 
         def advance(rows: int) -> None:
             shown.update(rows)
@@ -55,11 +59,13 @@ class Show:
         bar: Makes a progress display from a number of rows and what they are.
         halved: Called with the new batch size after memory ran out.
         note: Called with lines for people.
+        slow_bar: As `bar`, for work that is often done at once.
     """
 
     bar: Bar = no_bar
     halved: Callable[[int], None] = lambda size: None
     note: Callable[[str], None] = lambda line: None
+    slow_bar: Bar = no_bar
 
 
 SILENT = Show()
@@ -73,5 +79,5 @@ def _print_halved(size: int) -> None:
     _print(f"out of memory: going on with batches of {size}")
 
 
-SHOWN = Show(bar, _print_halved, _print)
+SHOWN = Show(bar, _print_halved, _print, functools.partial(bar, delay=SLOW_SECONDS))
 """What the Python interface and the commands show: bars and lines on stderr."""

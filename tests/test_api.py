@@ -23,7 +23,7 @@ from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, tiny_config
 
 import featstore.extract.plan
 import trainer
-import trainer.results.score
+import trainer.results.unseen
 import trainer.tuning.drive
 from featstore import Project
 from featstore.errors import ConfigError, DataError, RunError
@@ -208,7 +208,7 @@ def test_rows_are_predicted_in_their_order_and_nothing_else_is_kept(
     own: trainer.Run, photos: Path
 ) -> None:
     before = kept_files(own)
-    # A label that is there is not read.
+    # A label that is there decides nothing.
     found = own.predict(frame_of(ROWS, Label="contradiction"), images=photos, show=SILENT)
     assert list(zip(found["Image_ID"], found["Hypothesis"], strict=True)) == ROWS
     for i, (image_id, _) in enumerate(ROWS):
@@ -242,7 +242,7 @@ def test_labels_are_the_logits_side_of_the_threshold(
     def by_hand(predictor: Any, rows: Any, batch_size: int) -> np.ndarray:
         return np.array([[logits[row] for row in kept]], np.float32)
 
-    monkeypatch.setattr(trainer.results.score, "predict_logits", by_hand)
+    monkeypatch.setattr(trainer.results.unseen, "predict_logits", by_hand)
     found = own.predict(frame_of(ROWS), images=photos, show=SILENT)
     found = found[found["reason"] == ""]
     expected = np.array([1 / (1 + np.exp(-logits[row])) for row in kept])

@@ -389,6 +389,8 @@ def test_digest_does_not_depend_on_where_rows_were_read(tmp_path: Path) -> None:
     path.write_text("\nimage_id,hypothesis,label\n7,A dog runs.,1\n")
     one = read_examples(path).examples.digest()
     assert one == read_examples(jsonl(tmp_path / "r.jsonl", A2)).examples.digest()
+    assert one == read_examples(path, labelled=False).examples.digest()
+    path.write_text("\nimage_id,hypothesis,label\n7,A dog runs.,\n")
     assert one != read_examples(path, labelled=False).examples.digest()
 
 

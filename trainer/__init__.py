@@ -11,7 +11,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainer.api import Run, evaluate, load_run, predict, train
+    from trainer.api import (
+        Run,
+        compare,
+        evaluate,
+        import_weights,
+        load_run,
+        predict,
+        train,
+    )
     from trainer.config import TrainConfig
     from trainer.tuning.drive import SearchResults, load_search, search
 
@@ -19,7 +27,9 @@ _HOMES = {
     "Run": "trainer.api",
     "SearchResults": "trainer.tuning.drive",
     "TrainConfig": "trainer.config",
+    "compare": "trainer.api",
     "evaluate": "trainer.api",
+    "import_weights": "trainer.api",
     "load_run": "trainer.api",
     "load_search": "trainer.tuning.drive",
     "predict": "trainer.api",
@@ -30,7 +40,9 @@ __all__ = [
     "Run",
     "SearchResults",
     "TrainConfig",
+    "compare",
     "evaluate",
+    "import_weights",
     "load_run",
     "load_search",
     "predict",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featstore.errors import StoppedError, UsageError
 from featstore.progress import SHOWN, Show
 from featstore.project import Project
 from trainer.config import config_of
 from trainer.features import prepare
-from trainer.results.score import Scorer, project_of
+from trainer.results.score import Scorer, check_same_data
 from trainer.run import folder
 from trainer.run.fit import fit
 from trainer.run.folder import find_run, free_name, run_folder
@@ -21,6 +23,9 @@ from trainer.run.training import Reporter, Training
 if TYPE_CHECKING:
     import keras
     import pandas as pd
+
+    from featstore.data.dataset import RowSource
+    from trainer.results.predict import Predictions
 
 
 class Run(folder.Run):
@@ -33,10 +38,8 @@ class Run(folder.Run):
         figures = ""
         if self.metrics_path.exists():
             at = self.metrics["at_threshold"]
-            figures = (
-                f", epoch {self.metrics['epoch']}: val accuracy {at['accuracy']:.2%},"
-                f" macro-F1 {at['macro_f1']:.2%}"
-            )
+            epoch = "imported" if "imported" in manifest else f"epoch {self.metrics['epoch']}"
+            figures = f", {epoch}: val accuracy {at['accuracy']:.2%}, macro-F1 {at['macro_f1']:.2%}"
         return f"<Run {str(self.folder)!r}: {manifest['status']}{figures}>"
 
     @functools.cached_property
@@ -46,12 +49,14 @@ class Run(folder.Run):
         Raises:
             RunError: They changed since.
         """
-        return project_of(self)
+        project = self.scorer.project
+        check_same_data(self, project)
+        return project
 
     @functools.cached_property
     def scorer(self) -> Scorer:
-        """The run's best weights over its project."""
-        return Scorer(self, self.project)
+        """The run's best weights over its encoders and store, whose rows are not looked at."""
+        return Scorer(self, Project(self.config))
 
     @property
     def model(self) -> keras.Model:
@@ -59,12 +64,83 @@ class Run(folder.Run):
         return self.scorer.model
 
     def evaluate(
-        self, split: str = "test", control: str | None = None, show: Show = SHOWN
+        self,
+        split: str = "test",
+        control: str | None = None,
+        show: Show = SHOWN,
+        *,
+        with_controls: bool = False,
+        **options: Any,
     ) -> dict[str, Any]:
-        """Measure the run on a split; see `trainer.results.evaluate.evaluate`."""
+        """Measure the run on a split, or on labelled rows of a file, beside its controls.
+
+        Args:
+            split: "train", "val" or "test".
+            control: Measure without the picture; None: as the run was trained.
+            show: How it is shown.
+            with_controls: `train_control` first.
+            options: `rows`, `images`, `cache`, `buckets`; see
+                `trainer.results.evaluate.evaluate`, also for what is returned and left.
+        """
         from trainer.results.evaluate import evaluate
 
-        return evaluate(self.scorer, split, control, show)
+        if with_controls:
+            self.train_control(show=show)
+        return evaluate(self.scorer, split, control, show, **options)
+
+    def train_control(self, reporter: Reporter | None = None, show: Show = SHOWN) -> Run:
+        """Train the same run on the sentence alone, beside this one, unless that was done.
+
+        Args:
+            reporter: How the epochs are shown, and who may stop them; None: as the commands do.
+            show: How the rest is shown.
+
+        Returns:
+            The run: one trained by hand with these settings, or `<name>-hypothesis-only`.
+
+        Raises:
+            UsageError: This run was itself trained without the right photos.
+            StoppedError: `reporter.stopping` said so; it goes on with the next call.
+        """
+        from trainer.results import controls
+
+        if (own := self.config.train.control) != "none":
+            raise UsageError(f"{self.folder}: trained with {own}; a control has no controls")
+        if (blind := controls.find_blind(self)) is not None:
+            return Run(blind.folder)
+        runs, name = controls.blind_place(self)
+        settings = vars(controls.blind_config(self).train)
+        source = controls.source_of(self)
+        try:
+            return train(
+                self.project,
+                name=name,
+                runs=runs,
+                init_from=source,
+                reporter=reporter,
+                show=show,
+                **settings,
+            )
+        except StoppedError as error:
+            raise StoppedError(f"{runs / name}: stopped; the same command goes on") from error
+
+    def compare(
+        self, *others: folder.Run | str, split: str = "test", show: Show = SHOWN, **options: Any
+    ) -> dict[str, Any]:
+        """Compare other runs with this one, on the same rows.
+
+        Args:
+            others: Runs, their folders, or their names beside this one.
+            split: "test", "val" or "train".
+            show: Shows the runs done.
+            options: `rows`, `images`, `buckets`, `draws` and `seed` of
+                `trainer.results.compare.compare`, where the result is described too.
+        """
+        from trainer.results.compare import compare
+
+        runs = self.folder.parent
+        found = [find_run(runs, other) if isinstance(other, str) else other for other in others]
+        return compare([self, *found], split, show=show, **options)
 
     def parity(
         self, split: str = "test", rows: int = 64, seed: int = 0, show: Show = SHOWN
@@ -80,20 +156,62 @@ class Run(folder.Run):
 
     def predict(
         self,
-        rows: str | os.PathLike[str] | pd.DataFrame,
+        rows: RowSource,
         images: str | os.PathLike[str] | None = None,
         show: Show = SHOWN,
+        cache: bool = True,
     ) -> pd.DataFrame:
         """Predict rows that need no label; see `trainer.results.predict.predict`.
 
         Args:
-            rows: A row file or a table.
+            rows: A row file, one that is open for reading bytes, or a table.
             images: Folder of the photos; None: the run's own.
-            show: Shows the extraction.
+            show: Shows the extraction and the scoring.
+            cache: Keep the features that were missing.
+
+        Returns:
+            One line for each row, in their order: `Image_ID`, `Hypothesis`, `Label`
+            ("entailment", "contradiction", or missing), `probability_entailment` (0 to 1),
+            `confidence` (probability of the label), and `reason`: why a row has none, else
+            "". `attrs["metrics"]` has the metrics of the labelled rows, None without any.
         """
+        return self.predictions(rows, images, show, cache).frame()
+
+    def predictions(
+        self,
+        rows: RowSource,
+        images: str | os.PathLike[str] | None = None,
+        show: Show = SHOWN,
+        cache: bool = True,
+    ) -> Predictions:
+        """Predict as `predict`; return the lines one by one, the metrics and the counts."""
         from trainer.results.predict import predict
 
-        return predict(self.scorer, rows, images or self.project.dataset.images.folder, show)
+        folder = images or self.config.data.images or self.scorer.project.dataset.images.folder
+        return predict(self.scorer, rows, folder, show, cache)
+
+    def predict_pair(
+        self, image: str | os.PathLike[str], text: str, show: Show = SHOWN
+    ) -> dict[str, Any]:
+        """Ask of one photo and one sentence; see `trainer.results.predict.predict_pair`."""
+        from trainer.results.predict import predict_pair
+
+        return predict_pair(self.scorer, image, text, show)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        format: str | None = None,
+        *,
+        split: str = "test",
+        rows: int = 16,
+        force: bool = False,
+        show: Show = SHOWN,
+    ) -> dict[str, Any]:
+        """Write the run as one model from pixels; see `trainer.results.export.export.export`."""
+        from trainer.results.export.export import export
+
+        return export(self.scorer, path, format, split=split, rows=rows, force=force, show=show)
 
 
 def load_run(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> Run:
@@ -156,13 +274,58 @@ def train(
     return run
 
 
+def import_weights(
+    file: str | os.PathLike[str],
+    project: Project,
+    *,
+    name: str,
+    runs: str | os.PathLike[str] = "runs",
+    labels: str | None = None,
+    k_txt: int | None = None,
+    threshold: float | None = None,
+    show: Show = SHOWN,
+    **settings: Any,
+) -> Run:
+    """Make a run of weights that were trained elsewhere; see `trainer.results.imported`.
+
+    Args:
+        file: A `.weights.h5` or `.keras` file of the reference study's model, or an export.
+        project: The rows and features.
+        name: Of the run.
+        runs: Folder of the runs.
+        labels: "contradiction=1" where contradiction is the file's positive class.
+        k_txt: Last text layers that were trained; None: those that are not the preset's.
+        threshold: On the probability of entailment; None: the export's own, or swept on val.
+        show: How it is shown.
+        settings: `[train]` settings, such as `num_heads=12`.
+
+    Raises:
+        RunError: The file cannot be read, does not fit, or would run code.
+        MissingFeaturesError: A photo of the val split was not extracted.
+        UsageError: The name is taken, or an option contradicts the file.
+    """
+    from trainer.results.imported import import_run
+
+    project = project.with_config(config_of(project, **settings))
+    run = Run(run_folder(Path(runs), name))
+    import_run(run, project, Path(file), labels=labels, k_txt=k_txt, threshold=threshold, show=show)
+    return run
+
+
 def evaluate(run: Run | str, split: str = "test", **options: Any) -> dict[str, Any]:
     """Measure a run on a split; see `Run.evaluate`."""
     return (run if isinstance(run, Run) else load_run(run)).evaluate(split, **options)
 
 
-def predict(
-    run: Run | str, rows: str | os.PathLike[str] | pd.DataFrame, **options: Any
-) -> pd.DataFrame:
+def compare(runs: Sequence[Run | str], split: str = "test", **options: Any) -> dict[str, Any]:
+    """Compare runs on the same rows, the first being the base; see `Run.compare`."""
+    from trainer.results.compare import compare
+
+    options.setdefault("show", SHOWN)
+    found = [run if isinstance(run, Run) else load_run(run) for run in runs]
+    return compare(found, split, **options)
+
+
+def predict(run: Run | str, rows: RowSource, **options: Any) -> pd.DataFrame:
     """Predict rows with a run; see `Run.predict`."""
     return (run if isinstance(run, Run) else load_run(run)).predict(rows, **options)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import DataError
 from featstore.store.numbers import Numbers
-from featstore.store.store import TextStore, VisionStore
 
 IntArray = NDArray[np.int64]
 
@@ -97,12 +96,35 @@ def other_images(positions: IntArray, seed: int) -> IntArray:
     return np.array([following[position] for position in positions.tolist()], np.int64)
 
 
+class ImageFeatures(Protocol):
+    """What batches need of image features; a `VisionStore` has it."""
+
+    spec: dict[str, Any]
+
+    @property
+    def row_shape(self) -> tuple[int, int]: ...
+
+    def gather_stored(self, positions: IntArray) -> Numbers: ...
+
+    def will_need(self, positions: IntArray) -> None: ...
+
+
+class SentenceFeatures(Protocol):
+    """What batches need of sentence features; a `TextStore` has it."""
+
+    def lengths(self, positions: IntArray) -> IntArray: ...
+
+    def gather_stored(
+        self, positions: IntArray, length: int
+    ) -> tuple[Numbers, NDArray[np.bool_]]: ...
+
+
 class CachedRows:
     """The rows of one split, each with its place in both stores.
 
     Args:
-        vision: Image features.
-        text: Sentence features.
+        vision: Image features: a `VisionStore`, or what is held in memory of one.
+        text: Sentence features: a `TextStore`, or what is held in memory of one.
         image_positions: int64 of shape (rows,), in `vision`.
         text_positions: int64 of shape (rows,), in `text`.
         labels: int8 of shape (rows,).
@@ -114,8 +136,8 @@ class CachedRows:
 
     def __init__(
         self,
-        vision: VisionStore,
-        text: TextStore,
+        vision: ImageFeatures,
+        text: SentenceFeatures,
         image_positions: IntArray,
         text_positions: IntArray,
         labels: NDArray[np.int8],

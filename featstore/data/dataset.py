@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from featstore.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    # A row file, one that is open for reading bytes, or a table.
+    RowSource = str | os.PathLike[str] | IO[bytes] | pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -101,28 +104,27 @@ def _read(path: str, data: DataConfig, images: ImageIndex) -> tuple[Examples, li
     return examples, [*result.issues, *missing]
 
 
-def rows_to_predict(
-    rows: str | os.PathLike[str] | pd.DataFrame, images: str | os.PathLike[str], root: Path
-) -> Dataset:
+def rows_to_predict(rows: RowSource, images: str | os.PathLike[str], root: Path) -> Dataset:
     """Read rows that need no label, and find their photos.
 
     Args:
-        rows: A row file, or a table with such columns; see `featstore.data.rows`.
+        rows: A row file, an open one, or a table with such columns; see
+            `featstore.data.rows`. Labels that are there are read.
         images: Folder of the photos.
         root: The store's root.
 
     Returns:
         The rows that can be predicted, in order, repeats included, in no split.
-        Its issues have the others.
+        Its issues have the others, and the rows whose label could not be read.
 
     Raises:
         RowError, DataError: None of the rows can be used, or they cannot be read.
     """
-    index = index_images(images)
-    if isinstance(rows, str | os.PathLike):
-        result = read_examples(rows, labelled=False, duplicates="keep")
+    if hasattr(rows, "columns"):
+        result = read_frame(cast("pd.DataFrame", rows))
     else:
-        result = read_frame(rows)
+        result = read_examples(rows, labelled=False, duplicates="keep")
+    index = index_images(images)
     examples, missing = drop_missing(result.examples, index.lookup)
     if not len(examples):
         raise DataError(

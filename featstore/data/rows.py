@@ -22,9 +22,11 @@ import io
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TextIO
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 
@@ -50,6 +52,9 @@ UNSAFE_IMAGE_ID = "unsafe image id"
 WRONG_CELLS = "wrong number of cells"
 DUPLICATE = "duplicate"
 CONFLICT = "conflicting labels"
+CLASS_IDS = "class ids for labels"
+STREAM = Path("stdin")
+"""What the rows of an open file are called in messages."""
 
 _EXPECTED = (
     "Image_ID, Hypothesis, Label (A2), or Flickr30K_ID, sentence2, gold_label (SNLI-VE), or a CSV"
@@ -79,7 +84,7 @@ class _Columns(NamedTuple):
 
 
 def read_examples(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | IO[bytes],
     *,
     labelled: bool = True,
     duplicates: Literal["drop", "keep"] | str = "drop",
@@ -94,9 +99,11 @@ def read_examples(
     about one image are kept and reported.
 
     Args:
-        path: The file.
-        labelled: False reads rows to predict: no label is needed, one that is there is
-            ignored, and every label comes back as `UNLABELLED`.
+        path: The file; or one that is open for reading bytes, such as `sys.stdin.buffer`.
+        labelled: False reads rows to predict: no label is needed. One that is there is read
+            where it says entailment or contradiction; any other is reported and comes back
+            as `UNLABELLED`, and so does every integer of a file that has class ids. Of
+            several label columns none is read.
         duplicates: "drop" or "keep" exact repeats.
 
     Returns:
@@ -111,6 +118,13 @@ def read_examples(
     """
     if duplicates not in ("drop", "keep"):
         raise ValueError(f'duplicates must be "drop" or "keep", not {duplicates!r}')
+    unique = duplicates == "drop"
+    if not isinstance(path, str | os.PathLike):
+        with tempfile.TemporaryFile() as kept:
+            # A pipe is read once, and rows are looked at twice: for their format and encoding.
+            shutil.copyfileobj(path, kept)
+            kept.seek(0)
+            return _read(STREAM, kept, labelled, unique)
     path = Path(path)
     if not path.exists():
         raise RowError(f"{path}: no such file; name a JSONL or CSV file of rows")
@@ -119,21 +133,27 @@ def read_examples(
         raise RowError(f"{path}: is {kind}; name a JSONL or CSV file of rows")
     try:
         with path.open("rb") as file:
-            is_json = _is_json(path, file)
-            file.seek(0)
-            if is_json:
-                return _collect(path, _jsonl(path, file, labelled), labelled, duplicates == "drop")
-            with io.TextIOWrapper(file, encoding=_csv_encoding(file), newline="") as text:
-                return _collect(path, _csv(path, text, labelled), labelled, duplicates == "drop")
+            return _read(path, file, labelled, unique)
     except OSError as error:
         raise RowError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read(path: Path, file: IO[bytes], labelled: bool, unique: bool) -> ReadResult:
+    """Read a seekable file from its start."""
+    is_json = _is_json(path, file)
+    file.seek(0)
+    if is_json:
+        return _collect(path, _jsonl(path, file, labelled), labelled, unique)
+    with io.TextIOWrapper(file, encoding=_csv_encoding(file), newline="") as text:
+        return _collect(path, _csv(path, text, labelled), labelled, unique)
 
 
 def read_frame(frame: pd.DataFrame) -> ReadResult:
     """Read rows to predict from a table whose columns are named as those of a file.
 
     Args:
-        frame: Columns as in the module; a label is not needed and not read.
+        frame: Columns as in the module; labels are read as `labelled=False` reads those of
+            a file. A missing value (NaN, None) is an empty cell.
 
     Returns:
         As `read_examples`; a row's line is its place in the table, from 1.
@@ -145,12 +165,19 @@ def read_frame(frame: pd.DataFrame) -> ReadResult:
     at, problem = _resolve(names, labelled=False)
     if problem:
         raise _column_error(path, 0, problem, names)
-    ids, texts = (frame.iloc[:, column].tolist() for column in at[:2])
-    records = (_Raw(line, *row, None) for line, row in enumerate(zip(ids, texts, strict=True), 1))
+
+    def values(column: int | None) -> list[Any]:
+        if column is None:
+            return [None] * len(frame)
+        cells = frame.iloc[:, column].astype(object)
+        return cells.where(cells.notna(), None).tolist()
+
+    rows = zip(*map(values, at), strict=True)
+    records = (_Raw(line, *row) for line, row in enumerate(rows, 1))
     return _collect(path, records, labelled=False, unique=False)
 
 
-def _is_json(path: Path, file: BinaryIO) -> bool:
+def _is_json(path: Path, file: IO[bytes]) -> bool:
     """Tell JSONL from CSV by the first character; its suffix speaks for a broken JSONL."""
     head = file.read(1 << 16)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -168,7 +195,7 @@ def _is_json(path: Path, file: BinaryIO) -> bool:
     return head.startswith(b"{") or path.suffix.lower() in _JSON_SUFFIXES
 
 
-def _csv_encoding(file: BinaryIO) -> str:
+def _csv_encoding(file: IO[bytes]) -> str:
     """Return the first encoding that reads the whole file; leave the file at its start."""
     for encoding in ("utf-8", "cp1252"):
         decoder = codecs.getincrementaldecoder(encoding)()
@@ -199,14 +226,15 @@ def _resolve(names: Sequence[str], labelled: bool) -> tuple[_Columns, str]:
     problems: list[str] = []
     for role, tiers in ROLES.items():
         at: list[int] = []
-        if role != "label" or labelled:
-            for tier in tiers:
-                at = at or [i for i, name in enumerate(plain) if name in tier]
-            if not at:
-                problems.append(f"no {role} column")
-            elif len(at) > 1:
-                several = " and ".join(short(names[i]) for i in at)
-                problems.append(f"more than one {role} column, {several}: rename or remove one")
+        for tier in tiers:
+            at = at or [i for i, name in enumerate(plain) if name in tier]
+        if role == "label" and not labelled and len(at) != 1:
+            at = []
+        elif not at:
+            problems.append(f"no {role} column")
+        elif len(at) > 1:
+            several = " and ".join(short(names[i]) for i in at)
+            problems.append(f"more than one {role} column, {several}: rename or remove one")
         found.append(at[0] if at else None)
     return _Columns(*found), "; ".join(problems)
 
@@ -218,7 +246,7 @@ def _column_error(path: Path, line: int, problem: str, names: Sequence[str]) -> 
     )
 
 
-def _jsonl(path: Path, file: BinaryIO, labelled: bool) -> Iterator[_Raw]:
+def _jsonl(path: Path, file: IO[bytes], labelled: bool) -> Iterator[_Raw]:
     """Yield the records of a JSONL file.
 
     The first record must have all columns; a later one that lacks some yields None for
@@ -320,7 +348,8 @@ def _csv(path: Path, file: TextIO, labelled: bool) -> Iterator[_Raw]:
             problem = f"{len(cells)} cells, the header has {width}"
             yield _Raw(line, None, delimiter.join(cells), None, problem)
             continue
-        yield _Raw(line, cells[at.image_id], cells[at.text], cells[at.label] if labelled else None)
+        label = None if at.label is None else cells[at.label]
+        yield _Raw(line, cells[at.image_id], cells[at.text], label)
 
 
 def _header(path: Path, line: int, header: str, labelled: bool) -> tuple[str, list[str], _Columns]:
@@ -372,7 +401,11 @@ def _image_id(value: Any) -> tuple[str, str, str]:
     return image_id, "", ""
 
 
-def _hypothesis(value: Any) -> tuple[str, str, str]:
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def read_hypothesis(value: Any) -> tuple[str, str, str]:
     """Return a hypothesis as text, and the reason and detail why it cannot be used."""
     if value is None:
         return "", EMPTY_TEXT, "missing"
@@ -394,25 +427,29 @@ def _collect(path: Path, records: Iterable[_Raw], labelled: bool, unique: bool) 
     first: dict[tuple[str, str], dict[int, int]] = {}
     conflicts: dict[tuple[str, str], None] = {}
     coded: dict[bool, tuple[int, int]] = {}
+    integers: list[int] = []
 
     for record in records:
         line = record.line
         image_id, reason, detail = _image_id(record.image_id)
-        text, text_reason, text_detail = _hypothesis(record.text)
+        text, text_reason, text_detail = read_hypothesis(record.text)
         label = UNLABELLED
         if record.problem:
             reason, detail = WRONG_CELLS, record.problem
         elif not reason:
             reason, detail = text_reason, text_detail
-        if labelled and not record.problem:
-            label, label_reason, label_detail = read_label(record.label)
+        odd, odd_detail = "", ""
+        if not record.problem and (labelled or not _is_missing(record.label)):
+            label, odd, odd_detail = read_label(record.label)
             code = integer_label(record.label)
             if code is not None and code >= 0:
                 coded.setdefault(code > 1, (line, code))
-                if len(coded) > 1:
+                if labelled and len(coded) > 1:
                     raise class_ids_error(path, *coded[True], *coded[False])
-            if not reason:
-                reason, detail = label_reason, label_detail
+                if not (reason or odd):
+                    integers.append(len(rows))
+            if labelled and not reason:
+                reason, detail = odd, odd_detail
         if not reason:
             pair = (image_id, text)
             seen = first.setdefault(pair, {})
@@ -420,8 +457,10 @@ def _collect(path: Path, records: Iterable[_Raw], labelled: bool, unique: bool) 
                 reason, detail = DUPLICATE, f"same as line {seen[label]}"
             else:
                 seen.setdefault(label, line)
-                if len(seen) > 1:
+                if len(seen.keys() - {UNLABELLED}) > 1:
                     conflicts[pair] = None
+                if odd:
+                    issues.append(RowIssue("kept", file, line, image_id, odd, text, odd_detail))
                 rows.append((image_id, text, label, line))
         if reason:
             issues.append(RowIssue("dropped", file, line, image_id, reason, text, detail))
@@ -432,9 +471,16 @@ def _collect(path: Path, records: Iterable[_Raw], labelled: bool, unique: bool) 
             f"{path}: has no usable row: "
             + (f"all were dropped ({why})" if why else "nothing follows the header")
         )
+    if len(coded) > 1:
+        (line, code), (other_line, other_code) = coded[True], coded[False]
+        detail = f"line {line} has label {code}, line {other_line} has {other_code}"
+        for at in integers:
+            image_id, text, _, line = rows[at]
+            rows[at] = (image_id, text, UNLABELLED, line)
+            issues.append(RowIssue("kept", file, line, image_id, CLASS_IDS, text, detail))
     if conflicts:
         for image_id, text, label, line in rows:
-            if (image_id, text) in conflicts:
+            if (image_id, text) in conflicts and label != UNLABELLED:
                 other = first[image_id, text][1 - label]
                 detail = f"the other label stands in line {other}"
                 issues.append(RowIssue("kept", file, line, image_id, CONFLICT, text, detail))

@@ -93,16 +93,33 @@ def compile_converter(converter: Any) -> Callable[[np.ndarray], np.ndarray]:
         return lambda image: np.asarray(converter(image), np.float32)
     import tensorflow as tf
 
+    convert = tf.function(
+        converter_ops(converter), input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)]
+    )
+    concrete = convert.get_concrete_function()
+    return lambda image: concrete(tf.constant(image)).numpy()
+
+
+def converter_ops(converter: Any) -> Callable[[Any], Any]:
+    """Return an image converter as TensorFlow operations, to be traced in a graph.
+
+    Args:
+        converter: A keras-hub `ImageConverter`.
+
+    Returns:
+        From a uint8 tensor of shape (height, width, 3) to a float32 one of shape
+        (*converter.image_size, 3), with the bits of the converter's eager call.
+    """
+    import tensorflow as tf
+
     # Called eagerly, the converter rounds the resized image back to uint8; traced, it does not,
     # and the pixels differ by up to half a level. So resize, round, and normalise apart.
     normalise = type(converter).from_config({**converter.get_config(), "image_size": None})
 
-    @tf.function(input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)])
     def convert(image: Any) -> Any:
         with tf.device("CPU:0"):
             resized = converter.resizing(tf.cast(image, tf.float32))
             levels = tf.clip_by_value(tf.round(resized), 0.0, 255.0)
             return tf.cast(normalise(levels), tf.float32)
 
-    concrete = convert.get_concrete_function()
-    return lambda image: concrete(tf.constant(image)).numpy()
+    return convert

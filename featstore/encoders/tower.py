@@ -310,7 +310,7 @@ class TextEncoder(_Encoder):
                 f" {self.preset.name}; found {sequence_length}"
             )
         try:
-            self._preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
+            self.preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
                 self.preset.location, sequence_length=sequence_length
             )
         except Exception as error:
@@ -327,7 +327,7 @@ class TextEncoder(_Encoder):
         padding_mask = np.zeros(token_ids.shape, bool)
         for start in range(0, len(sentences), TOKENIZE_ROWS):
             rows = slice(start, start + TOKENIZE_ROWS)
-            packed = self._preprocessor(list(sentences[rows]))
+            packed = self.preprocessor(list(sentences[rows]))
             token_ids[rows] = np.asarray(packed["token_ids"])
             padding_mask[rows] = np.asarray(packed["padding_mask"])
         return token_ids, padding_mask

@@ -1,40 +1,181 @@
-"""`evaluate`: a run on a split."""
+"""`evaluate`: a run on a split, or on labelled rows of a file, beside its controls."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from typing import Any
 
 import click
 
+from featstore.errors import UsageError
+from featstore.progress import SHOWN
 from trainer.commands.console import (
     json_option,
     open_run,
-    print_metrics,
+    quoted,
     runs_option,
     split_option,
+    stop_request,
 )
 from trainer.config import CONTROLS
+
+SHOWN_BUCKET_ROWS = 20
+"""A bucket of fewer rows is named neither the best nor the worst."""
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    """Print a screenful: figures, controls, calibration, buckets, errors."""
+    from trainer.results.controls import NO_BLIND
+    from trainer.results.summary import between, number, seen_lines, title, train_controls
+
+    def with_interval(value: float, name: str) -> str:
+        return f"{value:.2%} ({between(result['intervals'][name])})"
+
+    if result["control"] != "none":
+        click.echo(f"control: {result['control']}")
+    click.echo(
+        f"{result['run']} on {title(result)}: {result['rows']} rows of {result['images']} photos"
+        f" ({result['entailment']} entailment, {result['contradiction']} contradiction)"
+    )
+    click.echo(
+        f"{'threshold':>24} {'accuracy (95 %)':>23} {'macro-F1 (95 %)':>23}"
+        f" {'tp':>5} {'fp':>5} {'fn':>5} {'tn':>5}"
+    )
+    tau = f"τ = {result['threshold']:.2f}"
+    if result["threshold_interval"]:
+        tau += f" ({between(result['threshold_interval'], 1, 2)})"
+    for name, found, suffix in (
+        (tau, result["at_threshold"], ""),
+        ("0.50", result["at_half"], "_at_half"),
+    ):
+        accuracy = with_interval(found["accuracy"], f"accuracy{suffix}")
+        macro_f1 = with_interval(found["macro_f1"], f"macro_f1{suffix}")
+        counts = " ".join(f"{found[key]:5d}" for key in ("tp", "fp", "fn", "tn"))
+        click.echo(f"{name:>24} {accuracy:>23} {macro_f1:>23} {counts}")
+    figures = [
+        f"{name} {number(result[key])} ({between(result['intervals'][key], 1, 3)})"
+        for name, key in (("AUC", "auc"), ("average precision", "average_precision"))
+    ]
+    click.echo(f"{', '.join(figures)}, loss {result['loss']:.4f}, Brier {result['brier']:.4f}")
+    calibration = result["calibration"]
+    line = f"calibration error {calibration['before']['calibration_error']:.4f}"
+    if calibration["temperature"] is not None:
+        line += (
+            f"; {calibration['after']['calibration_error']:.4f} with the temperature"
+            f" {calibration['temperature']:.3f} of val"
+        )
+    elif result["without_val"]:
+        line += f"; no temperature and no interval of τ: {result['without_val']}"
+    click.echo(line)
+    _print_controls(result)
+    _print_extremes(result)
+    for key, reason in result.get("controls_missing", {}).items():
+        mend = f"; {quoted(train_controls(result))} trains it" if reason == NO_BLIND else ""
+        click.echo(f"control {key}: {reason}{mend}", err=True)
+    lost = result["rows_of_split"] - result["rows"]
+    if lost and "rows_left_out" not in result:
+        click.echo(f"{lost} rows left out: their photos could not be read", err=True)
+    elif lost:
+        reasons = [f"{count} {reason}" for reason, count in result["rows_left_out"].items()]
+        unread = lost - sum(result["rows_left_out"].values())
+        reasons += [f"{unread} photo could not be read"] if unread else []
+        click.echo(f"{lost} rows left out: {', '.join(reasons)}", err=True)
+    for line in seen_lines(result):
+        click.echo(f"warning: {line}", err=True)
+
+
+def _print_controls(result: dict[str, Any]) -> None:
+    from trainer.results.summary import CONTROL_NAMES, between, gained, number
+
+    if not any(result.get("controls", {}).values()):
+        return
+    click.echo(f"{'control':>32} {'accuracy (95 %)':>23} {'AUC':>7}   this run above it, in points")
+    for name, found in result["controls"].items():
+        if found is not None:
+            accuracy = f"{found['accuracy']:.2%} ({between(found['interval'])})"
+            click.echo(
+                f"{CONTROL_NAMES[name]:>32} {accuracy:>23} {number(found['auc']):>7}  "
+                f" {gained(found['difference'])}"
+            )
+    if blind := result["controls"]["hypothesis-only"]:
+        click.echo(f"trained on the sentence alone: {blind['run']}, at its own τ")
+    click.echo(result["verdict"].replace(". ", ".\n"))
+
+
+def _print_extremes(result: dict[str, Any]) -> None:
+    named = [
+        (found["accuracy"], name, found["rows"])
+        for name, found in result["buckets"].items()
+        if found["rows"] >= SHOWN_BUCKET_ROWS
+    ]
+    if len(named) > 1:
+        worst, best = min(named), max(named)
+        shown = [f"{name} {accuracy:.1%} of {rows}" for accuracy, name, rows in (best, worst)]
+        click.echo(f"buckets: best {shown[0]}, worst {shown[1]}")
+    errors = result["errors"]
+    if errors["rows"]:
+        click.echo(
+            f"errors: {errors['rows']}, {errors['share_above']:.1%} of them with a confidence"
+            f" above {errors['confident']}"
+        )
 
 
 @click.command()
 @click.argument("run")
 @split_option("test", "val", "train")
+@click.option("--rows", type=click.Path(), help="Labelled rows in place of a split's.")
+@click.option("--images", type=click.Path(), help="Folder of their photos.  [default: the run's]")
+@click.option("--no-cache", is_flag=True, help="Do not keep the features of --rows in the store.")
 @click.option(
     "--control", type=click.Choice(CONTROLS), help="What to show it.  [default: as in training]"
 )
+@click.option(
+    "--with-controls", is_flag=True, help="Train the same run on the sentence alone, if missing."
+)
+@click.option("--buckets", type=click.Path(), help="Bucket file.  [default: the study's ten]")
 @runs_option
 @json_option
-def evaluate(run: str, split: str, control: str | None, runs: str, as_json: bool) -> None:
-    """Measure a run on a split, at its own threshold."""
+@click.pass_context
+def evaluate(
+    context: click.Context,
+    run: str,
+    split: str,
+    rows: str | None,
+    images: str | None,
+    no_cache: bool,
+    control: str | None,
+    with_controls: bool,
+    buckets: str | None,
+    runs: str,
+    as_json: bool,
+) -> None:
+    """Measure a run at its own threshold, with intervals, beside its controls.
+
+    Leaves evaluate-SPLIT.json, predictions-SPLIT.csv and summary.md in the run's folder;
+    docs/EVALUATION.md says what each figure is.
+    """
+    given = context.get_parameter_source("split") is click.core.ParameterSource.COMMANDLINE
+    if rows is not None and given:
+        raise UsageError("--split and --rows exclude each other: a split, or the rows of a file")
+    if rows is None and (images is not None or no_cache):
+        raise UsageError("--images and --no-cache belong to --rows")
+    if with_controls and control not in (None, "none"):
+        raise UsageError("--with-controls and --control exclude each other: all of them, or one")
     found = open_run(run, runs)
-    result = found.evaluate(split, control)
-    control = result["control"]
+    show = dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN
+    if with_controls:
+        from trainer.run.shown import epoch_bar, print_epoch
+        from trainer.run.training import Reporter
+
+        with stop_request() as stopping:
+            found.train_control(Reporter(epoch_bar, print_epoch, stopping), show)
+    result = found.evaluate(
+        split, control, show, rows=rows, images=images, cache=not no_cache, buckets=buckets
+    )
     if as_json:
         click.echo(json.dumps(result))
         return
-    if control != "none":
-        click.echo(f"control: {control}")
-    print_metrics(result)
-    if result["quarantined_photos"]:
-        left = result["rows_of_split"] - result["rows"]
-        click.echo(f"{left} rows left out: their photos could not be read", err=True)
+    _print_result(result)
+    for path in result["files"].values():
+        click.echo(f"{found.folder / path}", err=True)

@@ -13,10 +13,14 @@ import click
 from featstore.config import DEFAULT_FILE
 from featstore.errors import Command, UsageError
 from featstore.publish import program
+from trainer.commands.compare import compare
 from trainer.commands.console import Commands, quoted
 from trainer.commands.evaluate import evaluate
+from trainer.commands.export import export
 from trainer.commands.extract import extract_text, extract_vit
+from trainer.commands.import_ import import_weights
 from trainer.commands.parity import parity
+from trainer.commands.predict import predict
 from trainer.commands.search import search_group
 from trainer.commands.store import store_group
 from trainer.commands.train import train
@@ -48,7 +52,19 @@ def init(config_file: str, force: bool) -> None:
     click.echo(f"{path}: set rows and images in [data], then run {quoted(Command('extract-vit'))}")
 
 
-for command in (extract_vit, extract_text, train, evaluate, parity, search_group, store_group):
+for command in (
+    extract_vit,
+    extract_text,
+    train,
+    evaluate,
+    predict,
+    compare,
+    parity,
+    export,
+    import_weights,
+    search_group,
+    store_group,
+):
     cli.add_command(command)
 
 

@@ -1,51 +1,165 @@
-"""Measure a run on a split: the run's own threshold, on probabilities, each row once."""
+"""Measure a run: at its own threshold, on probabilities, each row once, beside its controls.
+
+In the run's folder it leaves, for the test split,
+
+    evaluate-test.json      every figure; docs/EVALUATION.md says what each one is
+    predictions-test.csv    one line a row, with its logit: every figure follows from it
+    summary.md              the same to read, where the run is measured as it was trained
+
+Another split, or rows of a file, have their name in place of `test` (`summary-val.md`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import csv
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from featstore.errors import DataError, FeatstoreError, MissingFeaturesError
 from featstore.progress import SILENT, Show
-from featstore.publish import command_line, package_versions, write_json
-from trainer.metrics import evaluate_logits
+from featstore.publish import command_line, package_versions, write_json, write_text
+from trainer.buckets import load_buckets
+from trainer.metrics import sigmoid
+from trainer.results.controls import compare_controls
+from trainer.results.labelled import Labelled, Scored, SplitRows, UnseenRows, seen_photos
+from trainer.results.measure import NAMES, called, confidence, measure
 from trainer.results.score import Scorer, check_same_data
+from trainer.results.summary import render_summary
+from trainer.statistics import Clustered
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "Image_ID",
+    "Hypothesis",
+    "Label",
+    "predicted",
+    "probability_entailment",
+    "confidence",
+    "logit",
+)
 
 
 def evaluate(
-    scorer: Scorer, split: str, control: str | None = None, show: Show = SILENT
+    scorer: Scorer,
+    split: str,
+    control: str | None = None,
+    show: Show = SILENT,
+    *,
+    rows: str | os.PathLike[str] | pd.DataFrame | None = None,
+    images: str | os.PathLike[str] | None = None,
+    cache: bool = True,
+    buckets: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Compute a run's metrics over exactly the rows of a split.
+    """Compute a run's metrics over exactly the rows of a split, or of a file.
 
     Args:
         scorer: The run over its own project, see `trainer.results.score.project_of`.
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; not used with `rows`.
         control: Measure without the picture: "hypothesis-only" or
             "shuffled-images"; None: as the run was trained.
-        show: Shows the encoding of sentences that the store lacks.
+        show: Shows the encoding of what the store lacks, and passes that take long.
+        rows: Labelled rows in place of a split's: a file or a table.
+        images: Folder of the photos of `rows`; None: the run's own.
+        cache: Keep the features of `rows` in the store.
+        buckets: A bucket file; None: the ten that ship. See `trainer.buckets`.
 
     Returns:
-        `evaluate_logits` at the run's threshold, with run, split, control and
-        photos that could not be read. Also written into the run's folder.
+        `evaluate_logits` at the run's threshold, with run, split, control and photos that
+        could not be read; intervals, calibration, buckets, errors, and the controls where
+        the run sees. Also written into the run's folder, `files` says where. See
+        docs/EVALUATION.md.
 
     Raises:
         RunError: The run, its data or its features do not fit together.
         MissingFeaturesError: The split was not extracted.
+        ConfigError: The bucket file cannot be used.
+        RowError, DataError: None of `rows` can be measured.
     """
     run, project = scorer.run, scorer.project
-    check_same_data(run, project)
-    control = control or scorer.train.control
+    without_data = None
+    try:
+        check_same_data(run, project)
+    except FeatstoreError as error:
+        # Other rows can be measured without those of the run.
+        if rows is None:
+            raise
+        without_data = error.message
+    own = scorer.train.control
+    control = control or own
     threshold = float(run.metrics["threshold"])
-    scores = scorer.score(split, control, show)
-    result = {
+    patterns = load_buckets(buckets)
+    source: Labelled = SplitRows(project, split, show)
+    if rows is not None:
+        folder = images or project.config.data.images or project.dataset.images.folder
+        source = UnseenRows(run, project.root, rows, folder, show, cache)
+    scored = source.score(scorer, control)
+    clustered = Clustered(scored.image_ids)
+    val: Scored | None = scored
+    without_val = without_data
+    if without_data is not None:
+        val = None
+    elif (source.name, control) != ("val", own):
+        val, without_val = _val(scorer, show)
+    result: dict[str, Any] = {
         "run": run.name,
-        "split": split,
+        "split": split if rows is None else None,
         "control": control,
-        "rows_of_split": len(project.dataset.rows(split)),
-        "quarantined_photos": scores.unread,
-        **evaluate_logits(scores.labels, scores.logits, threshold),
+        "rows_of_split": scored.total,
+        "quarantined_photos": scored.unread,
+        **measure(scored, threshold, val, patterns, clustered),
+        "without_val": without_val,
+        "bucket_file": None if buckets is None else Path(buckets).name,
     }
+    if isinstance(source, UnseenRows):
+        result["rows_file"] = source.file
+        result["rows_left_out"] = scored.left_out
+        result["seen_photos"] = (
+            None if without_data is not None else seen_photos(project, scored.image_ids)
+        )
+    if control == own == "none":
+        result |= compare_controls(scorer, source, scored, threshold, clustered)
     suffix = "" if control == "none" else f"-{control}"
-    write_json(
-        run.folder / f"evaluate-{split}{suffix}.json",
-        {"command": command_line(), "versions": package_versions(), **result},
-    )
+    stem = f"{source.name}{suffix}"
+    files = {"figures": f"evaluate-{stem}.json", "predictions": f"predictions-{stem}.csv"}
+    if control == own:
+        files["summary"] = "summary.md" if source.name == "test" else f"summary-{source.name}.md"
+    result["files"] = files
+    about = {"command": command_line(), "versions": package_versions()}
+    write_text(run.folder / files["predictions"], _table(scored, threshold))
+    if "summary" in files:
+        summary = render_summary(result, about, run.config, run.manifest)
+        write_text(run.folder / files["summary"], summary)
+    write_json(run.folder / files["figures"], {**about, **result})
     return result
+
+
+def _val(scorer: Scorer, show: Show) -> tuple[Scored | None, str | None]:
+    """Return the val rows as the run was trained to see them, or why they cannot be read."""
+    try:
+        return SplitRows(scorer.project, "val", show).score(scorer, scorer.train.control), None
+    except (MissingFeaturesError, DataError) as error:
+        return None, error.message
+
+
+def _table(scored: Scored, threshold: float) -> str:
+    """Return the rows as CSV; its numbers are the float64 ones, digit for digit."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(
+        zip(
+            scored.image_ids,
+            scored.hypotheses,
+            (NAMES[label] for label in scored.labels.tolist()),
+            (NAMES[int(entailed)] for entailed in called(scored.logits, threshold)),
+            sigmoid(scored.logits).tolist(),
+            confidence(scored.logits, threshold).tolist(),
+            scored.logits.tolist(),
+            strict=True,
+        )
+    )
+    return text.getvalue()

@@ -102,7 +102,7 @@ def _shown(value: float | None) -> str:
 
 
 @dataclasses.dataclass
-class _Models:
+class Models:
     """Both models, with one run's weights, in float32."""
 
     cached: Predictor
@@ -111,7 +111,7 @@ class _Models:
     text: TextEncoder
 
 
-def _load_models(scorer: Scorer) -> _Models:
+def load_models(scorer: Scorer) -> Models:
     """Build both models with the weights of a run."""
     config, best = scorer.run.config, scorer.model
     train = dataclasses.replace(config.train, dtype_policy="float32")
@@ -129,13 +129,13 @@ def _load_models(scorer: Scorer) -> _Models:
     outputs = {"features": model.get_layer(VISION_NAME).output, "logits": model.output}
     both = keras.Model(model.input, outputs)
     both.compile(jit_compile=False)
-    return _Models(predictor, both, vision, text)
+    return Models(predictor, both, vision, text)
 
 
 class _Comparison:
     """Computes rows of a split on both paths, a batch at a time."""
 
-    def __init__(self, scorer: Scorer, split: str, models: _Models) -> None:
+    def __init__(self, scorer: Scorer, split: str, models: Models) -> None:
         project = scorer.project
         store, k_txt = project.config.store, scorer.train.k_txt
         self.dataset, self.k_txt, self.models = project.dataset, k_txt, models
@@ -397,7 +397,7 @@ def check_parity(
     project = project_of(run)
     prepare(project, config.train.k_txt, show)
     scorer = Scorer(run, project)
-    comparison = _Comparison(scorer, split, _load_models(scorer))
+    comparison = _Comparison(scorer, split, load_models(scorer))
     total = len(comparison.rows)
     picks = np.random.default_rng(seed).permutation(total)[:count]
     with show.bar(len(picks), "rows") as progress:

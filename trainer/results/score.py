@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import keras
 import numpy as np
@@ -32,12 +32,15 @@ class Scores:
         logits: float32 of shape (n,): of entailment.
         labels: int8 of shape (n,): 1 entailment, 0 contradiction, -1 unlabelled.
         unread: Image id to reason of photos that could not be read; their rows are left out.
+        unfit: Sentence to reason of those whose features do not fit the stored number
+            format; their rows are left out.
     """
 
     rows: NDArray[np.int64]
     logits: NDArray[np.float32]
     labels: NDArray[np.int8]
     unread: dict[str, str]
+    unfit: dict[str, str] = field(default_factory=dict)
 
 
 class Scorer:
@@ -78,7 +81,8 @@ class Scorer:
             split: "train", "val", "test" or "all".
             control: Show the model no picture ("hypothesis-only") or another
                 photo ("shuffled-images").
-            show: Shows the encoding of sentences that the store lacks.
+            show: Shows the encoding of sentences that the store lacks, and a pass that
+                takes long.
 
         Raises:
             MissingFeaturesError: A photo was never extracted.
@@ -88,7 +92,9 @@ class Scorer:
         self.project.extract("text", k_txt=self.train.k_txt, show=show)
         self.project.forget_encoders()
         cached = self.rows(split, control)
-        (logits,) = predict_logits(self.predictor, cached, self.train.batch_size)
+        size = self.train.batch_size
+        with show.slow_bar(len(cached), f"rows of {split}") as progress:
+            (logits,) = predict_logits(self.predictor, cached, size, progress)
         return Scores(rows, logits, cached.labels, unread)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import keras
 import numpy as np
 
@@ -22,6 +21,7 @@ from trainer.config import Config
 from trainer.model.cached import build_cached_model, load_text_layers
 from trainer.model.head import HEAD_LAYERS, TAIL_NAME
 from trainer.model.weights import copy_weights, layer_weights, random_state, set_random_state
+from trainer.model.weights_file import check_self_contained
 from trainer.run.folder import Run
 
 WEIGHTLESS = ("xattn_residual", "flatten_cls", "drop_1")
@@ -61,37 +61,12 @@ def load_best(run: Run) -> keras.Model:
     if not run.weights_path.is_file():
         raise RunError(f"{run.weights_path}: not there; the run has not finished an epoch")
     try:
-        _check_self_contained(run.weights_path)
+        check_self_contained(run.weights_path)
         model.load_weights(run.weights_path)
     except (*HDF5_ERRORS, IndexError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunError(f"{run.weights_path}: does not fit the run's settings ({reason})") from error
     return model
-
-
-def _check_self_contained(path: Path) -> None:
-    """Refuse a weights file that takes numbers from another file.
-
-    Raises:
-        ValueError: It has a link, or data outside.
-    """
-
-    found: list[str] = []
-
-    # An exception would not pass through HDF5's own loop.
-    def check_link(name: str, link: Any) -> None:
-        if not isinstance(link, h5py.HardLink):
-            found.append(f"/{name} is a link to elsewhere")
-
-    def check_data(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
-            found.append(f"/{name} has its data elsewhere")
-
-    with h5py.File(path, "r", locking=False) as file:
-        file.visititems_links(check_link)
-        file.visititems(check_data)
-    if found:
-        raise ValueError(found[0])
 
 
 def start_from(model: keras.Model, source: Run) -> list[str]:

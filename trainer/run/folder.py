@@ -3,13 +3,16 @@
 runs/<name>/
     config.toml        every setting, resolved
     manifest.json      command, versions, fingerprints, counts, times, status
-    history.csv        one line an epoch
+                       (`imported`: of an imported run, what it was made of)
+    history.csv        one line an epoch; none of an imported run
     metrics.json       validation metrics of the best epoch, at τ and at 0.5
     best.weights.h5    weights of the best epoch
     last.npz           what is needed to go on: weights, optimizer, random state
     curves.png         learning curves
     tensorboard/       the same, for TensorBoard
     evaluate-*.json    what `evaluate` found on a split
+    predictions-*.csv  the rows it measured, each with its logit
+    summary*.md        the same to read
     parity-*.json      what `parity` found on a split
 """
 
@@ -43,6 +46,11 @@ MANIFEST_FIELDS: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...] = (
     (("features", "vision", "fingerprint"), (str,)),
     (("features", "vision", "row_shape"), (list,)),
     (("features", "text", "fingerprint"), (str,)),
+)
+# Of `history.csv`, one line an epoch.
+HISTORY_COLUMNS = (
+    *("epoch", "steps", "lr", "loss", "val_loss", "val_accuracy", "val_macro_f1", "val_auc"),
+    *("threshold", "seconds", "wait_share", "val_seconds"),
 )
 SEARCH_FILE = "search.json"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -147,6 +155,16 @@ class Run:
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Publish the manifest."""
         write_json(self.manifest_path, manifest)
+
+    def check_new(self) -> None:
+        """Allow a run that is made at once, with no epoch to go on from.
+
+        Raises:
+            UsageError: The name is taken.
+        """
+        if self.exists or (self.folder / SEARCH_FILE).exists():
+            what = "a run" if self.exists else "a search"
+            raise UsageError(f"{self.folder}: {what} is there already; choose another name")
 
     def check_free_or_same(self, config: Config) -> None:
         """Allow a new run, or one that was stopped and has the same settings.

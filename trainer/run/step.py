@@ -19,6 +19,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
+from featstore.progress import Progress
 from featstore.store.numbers import ALIGNMENT_BYTES
 from trainer.batches import Batch, CachedRows
 from trainer.prefetch import Prefetcher
@@ -134,8 +135,13 @@ def make_stepper(members: Sequence[Member]) -> Stepper:
     return _TensorFlowStepper(members)
 
 
-def predict_logits(predictor: Predictor, rows: CachedRows, batch_size: int) -> NDArray[np.float32]:
-    """Return the logit of every row, in the order of the rows.
+def predict_logits(
+    predictor: Predictor,
+    rows: CachedRows,
+    batch_size: int,
+    progress: Progress = lambda rows: None,
+) -> NDArray[np.float32]:
+    """Return the logit of every row, in the order of the rows; `progress` is told of each batch.
 
     Returns:
         float32 of shape (models, len(rows)). Every row is computed exactly once.
@@ -146,6 +152,7 @@ def predict_logits(predictor: Predictor, rows: CachedRows, batch_size: int) -> N
         for batch in batches:
             parts.append(predictor.predict(batch))
             order.append(batch.rows)
+            progress(len(batch.rows))
     logits = np.concatenate(parts, axis=1)
     return logits[:, np.argsort(np.concatenate(order))]
 

@@ -14,15 +14,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import RunError
 from featstore.project import Project
-from featstore.publish import command_line, package_versions, write_json, write_text
+from featstore.publish import write_json, write_text
 from trainer.config import Config, TrainConfig, render_config
-from trainer.features import cached_rows, row_counts
+from trainer.features import cached_rows
 from trainer.metrics import evaluate_logits
 from trainer.model.weights import seeded
 from trainer.run.checkpoint import (
@@ -37,6 +36,7 @@ from trainer.run.checkpoint import (
 from trainer.run.curves import plot_learning_curves
 from trainer.run.events import EventLog
 from trainer.run.folder import Run
+from trainer.run.manifest import new_manifest
 from trainer.run.optimizer import cut_learning_rate, learning_rate, make_optimizer
 
 CURVES_SECONDS = 10.0
@@ -156,40 +156,13 @@ class Training:
         self._earlier_seconds = self.progress.total_seconds
 
     def _manifest(self, row_shape: tuple[int, int], init_from: Run | None) -> dict[str, Any]:
-        project, dataset = self.project, self.project.dataset
-        text = project.text_spec(self.train_config.k_txt)
-        # Not of the test split, whose photos need not be extracted yet.
-        unread = project.usable("train")[1] | project.usable("val")[1]
-        trainable = sum(math.prod(v.shape) for v in self.model.trainable_variables)
+        manifest = new_manifest(
+            self.run.name, self.project, self.train_config, self.model, row_shape
+        )
         return {
-            "name": self.run.name,
-            "status": "running",
-            "command": command_line(),
-            "versions": package_versions(),
-            "backend": keras.backend.backend(),
-            "seeds": {"train": self.train_config.seed, "split": dataset.splits.seed},
-            "data": {
-                "rows_digest": dataset.examples.digest(),
-                "splits_digest": dataset.splits.digest(),
-                "splits_file": str(dataset.splits_path),
-                "counts": row_counts(project),
-                "rows_left_out": dataset.counts()["dropped"],
-                "quarantined_photos": unread,
-            },
-            "features": {
-                "vision": {
-                    "fingerprint": project.vision_spec.fingerprint,
-                    "row_shape": list(row_shape),
-                },
-                "text": {
-                    "fingerprint": text.fingerprint,
-                    "boundary": text.boundary,
-                },
-            },
-            "parameters": {"trainable": trainable},
+            **manifest,
             "init_from": None if init_from is None else str(init_from.folder),
             "initialised_layers": self.initialised,
-            "wall_seconds": {},
         }
 
     def _check_same_start(self) -> None:

@@ -1,0 +1,71 @@
+"""`compare`: runs on the same rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from featstore.errors import UsageError
+from trainer.commands.console import json_option, open_run, runs_option, split_option
+
+SUFFIXES = (".md", ".json")
+
+
+@click.command()
+@click.argument("run", nargs=-1, required=True)
+@split_option("test", "val", "train")
+@click.option("--rows", type=click.Path(), help="Labelled rows to compare on, not a split.")
+@click.option("--images", type=click.Path(), help="Folder of their photos.  [default: each run's]")
+@click.option("--buckets", type=click.Path(), help="Bucket file.  [default: the one that ships]")
+@click.option(
+    "--draws",
+    type=click.IntRange(min=1),
+    default=2000,
+    show_default=True,
+    help="Of the bootstrap over images.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws."
+)
+@click.option("--out", type=click.Path(), help="Write a page (.md) or the figures (.json).")
+@runs_option
+@json_option
+def compare(
+    run: tuple[str, ...],
+    split: str,
+    rows: str | None,
+    images: str | None,
+    buckets: str | None,
+    draws: int,
+    seed: int,
+    out: str | None,
+    runs: str,
+    as_json: bool,
+) -> None:
+    """Compare runs on the same rows; the first is the base.
+
+    Each is measured at its own threshold and at 0.5, with intervals by image, and
+    tested against the base row by row: is the difference more than chance?
+    """
+    target = None if out is None else Path(out)
+    if target is not None and target.suffix not in SUFFIXES:
+        raise UsageError(f"--out {out}: expected a name that ends with .md or .json")
+    if images is not None and rows is None:
+        raise UsageError("--images: the photos of --rows; a split has the run's own")
+    base, *others = [open_run(name, runs) for name in run]
+    from featstore.publish import write_json, write_text
+    from trainer.results.compare_tables import as_markdown, as_text
+
+    result = base.compare(
+        *others, split=split, rows=rows, images=images, buckets=buckets, draws=draws, seed=seed
+    )
+    if target is not None:
+        if target.suffix == ".json":
+            write_json(target, result)
+        else:
+            write_text(target, as_markdown(result))
+    click.echo(json.dumps(result) if as_json else as_text(result))
+    if target is not None:
+        click.echo(f"written: {target}", err=True)

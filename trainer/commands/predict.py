@@ -1,0 +1,110 @@
+"""`predict`: what a run says of rows that it has not seen, or of one photo and one sentence."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featstore.errors import UsageError
+from trainer.commands.console import json_option, open_run, runs_option
+
+FORMATS = ("csv", "jsonl", "parquet")
+STREAM = "-"
+
+
+@click.command()
+@click.argument("run")
+@click.option("--rows", help="Row file, JSONL or CSV, labelled or not; - is standard input.")
+@click.option("--images", help="Folder of the photos.  [default: the run's own]")
+@click.option("--out", default=STREAM, show_default=True, help="File; - is standard output.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(FORMATS),
+    help="[default: by the name of --out; else csv]",
+)
+@click.option(
+    "--cache/--no-cache",
+    default=True,
+    help="Keep the features that were missing in the store, or write nothing there.  [--cache]",
+)
+@click.option("--image", help="One photo, in place of --rows.")
+@click.option("--text", help="The sentence about --image.")
+@runs_option
+@json_option
+def predict(
+    run: str,
+    rows: str | None,
+    images: str | None,
+    out: str,
+    format_name: str | None,
+    cache: bool,
+    image: str | None,
+    text: str | None,
+    runs: str,
+    as_json: bool,
+) -> None:
+    """Say whether photos entail sentences, at the run's own threshold."""
+    if (rows is None) == (image is None and text is None) or (image is None) != (text is None):
+        raise UsageError("give --rows FILE, or --image PHOTO and --text SENTENCE")
+    if image is not None and text is not None:
+        _predict_pair(run, runs, image, text, as_json)
+        return
+    to_stream = out == STREAM
+    if as_json and to_stream:
+        raise UsageError("--json: standard output has the predictions; give --out FILE")
+    found = open_run(run, runs)
+    from trainer.results.predictions_file import format_of, opened_for
+
+    path = None if to_stream else Path(out)
+    format_name = format_of(path, format_name)
+    source: Any = sys.stdin.buffer if rows == STREAM else rows
+    with opened_for(path or sys.stdout.buffer, format_name) as write:
+        predictions = found.predictions(source, images, cache=cache)
+        write(predictions.lines())
+    summary = {"run": found.name, "out": out, "format": format_name, **predictions.summary()}
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        _print_summary(summary, to_stream)
+
+
+def _predict_pair(run: str, runs: str, image: str, text: str, as_json: bool) -> None:
+    result = open_run(run, runs).predict_pair(image, text)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(
+        f"{result['label']} (confidence {result['confidence']:.2%}; probability of entailment"
+        f" {result['probability_entailment']:.4f}, τ = {result['threshold']:.2f})"
+    )
+
+
+def _print_summary(summary: dict[str, Any], err: bool) -> None:
+    """Print what was predicted, what was not and why, and the figures of labelled rows."""
+    said = ", ".join(f"{count} {label}" for label, count in summary["labels"].items())
+    click.echo(
+        f"{summary['predicted']} of {summary['rows']} rows predicted at τ ="
+        f" {summary['threshold']:.2f} ({said}), {summary['rows_per_second']:.3g} rows/s",
+        err=err,
+    )
+    for title, reasons in (
+        ("without a prediction", summary["not_predicted"]),
+        ("with a warning", summary["kept_with_warning"]),
+    ):
+        if reasons:
+            found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            click.echo(f"rows {title}: {found}", err=err)
+    if metrics := summary["metrics"]:
+        at = metrics["at_threshold"]
+        auc = "undefined" if metrics["auc"] is None else f"{metrics['auc']:.4f}"
+        click.echo(
+            f"{metrics['rows']} labelled rows: accuracy {at['accuracy']:.2%}, macro-F1"
+            f" {at['macro_f1']:.2%}, AUC {auc}; tp {at['tp']}, fp {at['fp']}, fn {at['fn']},"
+            f" tn {at['tn']}",
+            err=err,
+        )

@@ -1,0 +1,118 @@
+"""What an export says of itself: read again when it is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featstore.data.labels import LABELS
+from featstore.encoders.spec import differing_fields
+from featstore.errors import RunError
+from featstore.project import Project
+from featstore.publish import read_json
+from trainer.model.weights_file import refused
+
+SUFFIXES = (".weights.h5", ".h5", ".keras", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Card:
+    """An export's own words.
+
+    Attributes:
+        file: The export.
+        k_txt: The last text layers that it trained.
+        threshold: On the probability of entailment.
+        inputs: What its pixels and token ids are made by, as `_inputs_of` has it of a project.
+        weights: Digests of the presets' weights, "vision" and "text".
+    """
+
+    file: Path
+    k_txt: int
+    threshold: float
+    inputs: dict[str, Any]
+    weights: dict[str, str]
+
+    def check(self, project: Project, of_weights: bool = False) -> None:
+        """Refuse a project whose pixels, tokens or encoders are not the export's.
+
+        Args:
+            project: Its rows and encoders.
+            of_weights: Compare the digests of the presets' weights too. Where the frozen
+                weights are in the file they are compared themselves: a preset that was
+                saved again has another digest.
+
+        Raises:
+            RunError: They differ; the message names the fields.
+        """
+        ours, theirs = _inputs_of(project), self.inputs
+        if of_weights:
+            digests = {"vision": project.vision_spec.weights, "text": project.text_spec(0).weights}
+            ours, theirs = {**ours, "weights": digests}, {**theirs, "weights": self.weights}
+        # JSON has no tuples.
+        lines = differing_fields(json.loads(json.dumps(ours)), theirs)
+        if lines:
+            phrases = (line.replace("wanted", "here").replace("stored", "there") for line in lines)
+            raise RunError(
+                f"{self.file}: an export of other encoders or settings ({'; '.join(phrases)});"
+                " nothing was imported; give the presets and settings that it was made with"
+            )
+
+
+def _inputs_of(project: Project) -> dict[str, Any]:
+    vision, text = project.vision_spec, project.text_spec(0)
+    return {
+        "tokens": vision.tokens,
+        "converter": vision.converter,
+        "sequence_length": text.sequence_length,
+        "tokenizer": text.tokenizer,
+    }
+
+
+def card_of(file: Path, metadata: Mapping[str, str] | None = None) -> Card | None:
+    """Return what an export says of itself.
+
+    Args:
+        file: The export. Its card is `NAME.json` beside it.
+        metadata: Of a safetensors file, which holds its card itself: each value as JSON.
+
+    Returns:
+        The card; None where there is none, or another program's file of that name.
+
+    Raises:
+        RunError: It is an export's, but not whole.
+    """
+    try:
+        if metadata is None:
+            said = read_json(_beside(file))
+        else:
+            said = {key: json.loads(value) for key, value in metadata.items()}
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(said, dict) or not {"labels", "encoders", "threshold"} <= said.keys():
+        return None
+    try:
+        if said["labels"] != LABELS:
+            raise ValueError(f"labels are {said['labels']}, expected {LABELS}")
+        k_txt, threshold = said["k_txt"], float(said["threshold"])
+        if type(k_txt) is not int or k_txt < 0 or not 0 <= threshold <= 1:
+            raise ValueError(f"k_txt is {k_txt!r} and the threshold {threshold}")
+        vision, text = said["encoders"]["vision"], said["encoders"]["text"]
+        inputs = {
+            "tokens": vision["tokens"],
+            "converter": said["pixel_values"]["converter"],
+            "sequence_length": said["input_ids"]["sequence_length"],
+            "tokenizer": said["input_ids"]["tokenizer_digest"],
+        }
+        digests = {"vision": vision["weights"], "text": text["weights"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise refused(file, f"what it says of itself is not whole ({error})") from error
+    return Card(file, k_txt, threshold, inputs, digests)
+
+
+def _beside(file: Path) -> Path:
+    suffix = next((suffix for suffix in SUFFIXES if file.name.endswith(suffix)), "")
+    return file.with_name(file.name.removesuffix(suffix) + ".json")

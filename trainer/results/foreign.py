@@ -1,0 +1,302 @@
+"""Take the trained weights of a run out of a file that was made elsewhere.
+
+The file of a whole model is compared with what Keras writes of the same model with the
+presets' weights: layout, shapes, and the numbers of all that stays frozen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.encoders.presets import resolve_preset
+from featstore.encoders.tower import Tower, load_backbone
+from featstore.errors import Advice, RunError, UsageError
+from featstore.project import Project
+from featstore.store.shard import HDF5_ERRORS
+from trainer.config import Config
+from trainer.model.description import differences, foreign_classes
+from trainer.model.head import TEXT_NAME, VISION_NAME
+from trainer.model.plain import build_plain, plain_weights
+from trainer.model.weights import seeded, trained_weights
+from trainer.model.weights_file import (
+    WeightsFile,
+    misfits,
+    open_weights,
+    read_numbers,
+    refused,
+)
+from trainer.model.weights_file import read_tensors as read_tensors_file
+from trainer.results.card import Card, card_of
+from trainer.run.checkpoint import build_model
+
+NAMED = 3
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a file gives to a run.
+
+    Attributes:
+        k_txt: The last text layers that it trained.
+        weights: Those of the head and of these layers, named as by `trained_weights`.
+        card: What an export says of itself, or None.
+        note: What a reader should know of it, or "".
+    """
+
+    k_txt: int
+    weights: Mapping[str, Any]
+    card: Card | None
+    note: str = ""
+
+
+def read_tensors(file: Path, project: Project) -> Found:
+    """Take the trained weights of a `.safetensors` export.
+
+    Raises:
+        RunError: It cannot be read, says nothing of its encoders, or has others.
+    """
+    config, tensors = project.config, read_tensors_file(file)
+    assert isinstance(config, Config)
+    card = card_of(file, tensors.metadata)
+    if card is None:
+        raise refused(
+            file,
+            "its metadata does not say which encoders it belongs to; expected what `export"
+            " --format weights` writes",
+        )
+    card.check(project, of_weights=True)
+    train = dataclasses.replace(config.train, k_txt=card.k_txt)
+    with seeded("spared"):
+        expected = trained_weights(
+            build_model(Config.of(config, train), project.images().row_shape)
+        )
+    shapes = {name: tuple(weight.shape) for name, weight in expected.items()}
+    lines = misfits(shapes, {name: array.shape for name, array in tensors.arrays.items()})
+    if lines:
+        raise _misfit(file, lines, "")
+    return Found(card.k_txt, tensors.arrays, card)
+
+
+def read_model(file: Path, kind: str, project: Project, k_txt: int | None) -> Found:
+    """Take the trained weights of a whole model, and see that the rest are the presets'.
+
+    Args:
+        file: The file.
+        kind: "weights" or "keras".
+        project: The encoders, and the settings of the head.
+        k_txt: The last text layers that were trained; None: those that are not the preset's.
+
+    Raises:
+        RunError: It cannot be read, is another model, or has frozen weights of its own.
+        UsageError: More text layers differ from the preset's than `k_txt` says.
+    """
+    config = project.config
+    assert isinstance(config, Config)
+    card = card_of(file)
+    if card is not None:
+        card.check(project)
+    train = dataclasses.replace(config.train, k_txt=0, dtype_policy="float32")
+    presets = resolve_preset(config.encoders.vit), resolve_preset(config.encoders.text)
+    num_bytes = sum(part.stat().st_size for preset in presets for part in preset.weights_files)
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open_weights(file, kind, num_bytes))
+        check_code(file, opened)
+        vision, text = (load_backbone(preset, "float32") for preset in presets)
+        plain = build_plain(vision, text, train, config.store.tokens)
+        tower = Tower(text, "text")
+        leading = Tower(vision, "vision").leading_tokens
+        if opened.config is not None:
+            skipped = leading if config.store.tokens == "patches" else 0
+            lines = differences(opened.config, json.loads(plain.to_json()), skipped)
+            if lines:
+                raise refused(file, f"another model than that of these settings: {_some(lines)}")
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="import-")))
+        # What Keras itself would write of the same model with the presets' weights: the
+        # layout, and the numbers that the frozen weights must have.
+        pattern = folder / "preset.weights.h5"
+        try:
+            plain.save_weights(pattern)
+        except HDF5_ERRORS as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise RunError(
+                f"{folder}: {num_bytes / 1e6:.0f} MB cannot be written ({reason}); free some"
+                " space, or name another temporary folder with TMPDIR"
+            ) from error
+        preset = stack.enter_context(open_weights(pattern, "weights", num_bytes))
+        check_shapes(file, opened, preset)
+        try:
+            found, note = trained_layers(file, opened, preset, tower)
+            weights = folder / "file.weights.h5"
+            weights.symlink_to(opened.path.absolute())
+            plain.load_weights(weights)
+        except HDF5_ERRORS as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise refused(file, f"its weights cannot be read ({reason})") from error
+    if k_txt is not None and k_txt < found:
+        raise UsageError(
+            f"{file}: its text layer {tower.blocks[-found].name} is not the preset's, so at"
+            f" least the last {found} were trained; expected --k-txt {found}, or to leave it"
+            f" out, found {k_txt}"
+        )
+    if k_txt is None:
+        k_txt = max(found, card.k_txt) if card else found
+    if card is None and opened.config is None and leading:
+        note = "; ".join(filter(None, [note, _tokens_note(config.store.tokens, leading)]))
+    return Found(k_txt, plain_weights(plain, k_txt), card, note)
+
+
+def _tokens_note(tokens: str, leading: int) -> str:
+    seen = f"all of them, the leading {leading} included" if tokens == "all" else "the patches"
+    other = "patches" if tokens == "all" else "all"
+    return (
+        f"weights do not tell which image tokens their head saw; taken: {seen}, by [store] tokens"
+        f' = "{tokens}" (the reference study saw "all"; --tokens {other} is the other reading)'
+    )
+
+
+def check_code(file: Path, opened: WeightsFile) -> None:
+    """Refuse a `.keras` file that names code of its own.
+
+    Raises:
+        RunError: It has a Lambda layer, a function, or a class that is not Keras's.
+    """
+    foreign = foreign_classes(opened.config)
+    if foreign:
+        raise refused(
+            file,
+            f"names what is not Keras's: {_some(foreign)}; no code of a file is run: if its"
+            " layers are those of the study, save their weights alone, by"
+            " model.save_weights('model.weights.h5')",
+        )
+
+
+def check_shapes(file: Path, opened: WeightsFile, preset: WeightsFile) -> None:
+    """Refuse layers of other names or shapes; they are named before any number is read."""
+    # Those without weights, such as inputs, may stand in another order.
+    weighted = {"/".join(path.split("/")[:2]) for path in preset.shapes}
+    lines = [
+        f"layer {preset.names[path]}: found one named {opened.names[path]!r:.60}"
+        for path in sorted(weighted)
+        if opened.names.get(path, preset.names[path]) != preset.names[path]
+    ]
+    lines += misfits(preset.shapes, opened.shapes, functools.partial(_label, preset.names))
+    if lines:
+        raise _misfit(file, lines, _other_head(opened, preset))
+
+
+def _misfit(file: Path, lines: Sequence[str], mend: str) -> RunError:
+    return RunError(
+        f"{file}: does not fit the model of these settings, in {len(lines)} places:"
+        f" {_some(lines)}; nothing was imported",
+        Advice(mend or "name its own encoders with --vit and --text"),
+    )
+
+
+def _label(names: Mapping[str, str], path: str) -> str:
+    """Return a weight's path as people know its layers: `mlp_1/0` for `layers/dense/vars/0`."""
+    parts = path.split("/")
+    for length in range(len(parts), 1, -1):
+        if parts[length - 2] == "layers":
+            parts[length - 1] = names.get("/".join(parts[:length]), parts[length - 1])
+    return "/".join(part for part in parts if part not in ("layers", "vars"))
+
+
+def _other_head(opened: WeightsFile, preset: WeightsFile) -> str:
+    """Return the settings of the file's head where only these differ, else ""."""
+    groups = {name: path for path, name in preset.names.items()}
+    paths = f"{groups['xattn']}/query_dense/vars/0", f"{groups['mlp_1']}/vars/0"
+    (width, *_), (_, *_) = (preset.shapes[path] for path in paths)
+    query, hidden = (opened.shapes.get(path, ()) for path in paths)
+    backbones = [name for name in preset.shapes if not _is_of_head(preset, name)]
+    same = all(opened.shapes.get(name) == preset.shapes[name] for name in backbones)
+    if not same or len(query) != 3 or len(hidden) != 2 or query[0] != width:
+        return ""
+    return (
+        f"its head has --num-heads {query[1]} --head-dim {query[2]} --mlp-dim {hidden[1]}: give"
+        " these"
+    )
+
+
+def _is_of_head(preset: WeightsFile, path: str) -> bool:
+    top = "/".join(path.split("/")[:2])
+    return preset.names.get(top) not in (VISION_NAME, TEXT_NAME)
+
+
+def trained_layers(
+    file: Path, opened: WeightsFile, preset: WeightsFile, text: Tower
+) -> tuple[int, str]:
+    """Tell how many of the last text layers are not the preset's.
+
+    Frozen weights must equal the preset's bit for bit, or be its weights rounded to the
+    16 bits in which a preset was loaded or a file was saved.
+
+    Returns:
+        Their number, and a note where frozen weights are rounded.
+
+    Raises:
+        RunError: Other layers differ: then the stored features are not the file's.
+    """
+    blocks = {layer.name: i for i, layer in enumerate(text.blocks)}
+    if text.norm is not None:
+        blocks[text.norm.name] = text.num_blocks - 1  # It trains with the last block.
+    lowest, rounded = text.num_blocks, False
+    tuned: dict[str, float] = {}
+    with h5py.File(opened.path, "r") as found, h5py.File(preset.path, "r") as expected:
+        for path in preset.shapes:
+            if _is_of_head(preset, path):
+                continue
+            theirs, ours = read_numbers(found, path), read_numbers(expected, path)
+            equal, in_16_bits = _same_numbers(theirs, ours)
+            rounded |= in_16_bits
+            if equal:
+                continue
+            backbone, layer = _label(preset.names, path).split("/")[:2]
+            if backbone == TEXT_NAME and layer in blocks:
+                lowest = min(lowest, blocks[layer])
+            else:
+                largest = float(np.abs(theirs.astype(np.float32) - ours).max())
+                name = f"{backbone}/{layer}"
+                tuned[name] = max(tuned.get(name, 0.0), largest)
+    if tuned:
+        lines = [f"{name} by up to {largest:.2g}" for name, largest in tuned.items()]
+        raise RunError(
+            f"{file}: weights that stay frozen here are not the presets' in {len(tuned)} layers:"
+            f" {_some(lines)}; its features are not the stored ones; nothing was imported",
+            Advice(
+                "name its own encoders with --vit and --text: a backbone that was tuned becomes a"
+                " preset by backbone.save_to_preset(folder)"
+            ),
+        )
+    note = "its frozen weights are the presets' rounded to 16 bits; the presets' are used"
+    return text.num_blocks - lowest, note if rounded else ""
+
+
+def _same_numbers(found: NDArray[Any], expected: NDArray[Any]) -> tuple[bool, bool]:
+    """Tell whether numbers are the expected ones, and whether rounded to 16 bits."""
+    import ml_dtypes
+
+    found = found.astype(np.float32)
+    if np.array_equal(found, expected):
+        return True, False
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        with np.errstate(over="ignore"):
+            if np.array_equal(found, expected.astype(dtype).astype(np.float32)):
+                return True, True
+    return False, False
+
+
+def _some(lines: Sequence[str]) -> str:
+    more = f"; and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
+    return "; ".join(lines[:NAMED]) + more

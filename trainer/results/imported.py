@@ -1,0 +1,150 @@
+"""Make a run of weights that were trained elsewhere: end to end, as the reference study did.
+
+The settings say which rows, encoders and features the run is of. The file gives the
+trained numbers: the head, and the text layers that differ from the preset's. All that is
+frozen must be the presets' own, for otherwise the stored features are not what the head
+was trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+
+from featstore.data.examples import require_both_classes
+from featstore.data.labels import LABELS
+from featstore.encoders.presets import Digests
+from featstore.errors import UsageError
+from featstore.progress import SILENT, Show
+from featstore.project import Project
+from featstore.publish import write_json, write_text
+from trainer.config import Config, render_config
+from trainer.features import cached_rows
+from trainer.metrics import evaluate_logits
+from trainer.model.weights import copy_weights, seeded, trained_weights
+from trainer.model.weights_file import kind_of, refused
+from trainer.results.foreign import read_model, read_tensors
+from trainer.run.checkpoint import build_model, save_weights
+from trainer.run.folder import HISTORY_COLUMNS, Run
+from trainer.run.manifest import new_manifest
+from trainer.run.step import make_predictor, predict_logits
+
+
+def read_labels(text: str) -> int:
+    """Return the label that the logit's positive side means, of `contradiction=1` and the like.
+
+    Raises:
+        UsageError: Another text.
+    """
+    name, _, number = text.partition("=")
+    if name not in LABELS or number not in ("0", "1"):
+        raise UsageError(
+            f"--labels {text!r}: expected entailment=1, or contradiction=1 where the file's model"
+            " was trained with contradiction as the positive class"
+        )
+    return LABELS[name] if number == "1" else 1 - LABELS[name]
+
+
+def import_run(
+    run: Run,
+    project: Project,
+    file: Path,
+    *,
+    labels: str | None = None,
+    k_txt: int | None = None,
+    threshold: float | None = None,
+    show: Show = SILENT,
+) -> Run:
+    """Make a run of a weights file.
+
+    The val split is scored with it, which sets the threshold. Nothing is written before
+    that is done; the run appears with its manifest, which is written last.
+
+    Args:
+        run: The folder, in which no run is.
+        project: The rows and features, with the head's settings (`Config`).
+        file: `.weights.h5` or `.keras` of the whole model as the study built it, or a
+            `.safetensors` export.
+        labels: "contradiction=1": the file's positive class is contradiction, so the
+            last layer is negated. None: "entailment=1".
+        k_txt: The last text layers that were trained; None: those that differ from the
+            preset's.
+        threshold: On the probability of entailment; None: as an export says, else swept on
+            the val split.
+        show: Shows what goes on.
+
+    Raises:
+        RunError: The file cannot be read, does not fit, or would run code.
+        MissingFeaturesError: A photo of the val split was not extracted.
+        UsageError: The name is taken, or an option contradicts the file.
+    """
+    started, config = time.perf_counter(), project.config
+    assert isinstance(config, Config)
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UsageError(f"--threshold {threshold}: expected a probability, 0 to 1")
+    positive = None if labels is None else read_labels(labels)
+    run.check_new()
+    kind = kind_of(file)
+    val = project.dataset.examples.select(project.dataset.rows("val"))
+    require_both_classes(val, "split 'val'")
+    project.usable("val")
+    row_shape = project.images().row_shape
+    if kind == "safetensors":
+        found = read_tensors(file, project)
+    else:
+        found = read_model(file, kind, project, k_txt)
+    if k_txt not in (None, found.k_txt):
+        raise UsageError(f"{file}: trained with k_txt {found.k_txt}; expected that, found {k_txt}")
+    if found.card and positive == LABELS["contradiction"]:
+        raise UsageError(f"{file}: an export, in which entailment is 1; leave --labels out")
+    if found.note:
+        show.note(f"{file}: {found.note}")
+    for name, weight in found.weights.items():
+        if not np.isfinite(np.asarray(weight)).all():
+            raise refused(file, f"{name} has numbers that are not finite")
+    train = dataclasses.replace(config.train, k_txt=found.k_txt)
+    config = Config.of(config, train)
+    project = project.with_config(config)
+    with seeded("spared"):
+        model = build_model(config, row_shape)
+    expected = trained_weights(model)
+    copy_weights(found.weights, expected)
+    inverted = positive == LABELS["contradiction"]
+    if inverted:
+        for weight in model.get_layer("logit").weights:
+            weight.assign(-weight)
+    project.extract("text", "val", found.k_txt, show=show)
+    project.forget_encoders()
+    rows = cached_rows(project, train, "val", train.control)
+    (logits,) = predict_logits(make_predictor([model]), rows, train.batch_size)
+    if not np.isfinite(logits).all():
+        raise refused(file, "its logits are not finite on the val split")
+    if threshold is None and found.card:
+        threshold = found.card.threshold
+    metrics = evaluate_logits(rows.labels, logits, threshold)
+    manifest = {
+        **new_manifest(run.name, project, train, model, row_shape, ["val"]),
+        "status": "finished",
+        "imported": {
+            "file": str(file.absolute()),
+            "xxh3_128": Digests().of([file]),
+            "kind": kind,
+            "labels": "contradiction=1" if inverted else "entailment=1",
+            "layers": list(dict.fromkeys(name.partition("/")[0] for name in expected)),
+            "note": found.note,
+        },
+        "wall_seconds": {"total": round(time.perf_counter() - started, 3)},
+    }
+    project.dataset.save()
+    with run.writing():
+        run.check_new()
+        save_weights(run, model)
+        run.write_config(render_config(config))
+        write_text(run.history_path, ",".join(HISTORY_COLUMNS) + "\n")
+        what = {"monitor": train.monitor, "control": train.control}
+        write_json(run.metrics_path, {"split": "val", "epoch": 0, **what, **metrics})
+        run.write_manifest(manifest)
+    return run

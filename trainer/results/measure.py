@@ -1,0 +1,170 @@
+"""What is measured of scored rows: figures with intervals, calibration, buckets, errors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.data.labels import LABELS
+from trainer.buckets import bucket_rows
+from trainer.metrics import brier, calibration_error, evaluate_logits, log_loss, sigmoid
+from trainer.results.labelled import Scored
+from trainer.statistics import (
+    LEVEL,
+    Clustered,
+    fit_temperature,
+    intervals,
+    proportion_interval,
+    reliability,
+    threshold_interval,
+)
+
+NAMES = {label: name for name, label in LABELS.items()}
+CONFIDENT = 0.7
+"""Above it an error is a confident one, as in the study's error page."""
+NAMED_ERRORS = 10
+
+
+def called(logits: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
+    """Return whether each row is called entailment: its *probability* reaches the threshold."""
+    return sigmoid(logits) >= threshold
+
+
+def right(scored: Scored, threshold: float) -> NDArray[np.bool_]:
+    """Return whether each row is called what it is."""
+    return called(scored.logits, threshold) == (scored.labels == LABELS["entailment"])
+
+
+def confidence(logits: NDArray[np.float64], threshold: float) -> NDArray[np.float64]:
+    """Return the probability of the label that each row is given at the threshold."""
+    probabilities = sigmoid(logits)
+    return np.where(probabilities >= threshold, probabilities, 1 - probabilities)
+
+
+def measure(
+    scored: Scored,
+    threshold: float,
+    val: Scored | None,
+    buckets: Mapping[str, re.Pattern[str]],
+    clustered: Clustered,
+) -> dict[str, Any]:
+    """Compute what `evaluate` reports of a run on some rows, controls apart.
+
+    Args:
+        scored: The rows.
+        threshold: The run's τ, on the probability.
+        val: The val split, from which temperature and the interval of τ come; None where
+            it cannot be read.
+        buckets: See `trainer.buckets.load_buckets`.
+        clustered: The rows' images.
+
+    Returns:
+        The fields of docs/EVALUATION.md from `rows` to `errors`.
+    """
+    tau = None
+    if val is not None:
+        images = Clustered(val.image_ids, clustered.draws, clustered.seed)
+        tau = threshold_interval(val.labels, val.logits, images)
+    return {
+        **evaluate_logits(scored.labels, scored.logits, threshold),
+        "images": clustered.images,
+        "bootstrap": {"level": LEVEL, "draws": clustered.draws, "seed": clustered.seed},
+        "intervals": intervals(scored.labels, scored.logits, threshold, clustered),
+        "threshold_interval": tau,
+        "calibration": _calibration(scored, threshold, val),
+        **_by_bucket(scored, threshold, buckets, clustered),
+        "errors": _errors(scored, threshold),
+    }
+
+
+def _calibration(scored: Scored, threshold: float, val: Scored | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"temperature": None, "before": _calibrated(scored, 1.0)}
+    found["reliability"] = reliability(scored.labels, sigmoid(scored.logits))
+    if val is None:
+        return found
+    temperature = fit_temperature(val.labels, val.logits)
+    return {
+        **found,
+        "temperature": temperature,
+        "fitted_on": "val",
+        "fitted_rows": len(val),
+        # The same rows are called entailment at it.
+        "threshold_after": _tempered(threshold, temperature),
+        "after": _calibrated(scored, temperature),
+        "reliability_after": reliability(scored.labels, sigmoid(scored.logits / temperature)),
+    }
+
+
+def _calibrated(scored: Scored, temperature: float) -> dict[str, float]:
+    logits = scored.logits / temperature
+    return {
+        "calibration_error": calibration_error(scored.labels, sigmoid(logits)),
+        "brier": brier(scored.labels, sigmoid(logits)),
+        "loss": log_loss(scored.labels, logits),
+    }
+
+
+def _tempered(threshold: float, temperature: float) -> float:
+    if not 0 < threshold < 1:
+        return threshold
+    return float(sigmoid(math.log(threshold / (1 - threshold)) / temperature))
+
+
+def _by_bucket(
+    scored: Scored,
+    threshold: float,
+    buckets: Mapping[str, re.Pattern[str]],
+    clustered: Clustered,
+) -> dict[str, Any]:
+    correct = right(scored, threshold)
+    members = bucket_rows(buckets, scored.hypotheses)
+    rest = ~np.any(list(members.values()), axis=0)
+
+    def figures(rows: NDArray[np.bool_]) -> dict[str, Any]:
+        found: dict[str, Any] = {"rows": int(rows.sum()), "share": float(rows.mean())}
+        if not rows.any():
+            return {**found, "images": 0, "entailment": None, "accuracy": None, "interval": None}
+        images = Clustered(scored.image_ids[rows], clustered.draws, clustered.seed)
+        interval = proportion_interval(correct[rows], images)
+        return {
+            **found,
+            "images": interval.pop("images"),
+            "entailment": float((scored.labels[rows] == LABELS["entailment"]).mean()),
+            "accuracy": float(correct[rows].mean()),
+            "interval": interval,
+        }
+
+    return {
+        "buckets": {name: figures(rows) for name, rows in members.items()},
+        "in_no_bucket": figures(rest),
+    }
+
+
+def _errors(scored: Scored, threshold: float) -> dict[str, Any]:
+    wrong = np.flatnonzero(~right(scored, threshold))
+    sure = confidence(scored.logits, threshold)
+    probabilities = sigmoid(scored.logits)
+    above = int((sure[wrong] > CONFIDENT).sum())
+    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:NAMED_ERRORS]
+    return {
+        "rows": len(wrong),
+        "confident": CONFIDENT,
+        "rows_above": above,
+        "share_above": above / len(wrong) if len(wrong) else None,
+        "most_confident": [
+            {
+                "Image_ID": scored.image_ids[row],
+                "Hypothesis": scored.hypotheses[row],
+                "Label": NAMES[int(scored.labels[row])],
+                "predicted": NAMES[1 - int(scored.labels[row])],
+                "probability_entailment": float(probabilities[row]),
+                "confidence": float(sure[row]),
+            }
+            for row in worst.tolist()
+        ],
+    }
