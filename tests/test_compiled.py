@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import write_data
 
-from featstore.encoders.compiled import import_framework
+from featstore.encoders.framework import import_framework
 from featstore.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -75,15 +75,15 @@ def test_a_missing_package_is_one_line(backend: str, package: str) -> None:
 def test_a_backend_of_keras_json_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "keras.json").write_text('{"backend": "numpy"}')
     code = (
-        "from featstore.encoders.compiled import import_framework\n"
+        "from featstore.encoders.framework import import_framework\n"
         "from featstore.errors import UsageError\n"
         "try: import_framework()\n"
         "except UsageError as error: print(error)"
     )
     done = run("-c", code, KERAS_BACKEND="", KERAS_HOME=str(tmp_path))
     assert done.stdout.splitlines() == [
-        "keras.json: backend numpy is not supported; set KERAS_BACKEND=tensorflow or"
-        " KERAS_BACKEND=jax"
+        f"{tmp_path / 'keras.json'}: backend numpy is not supported; set KERAS_BACKEND=tensorflow"
+        " or KERAS_BACKEND=jax"
     ]
 
 

@@ -75,7 +75,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert {name for name in names if not name.startswith(information)} == expected
     assert text.split("\n")[:2] == [
         "[console_scripts]",
-        "featstore = trainer.commands.main:main",
+        "featstore = featstore.__main__:main",
     ]
 
 

@@ -60,6 +60,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if _HOMES[name] == "trainer.api":
+        from featstore.encoders.framework import import_framework
+
+        # It imports Keras at once; what stands in Keras's way is said in one line.
+        import_framework()
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -6,15 +6,18 @@ import io
 import os
 import unicodedata
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from featstore.errors import DataError, ImageError
+from featstore.pinned import Outermost, setting
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -36,6 +39,24 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG = 0x0112
+
+
+def _of_pillow() -> AbstractContextManager[Any]:
+    """Hold Pillow's settings at what the rules of `decode_image` need."""
+    held = (
+        # A photo that was cut short is damaged, not half grey.
+        (ImageFile, "LOAD_TRUNCATED_IMAGES", False),
+        # `max_pixels` is asked, before any pixel is decoded.
+        (Image, "MAX_IMAGE_PIXELS", None),
+    )
+    with ExitStack() as stack:
+        for module, name, value in held:
+            read, write = partial(getattr, module, name), partial(setattr, module, name)
+            stack.enter_context(setting(read, write, value))
+        return stack.pop_all()
+
+
+_PILLOW = Outermost(_of_pillow)
 
 
 @dataclass(frozen=True)
@@ -143,12 +164,13 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> npt.ND
     Raises:
         ImageError: Not one of the formats, damaged, cut short, or too large; one reason.
 
-    Thread-safe: no setting of Pillow is read for a decision or changed.
+    Thread-safe. Pillow's own settings decide nothing: `LOAD_TRUNCATED_IMAGES` and
+    `MAX_IMAGE_PIXELS` are held while photos are decoded, and put back.
     """
     if not data:
         raise ImageError(f"{name}: the file is empty; expected a JPEG, PNG or WebP image")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _PILLOW, Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width < 1 or height < 1:
                 raise ImageError(f"{name}: {width}×{height} pixels; expected at least 1×1")

@@ -1,45 +1,13 @@
-"""The framework: import it, and compile what runs for every photo and sentence."""
+"""Compile what runs for every photo and sentence."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from featstore.errors import UsageError
-
-BACKENDS = ("tensorflow", "jax")
-_CHOOSE = "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=jax"
-
-
-def import_framework() -> str:
-    """Import Keras and keras-hub on the backend that is configured.
-
-    Returns:
-        The backend: "tensorflow" or "jax".
-
-    Raises:
-        UsageError: Another backend is configured, or its package is missing.
-    """
-    chosen = os.environ.get("KERAS_BACKEND", "")
-    # Asked before Keras is imported, which fails on a backend whose package is missing.
-    if chosen and chosen not in BACKENDS:
-        raise UsageError(f"KERAS_BACKEND={chosen}: not a backend that is supported; {_CHOOSE}")
-    try:
-        import keras
-        import keras_hub  # noqa: F401
-    except ImportError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(
-            f"Keras cannot be imported on the backend {chosen or 'of keras.json'} ({reason});"
-            f" install what is missing, or {_CHOOSE}"
-        ) from error
-    backend = str(keras.backend.backend())
-    if backend not in BACKENDS:
-        raise UsageError(f"keras.json: backend {backend} is not supported; {_CHOOSE}")
-    return backend
+from featstore.encoders.framework import import_framework, pinned_framework
 
 
 def compile_forward(
@@ -64,9 +32,11 @@ def compile_forward(
         def forward(inputs: Any) -> Any:
             return run(inputs)[:, first_token:]
 
-        return lambda inputs: forward(
-            keras.tree.map_structure(tf.convert_to_tensor, inputs)
-        ).numpy()
+        @pinned_framework()
+        def run_forward(inputs: Any) -> np.ndarray:
+            return forward(keras.tree.map_structure(tf.convert_to_tensor, inputs)).numpy()
+
+        return run_forward
     import jax
     import keras
 
@@ -76,7 +46,12 @@ def compile_forward(
             return run(inputs)[:, first_token:]
 
     values = [variable.value for variable in variables]
-    return lambda inputs: np.asarray(apply(values, inputs))
+
+    @pinned_framework()
+    def run_apply(inputs: Any) -> np.ndarray:
+        return np.asarray(apply(values, inputs))
+
+    return run_apply
 
 
 def compile_converter(converter: Any) -> Callable[[np.ndarray], np.ndarray]:
@@ -89,9 +64,12 @@ def compile_converter(converter: Any) -> Callable[[np.ndarray], np.ndarray]:
         From uint8 of shape (height, width, 3), of any size, to float32 of shape
         (*converter.image_size, 3); may be called from several threads.
     """
-    if import_framework() != "tensorflow":
+    try:
+        import tensorflow as tf
+    except ImportError:
+        # On JAX alone: its resize, with other last bits (see docs/FORMAT.md).
+        import_framework()
         return lambda image: np.asarray(converter(image), np.float32)
-    import tensorflow as tf
 
     convert = tf.function(
         converter_ops(converter), input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)]
@@ -112,6 +90,8 @@ def converter_ops(converter: Any) -> Callable[[Any], Any]:
     """
     import tensorflow as tf
 
+    # By TensorFlow on either backend, as in a `tf.data` pipeline: JAX resizes to other last bits,
+    # and a pixel that they round to another level moves a feature a hundred times as far.
     # Called eagerly, the converter rounds the resized image back to uint8; traced, it does not,
     # and the pixels differ by up to half a level. So resize, round, and normalise apart.
     normalise = type(converter).from_config({**converter.get_config(), "image_size": None})

@@ -41,6 +41,7 @@ class Family:
         kind: "vision" or "text". Of text, the head reads the first token,
             [CLS] or <s>.
         parts: Takes a backbone apart.
+        model_types: What transformers calls them; keras-hub converts these.
         leading_tokens: From the backbone's configuration: how many tokens
             (class, distillation, registers) stand before the patches of an
             image.
@@ -49,6 +50,7 @@ class Family:
     title: str
     kind: str
     parts: Callable[[Any], Parts]
+    model_types: tuple[str, ...] = ()
     leading_tokens: Callable[[Mapping[str, Any]], int] = lambda config: 0
 
 
@@ -70,24 +72,27 @@ FAMILIES = {
         "ViT",
         "vision",
         lambda backbone: _of_encoder(backbone.get_layer("vit_encoder")),
+        ("vit",),
         leading_tokens=lambda config: int(config.get("use_class_token", True)),
     ),
     "DeiTBackbone": Family(
         "DeiT",
         "vision",
         lambda backbone: _of_encoder(backbone.get_layer("deit_encoder")),
+        ("deit",),
         leading_tokens=lambda config: 2,
     ),
     "DINOV2Backbone": Family(
         "DINOv2",
         "vision",
         lambda backbone: Parts(backbone.encoder.input, backbone.encoder.layers, backbone.layernorm),
+        ("dinov2", "dinov2_with_registers"),
         leading_tokens=lambda config: 1 + int(config.get("num_register_tokens", 0)),
     ),
-    "DistilBertBackbone": Family("DistilBERT", "text", _of_transformer_layers),
-    "BertBackbone": Family("BERT", "text", _of_transformer_layers),
-    "RobertaBackbone": Family("RoBERTa", "text", _of_transformer_layers),
-    "XLMRobertaBackbone": Family("XLM-RoBERTa", "text", _of_transformer_layers),
+    "DistilBertBackbone": Family("DistilBERT", "text", _of_transformer_layers, ("distilbert",)),
+    "BertBackbone": Family("BERT", "text", _of_transformer_layers, ("bert",)),
+    "RobertaBackbone": Family("RoBERTa", "text", _of_transformer_layers, ("roberta",)),
+    "XLMRobertaBackbone": Family("XLM-RoBERTa", "text", _of_transformer_layers, ("xlm-roberta",)),
 }
 
 
@@ -104,12 +109,17 @@ def family_of(class_name: str, kind: str, preset: str) -> Family:
     """
     family = FAMILIES.get(class_name)
     if family is None or family.kind != kind:
-        *titles, last = [entry.title for entry in FAMILIES.values() if entry.kind == kind]
         raise PresetError(
             f"{kind} preset {preset}: a {class_name} cannot be cut into blocks as a {kind} encoder;"
-            f" choose a {', '.join(titles)} or {last} preset"
+            f" choose a {titles(kind)} preset"
         )
     return family
+
+
+def titles(kind: str) -> str:
+    """Return what people call the families of one kind, "vision" or "text"."""
+    *others, last = [entry.title for entry in FAMILIES.values() if entry.kind == kind]
+    return f"{', '.join(others)} or {last}"
 
 
 def check_k(k: int, num_blocks: int, kind: str) -> None:

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 
 import xxhash
 
-from featstore.encoders.compiled import import_framework
+from featstore.encoders.families import FAMILIES, titles
+from featstore.encoders.framework import import_framework
 from featstore.errors import FeatstoreError, PresetError
 from featstore.publish import read_checked, write_checked
 from featstore.settings import suggest
@@ -192,11 +193,7 @@ def resolve_preset(name: str | Path, digests: Digests | None = None) -> Preset:
         )
     config = _read_json(name, config_path)
     if "class_name" not in config or not isinstance(config.get("config"), dict):
-        raise PresetError(
-            f"preset {name}: config.json is not keras-hub's; convert it with"
-            f" keras_hub.models.Backbone.from_preset({name!r}).save_to_preset(folder), save the"
-            " image converter or tokenizer there too, and give that folder"
-        )
+        raise _not_of_keras_hub(name, config)
     return Preset(
         name=name,
         location=location,
@@ -204,6 +201,23 @@ def resolve_preset(name: str | Path, digests: Digests | None = None) -> Preset:
         class_name=str(config["class_name"]),
         weights_files=_weights_files(name, location),
         digests=digests or Digests(),
+    )
+
+
+def _not_of_keras_hub(name: str, config: dict[str, Any]) -> PresetError:
+    """Say what the `config.json` of a preset is instead, and what can be used."""
+    # Of transformers, and of timm.
+    found = config.get("model_type") or config.get("architecture")
+    known = {model_type for family in FAMILIES.values() for model_type in family.model_types}
+    if isinstance(found, str) and found not in known:
+        return PresetError(
+            f"preset {name}: a {found} model is of no supported family; choose a"
+            f" {titles('vision')} preset for photos, a {titles('text')} preset for sentences"
+        )
+    return PresetError(
+        f"preset {name}: config.json is not keras-hub's; convert it with"
+        f" keras_hub.models.Backbone.from_preset({name!r}).save_to_preset(folder), save the"
+        " image converter or tokenizer there too, and give that folder"
     )
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from featstore.encoders.compiled import compile_converter, compile_forward, import_framework
+from featstore.encoders.compiled import compile_converter, compile_forward
 from featstore.encoders.families import Family, check_k, family_of, num_patches
+from featstore.encoders.framework import pinned_framework
 from featstore.encoders.presets import (
     IMAGE_CONVERTER_FILE,
     Preset,
@@ -211,6 +212,7 @@ class VisionEncoder(_Encoder):
             is not of a vision family.
     """
 
+    @pinned_framework()
     def __init__(
         self, preset: Preset | str, tokens: str = "patches", precision: str = "float32"
     ) -> None:
@@ -296,6 +298,7 @@ class TextEncoder(_Encoder):
         ConfigError: `sequence_length` is more than the backbone has positions.
     """
 
+    @pinned_framework()
     def __init__(
         self, preset: Preset | str, sequence_length: int, precision: str = "float32"
     ) -> None:
@@ -316,6 +319,7 @@ class TextEncoder(_Encoder):
         except Exception as error:
             raise _load_failure(self.preset, "tokenizer", error) from error
 
+    @pinned_framework()
     def tokenize(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Turn sentences into token ids, a few thousand at a time.
 
@@ -351,6 +355,7 @@ class TextEncoder(_Encoder):
         return self._encode(self.tower.inputs(token_ids, padding_mask), k_txt)
 
 
+@pinned_framework()
 def load_backbone(preset: Preset, precision: str) -> Any:
     """Load a preset's backbone with its weights.
 
@@ -362,7 +367,6 @@ def load_backbone(preset: Preset, precision: str) -> Any:
         PresetError: keras-hub cannot load it.
         UsageError: The Keras backend is not supported.
     """
-    import_framework()
     import keras_hub
 
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.config import EncodersConfig
+from featstore.encoders.framework import import_framework
 from featstore.encoders.spec import FeatureSpec, TextSpec, text_spec, vision_spec
 from featstore.errors import FeatstoreError, StoreError
 from featstore.extract.encode import Encoding, encoding_of, load_encoder
@@ -120,6 +121,7 @@ class ShardActor:
 
     def _load(self) -> None:
         task = self.task
+        import_framework()
         limit_threads(task.threads)
         job = task.job
         found = _spec_here(job).fingerprint

@@ -38,17 +38,17 @@ def import_framework() -> None:
     Raises:
         UsageError: The backend is neither TensorFlow nor JAX, or is missing.
     """
-    from featstore.encoders import compiled
+    from featstore.encoders import framework
 
     if "keras" in sys.modules:
-        compiled.import_framework()
+        framework.import_framework()
         return
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as hidden:
         os.dup2(hidden.fileno(), 2)
         try:
-            compiled.import_framework()
+            framework.import_framework()
         except UsageError:
             raise
         except Exception:

@@ -23,6 +23,7 @@ from trainer.commands.parity import parity
 from trainer.commands.predict import predict
 from trainer.commands.search import search_group
 from trainer.commands.store import store_group
+from trainer.commands.streams import show_plainly
 from trainer.commands.train import train
 from trainer.config import Config, render_config
 
@@ -70,4 +71,5 @@ for command in (
 
 def main() -> None:
     """Run the command line."""
+    show_plainly()
     cli.main(prog_name=program())

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from featstore.encoders.families import check_k, family_of
+from featstore.encoders.framework import pinned_framework
 from featstore.encoders.spec import QUANTISED
 from featstore.encoders.tower import Tower
 from trainer.batches import SCALES_OF
@@ -60,6 +61,7 @@ def text_layer_configs(text_config: Mapping[str, Any], k_txt: int) -> list[dict[
     return [{**config, "name": f"{stem}{i}"} for i in range(num_layers - k_txt, num_layers)]
 
 
+@pinned_framework()
 def build_cached_model(
     text_config: Mapping[str, Any],
     vision_width: int,

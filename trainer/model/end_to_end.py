@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import keras
 
+from featstore.encoders.framework import pinned_framework
 from featstore.encoders.tower import Tower
 from featstore.errors import PresetError
 from trainer.config import TrainConfig
@@ -149,6 +150,7 @@ class TextTower(_TowerLayer):
         return {**super().get_config(), "k_txt": self.k}
 
 
+@pinned_framework()
 def build_end_to_end(
     vision_backbone: Any, text_backbone: Any, train: TrainConfig, tokens: str = "patches"
 ) -> keras.Model:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.images import decode_image, read_bytes
+from featstore.encoders.framework import pinned_framework
 from featstore.encoders.spec import QUANTISED
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import Advice, Command, ImageError, RunError
@@ -358,6 +359,7 @@ def _notes(config: Config) -> list[str]:
     return notes
 
 
+@pinned_framework()
 def check_parity(
     run: Run, split: str = "test", count: int = 64, seed: int = 0, show: Show = SILENT
 ) -> tuple[dict[str, Any], RunError | None]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.encoders.framework import pinned_framework
 from featstore.errors import RunError, StoppedError, UsageError
 from trainer.prefetch import Prefetcher
 from trainer.run.step import Stepper, make_stepper, predict_logits
@@ -68,6 +69,7 @@ def check_same_batches(trainings: Sequence[Training]) -> None:
             )
 
 
+@pinned_framework()
 def train_together(trainings: Sequence[Training]) -> list[Exception | None]:
     """Train runs to their ends, sharing each batch among those that stand at the same step.
 

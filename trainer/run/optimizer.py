@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from featstore.encoders.framework import pinned_framework
 from trainer.config import TrainConfig
 
 
@@ -73,6 +74,7 @@ class InPlaceAdamW(keras.optimizers.Adam):
         return values * (self.clipnorm / tf.maximum(norm, self.clipnorm))
 
 
+@pinned_framework()
 def make_optimizer(train: TrainConfig) -> keras.optimizers.Optimizer:
     """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) as the settings say.
 

@@ -19,6 +19,7 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
+from featstore.encoders.framework import pinned_framework
 from featstore.progress import Progress
 from featstore.store.numbers import ALIGNMENT_BYTES
 from trainer.batches import Batch, CachedRows
@@ -135,6 +136,7 @@ def make_stepper(members: Sequence[Member]) -> Stepper:
     return _TensorFlowStepper(members)
 
 
+@pinned_framework()
 def predict_logits(
     predictor: Predictor,
     rows: CachedRows,

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.encoders.framework import pinned_framework
 from featstore.errors import RunError
 from featstore.project import Project
 from featstore.publish import write_json, write_text
@@ -123,6 +124,7 @@ class Training:
             `init_from` or the checkpoint does not fit.
     """
 
+    @pinned_framework()
     def __init__(
         self,
         run: Run,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from featstore.encoders.framework import import_framework
 from featstore.errors import FeatstoreError, RunError, StoppedError
 from featstore.publish import TEMPORARY, write_text
 from featstore.ray_cluster import (
@@ -84,6 +85,7 @@ class TrialActor:
             os.chdir(job.here)
         try:
             self._check_folder(job)
+            import_framework()
             limit_threads(job.threads)
             grown = work_in(
                 job.folder, job.url, self._asked.is_set, job.deadline, growth=MEMORY_GROWTH

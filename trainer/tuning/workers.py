@@ -14,6 +14,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from featstore.encoders.framework import import_framework
 from featstore.errors import FeatstoreError, RunError, StoppedError
 from featstore.ray_cluster import limit_threads
 from trainer.tuning.study import Search
@@ -183,7 +184,9 @@ def _ending(code: int | None) -> str:
 
 def _last_line(log: Path) -> str:
     try:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()
+        ]
     except OSError:
         lines = []
     return f"last line of {log}: {lines[-1]}" if lines else f"see {log}"
@@ -211,6 +214,7 @@ def work_in_process(folder: str, url: str | None, deadline: float, slot: int, th
     if parent is not None:
         threading.Thread(target=_follow, args=(parent, asked), daemon=True).start()
     try:
+        import_framework()
         limit_threads(threads)
         if work_in(Path(folder), url, asked.is_set, deadline, MEMORY_GROWTH):
             sys.exit(RENEW)
@@ -232,5 +236,5 @@ def _print_to(log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace")

@@ -1,0 +1,166 @@
+"""The framework: imported on a backend that is supported, and kept from its user's own settings.
+
+Keras has settings of the user's, in `~/.keras/keras.json`, in variables and in
+a caller's global policy, that change what the same layers compute. None of
+them is part of a fingerprint or of a run's settings, so none may decide a
+number: `pinned_framework` holds them at Keras's own defaults.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from featstore.errors import UsageError
+from featstore.pinned import Outermost, setting
+
+BACKENDS = ("tensorflow", "jax")
+_CHOOSE = "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=jax"
+
+
+def import_framework() -> str:
+    """Import Keras and keras-hub on the backend that is configured.
+
+    Returns:
+        The backend: "tensorflow" or "jax".
+
+    Raises:
+        UsageError: Another backend is configured, its package is missing, or
+            Keras refuses the user's settings.
+    """
+    chosen = os.environ.get("KERAS_BACKEND", "")
+    loaded = "keras" in sys.modules
+    # Asked before Keras is imported, which fails on a backend whose package is missing.
+    if chosen and chosen not in BACKENDS:
+        raise UsageError(f"KERAS_BACKEND={chosen}: not a backend that is supported; {_CHOOSE}")
+    try:
+        with contextlib.nullcontext() if loaded else _plain_environment():
+            import keras
+            import keras_hub  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"Keras cannot be imported on the backend {chosen or 'of ' + _settings_file()}"
+            f" ({_first_line(error)}); install what is missing, or {_CHOOSE}"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        # What it does with a value that it does not take.
+        raise UsageError(
+            f"Keras refuses its settings ({_first_line(error)}); mend"
+            f" {_settings_file()} or the variables KERAS_*"
+        ) from error
+    backend = str(keras.backend.backend())
+    if backend not in BACKENDS:
+        where = "Keras is loaded, and its" if loaded else f"{_settings_file()}:"
+        raise UsageError(f"{where} backend {backend} is not supported; {_CHOOSE}")
+    if keras.config.is_nnx_enabled():
+        raise UsageError("Keras's NNX mode is not supported; set KERAS_NNX_ENABLED=false")
+    return backend
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _settings_file() -> str:
+    home = os.environ.get("KERAS_HOME") or os.path.join("~", ".keras")
+    return os.path.join(home, "keras.json")
+
+
+@contextlib.contextmanager
+def _plain_environment() -> Iterator[None]:
+    """Keep away what decides while Keras is imported, and cannot be put right after."""
+    # NNX: another class of layers and variables. Legacy Keras: TensorFlow's own `tf.keras` would be
+    # another package, which keras-hub's tokenizers do not know.
+    ours = {"KERAS_NNX_ENABLED": "false", "TF_USE_LEGACY_KERAS": "0"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def pinned_framework() -> Iterator[None]:
+    """Compute as Keras does by default, whatever its user's file or a caller has set.
+
+    Held: `floatx` float32, `epsilon` 1e-7, `image_data_format` channels_last,
+    the dtype policy float32, flash attention as Keras chooses, no distribution;
+    on TensorFlow traced functions, and float32 products without TF32; on JAX
+    32-bit types, float32 products in full, and its own rules of promotion.
+    Everything is put back at the end. While it lasts, other threads of the
+    process see the settings that are the process's own (the first three, and
+    TensorFlow's).
+
+    Also a decorator: `@pinned_framework()`. Cheap enough for each batch.
+
+    Raises:
+        UsageError: As `import_framework`.
+    """
+    import_framework()
+    # The policy first: where none is set, Keras reads it from `floatx`.
+    with _OF_THREAD, _OF_PROCESS:
+        yield
+
+
+def _of_thread() -> AbstractContextManager[Any]:
+    import keras
+
+    # A policy that was never set stays so; Keras's public function would set it.
+    from keras.src.backend.common import global_state
+
+    def attribute(name: str, value: Any) -> AbstractContextManager[None]:
+        return setting(
+            lambda: global_state.get_global_attribute(name),
+            lambda new: global_state.set_global_attribute(name, new),
+            value,
+        )
+
+    with ExitStack() as stack:
+        stack.enter_context(attribute("dtype_policy", keras.DTypePolicy("float32")))
+        stack.enter_context(attribute("flash_attention", None))
+        stack.enter_context(attribute("distribution", None))
+        if keras.backend.backend() == "jax":
+            import jax
+
+            # Of `jax.experimental` in older releases.
+            x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+            stack.enter_context(x64(False))
+            stack.enter_context(jax.default_matmul_precision("highest"))
+            stack.enter_context(jax.numpy_dtype_promotion("standard"))
+            stack.enter_context(jax.numpy_rank_promotion("allow"))
+        return stack.pop_all()
+
+
+def _of_process() -> AbstractContextManager[Any]:
+    import keras
+
+    config = keras.config
+    held = [
+        (config.floatx, config.set_floatx, "float32"),
+        (config.epsilon, config.set_epsilon, 1e-7),
+        (config.image_data_format, config.set_image_data_format, "channels_last"),
+    ]
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf32 = tf.config.experimental
+        held += [
+            (tf32.tensor_float_32_execution_enabled, tf32.enable_tensor_float_32_execution, False),
+            (tf.config.functions_run_eagerly, tf.config.run_functions_eagerly, False),
+        ]
+    with ExitStack() as stack:
+        for read, write, value in held:
+            stack.enter_context(setting(read, write, value))
+        return stack.pop_all()
+
+
+_OF_THREAD, _OF_PROCESS = Outermost(_of_thread, of_thread=True), Outermost(_of_process)
