@@ -449,6 +449,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "weight_decay": {"weight_decay": 0.5},
     "clipnorm": {"clipnorm": 1e-3},
     "dropout": {"dropout": 0.5},
+    "attention_dropout": {"attention_dropout": 0.0},
     "batch_size": {"batch_size": 32},
     "epochs": {"epochs": 1},
     "num_heads": {"num_heads": 1},

@@ -8,12 +8,14 @@ import keras
 from keras import ops
 
 from featstore.encoders.families import check_k
+from featstore.encoders.framework import pinned_framework
 from featstore.encoders.tower import Tower
 from trainer.config import TrainConfig
 from trainer.model.head import HEAD_LAYERS, TEXT_NAME, VISION_NAME, apply_head
 from trainer.model.weights import copy_weights, layer_weights, seeded, trained_weights
 
 
+@pinned_framework()
 def build_plain(
     vision_backbone: Any, text_backbone: Any, train: TrainConfig, tokens: str = "patches"
 ) -> keras.Model:

@@ -16,6 +16,7 @@ import numpy as np
 
 from featstore.data.examples import require_both_classes
 from featstore.data.labels import LABELS
+from featstore.encoders.framework import pinned_framework
 from featstore.encoders.presets import Digests
 from featstore.errors import UsageError
 from featstore.progress import SILENT, Show
@@ -48,6 +49,7 @@ def read_labels(text: str) -> int:
     return LABELS[name] if number == "1" else 1 - LABELS[name]
 
 
+@pinned_framework()
 def import_run(
     run: Run,
     project: Project,

@@ -3,8 +3,7 @@
 runs/<name>/
     config.toml        every setting, resolved
     manifest.json      command, versions, fingerprints, counts, times, status
-                       (`imported`: of an imported run, what it was made of)
-    history.csv        one line an epoch; none of an imported run
+    history.csv        one line an epoch
     metrics.json       validation metrics of the best epoch, at τ and at 0.5
     best.weights.h5    weights of the best epoch
     last.npz           what is needed to go on: weights, optimizer, random state
@@ -14,6 +13,9 @@ runs/<name>/
     predictions-*.csv  the rows it measured, each with its logit
     summary*.md        the same to read
     parity-*.json      what `parity` found on a split
+
+Of a run that was imported the manifest says `imported`: from what file, with which labels and
+layers. It has no epoch, no state to go on from, and no curves.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from featstore.data.images import DECODER
 from featstore.data.labels import LABELS
+from featstore.encoders.framework import pinned_framework
 from featstore.encoders.spec import FeatureSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import RunError, UsageError
@@ -58,6 +59,7 @@ class _Exported:
     card: dict[str, Any]
 
 
+@pinned_framework()
 def export(
     scorer: Scorer,
     path: str | os.PathLike[str],
@@ -260,7 +262,9 @@ def _read_again(
     sample.save(stage / "inputs.npz")
     # Isolated: no PYTHONPATH, no working folder, so that nothing of a checkout is found.
     command = [sys.executable, "-I", fresh.__file__, target.format, target.model, "."]
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    # Keras's own settings rather than this user's.
+    plain = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_HOME": str(stage / "keras")}
+    environment = {**os.environ, **plain}
     done = subprocess.run(
         command, cwd=stage, env=environment, capture_output=True, text=True, errors="replace"
     )
@@ -271,7 +275,7 @@ def _read_again(
             f" ({lines[-1].strip() if lines else f'exit code {done.returncode}'}); nothing was left"
             " there; compare the installed packages with those that the project names"
         )
-    with np.load(stage / "outputs.npz") as stored:
+    with np.load(stage / "outputs.npz", allow_pickle=False) as stored:
         logits = dict(stored)
     return logits, json.loads((stage / "outputs.json").read_text())
 

@@ -84,7 +84,7 @@ def seconds(predict: Predict, rows: Arrays) -> float:
 def main(format: str, model: str, folder: Path) -> None:
     """Write the logits of the rows of `inputs.npz`, and the times in seconds."""
     sys.meta_path.insert(0, _Absent)
-    with np.load(folder / "inputs.npz") as stored:
+    with np.load(folder / "inputs.npz", allow_pickle=False) as stored:
         given = dict(stored)
     inputs = {name: given[name] for name in NAMES}
     count = len(inputs["input_ids"])
