@@ -15,6 +15,7 @@ from featstore.project import Project
 from featstore.publish import read_json
 from trainer.model.weights_file import refused
 
+
 @dataclass(frozen=True)
 class Card:
     """An export's own words.
