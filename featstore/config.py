@@ -30,7 +30,9 @@ class DataConfig:
         " empty: the built-in demo",
         path=True,
     )
-    images: str = setting("", "folder of photos, <Image_ID>.jpg/.jpeg/.png/.webp", path=True)
+    images: str = setting(
+        "", "folder of photos, <Image_ID>.jpg or .png, .webp, .gif, .bmp, .tif, .avif", path=True
+    )
     fractions: tuple[float, ...] = setting(
         (0.8, 0.1, 0.1), "shares of the images in train, val, test", minimum=0, maximum=1
     )
@@ -40,6 +42,9 @@ class DataConfig:
     )
     duplicates: str = setting(
         "drop", "what to do with a row that repeats another exactly", choices=("drop", "keep")
+    )
+    encoding: str = setting(
+        "", "text encoding of the row files; empty: UTF-8, or told from the bytes and said"
     )
 
 

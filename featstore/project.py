@@ -114,7 +114,8 @@ class Project:
         Raises:
             ConfigError, RowError, DataError, SplitError: See `load_dataset`.
         """
-        return self.once(self._rows_key, lambda: load_dataset(self.config.data, self.root))
+        report = self._digests.write
+        return self.once(self._rows_key, lambda: load_dataset(self.config.data, self.root, report))
 
     def with_dataset(self, dataset: Dataset) -> Self:
         """Return a project of the same encoders and store over other rows."""

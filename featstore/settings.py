@@ -13,6 +13,7 @@ import difflib
 import json
 import math
 import os
+import re
 import tomllib
 import types
 import typing
@@ -20,9 +21,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from featstore.errors import ConfigError
+from featstore.errors import Advice, ConfigError
 
 Section = TypeVar("Section")
+_ESCAPED = re.compile(r"[\b\t\n\f\r]")
+_WINDOWS_PATH = "write paths with / or between single quotes, as 'C:\\data\\rows.csv'"
 
 
 def setting(
@@ -166,7 +169,32 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a TOML file of settings: nested too deep") from error
     # Besides its own error, the parser passes on those of numbers and of characters.
     except ValueError as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+        raise ConfigError(f"{path}: not a TOML file: {error}", _backslash(path, error)) from error
+
+
+def _backslash(path: Path, error: ValueError) -> Advice | None:
+    """Say what to do where a backslash, as in a path of Windows, is what TOML trips over."""
+    found = re.search(r"at line (\d+)", str(error))
+    if not found or isinstance(error, UnicodeDecodeError):
+        return None
+    line = path.read_text(encoding="utf-8-sig").splitlines()[int(found[1]) - 1]
+    if '"' not in line or "\\" not in line:
+        return None
+    return Advice(f"between double quotes a backslash begins an escape: {_WINDOWS_PATH}")
+
+
+def _check_path(value: Any, where: str, name: str) -> None:
+    """Refuse a path in which TOML made something else of a backslash: `\\t` is a tab.
+
+    Raises:
+        ConfigError: It has a control character.
+    """
+    for text in value.values() if isinstance(value, dict) else [value]:
+        if _ESCAPED.search(text):
+            raise ConfigError(
+                f"{where}: {name} has a control character, found {text!r}",
+                Advice(f"a backslash and a letter were read as an escape: {_WINDOWS_PATH}"),
+            )
 
 
 def build_section(
@@ -195,6 +223,8 @@ def build_section(
             )
         value = check(name, fields[key], types_of[key], value, where)
         meta = fields[key].metadata
+        if meta["path"] or meta["preset"]:
+            _check_path(value, where, f"[{name}] {key}")
         if meta["path"]:
             value = _anchor(value, folder)
         elif meta["preset"] and Path(anchored := _anchor(value, folder)).exists():

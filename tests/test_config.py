@@ -179,8 +179,28 @@ def test_suggest() -> None:
     assert suggest("zzz", ["store", "train"]) == ""
 
 
+def test_backslashes_in_paths_are_said_to_be_the_cause(tmp_path: Path) -> None:
+    for line in (r'rows = "C:\data\rows.csv"', r'rows = "D:\Users\me"', r'split_file = "..\x"'):
+        with pytest.raises(ConfigError, match="a backslash begins an escape: write paths with / "):
+            load(tmp_path, f"[data]\n{line}\n")
+    for line in (r'images = "C:\new"', r'rows = {train = "a.csv", val = "D:\temp\b"}'):
+        with pytest.raises(ConfigError, match=r"\[data\] .* has a control character, .*'C:.data"):
+            load(tmp_path, f"[data]\n{line}\n")
+    with pytest.raises(ConfigError, match=r"\[encoders\] vit has a control"):
+        load(tmp_path, "[encoders]\n" r'vit = "C:\base"')
+    assert load(tmp_path, r"[data]" "\n" r"rows = 'C:\new\t.csv'").data.rows.endswith(
+        r"C:\new\t.csv"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, '[data]\nrows = "a\n')
+    assert "begins an escape" not in str(caught.value)
+
+
 letters = st.text(st.characters(codec="utf-8"), max_size=6)
-paths = st.just("") | letters.map(lambda text: "/none/" + text.replace("://", ""))
+escaped = str.maketrans("", "", "\b\t\n\f\r")
+paths = st.just("") | letters.map(
+    lambda text: "/none/" + text.translate(escaped).replace("://", "")
+)
 
 
 def values_of(section: str, field: dataclasses.Field[Any], hint: Any) -> st.SearchStrategy[Any]:
@@ -202,6 +222,8 @@ def values_of(section: str, field: dataclasses.Field[Any], hint: Any) -> st.Sear
         return st.integers(low, 2**63)
     if hint is bool:
         return st.booleans()
+    if hint is str:
+        return letters
     assert hint is float
     return st.floats(
         low,

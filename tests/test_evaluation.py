@@ -560,7 +560,7 @@ def test_the_description_names_every_field(run: trainer.Run, spoken: Any, tmp_pa
         for name in re.findall(r"`(\w+)`", line.split("|")[1])
     }
     copy_of(run, "blind", control="hypothesis-only")
-    of_file = {"rows_file", "rows_left_out", "seen_photos"}
+    of_file = {"rows_file", "rows_left_out", "rows_notes", "seen_photos"}
     assert described - of_file == set(run.evaluate(show=SILENT))
     example = text.split("```toml\n")[1].split("```")[0]
     (tmp_path / "buckets.toml").write_text(example)

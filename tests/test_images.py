@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from unprivileged import forbidden
 
 from featstore.data import images
 from featstore.data.images import decode_image, index_images, read_bytes
@@ -74,9 +75,13 @@ def photo() -> bytes:
 
 
 def test_lookup_with_and_without_suffix(tmp_path: Path) -> None:
-    touch(tmp_path, "a.jpg", "b.JPEG", "sub/deep/c.Png", "d.e.webp", "notes.txt", "f.gif", "jpg")
+    touch(tmp_path, "a.jpg", "b.JPEG", "sub/deep/c.Png", "d.e.webp", "notes.txt", "f.heic", "jpg")
+    touch(tmp_path, "g.gif", "h.TIFF", "i.jfif", "j.avif", "k.bmp", "l.tif", "m.jpe")
     index = index_images(tmp_path)
-    assert len(index) == 4
+    assert len(index) == 11
+    assert sorted(index.names())[:2] == ["a.jpg", "b.JPEG"]
+    for name in ("g.gif", "h.TIFF", "i.jfif", "j.avif", "k.bmp", "l.tif", "m.jpe"):
+        assert index.lookup(name) == index.lookup(name[0]) == tmp_path / name
     assert index.lookup("a") == index.lookup("a.jpg") == index.lookup("a.JPG") == tmp_path / "a.jpg"
     assert index.lookup("b") == index.lookup("b.jpeg") == tmp_path / "b.JPEG"
     assert index.lookup("sub/deep/c") == tmp_path / "sub/deep/c.Png"
@@ -110,6 +115,17 @@ def test_two_files_for_one_id(tmp_path: Path) -> None:
     assert index.lookup("b") == tmp_path / "b.jpg"
 
 
+def test_the_formats_read_first_go_before_the_others(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "a.gif", "b.gif", "b.gif.png", "c.gif", "c.tif")
+    index = index_images(tmp_path)
+    assert index.lookup("a") == tmp_path / "a.jpg"
+    assert index.lookup("a.gif") == tmp_path / "a.gif"
+    assert index.lookup("b.gif") == tmp_path / "b.gif.png"
+    assert index.lookup("b") == tmp_path / "b.gif"
+    with pytest.raises(DataError, match="two files answer"):
+        index.lookup("c")
+
+
 def test_names_composed_and_decomposed(tmp_path: Path) -> None:
     name = unicodedata.normalize("NFD", "café")
     touch(tmp_path, f"{name}.jpg")
@@ -123,9 +139,30 @@ def test_links(tmp_path: Path) -> None:
     (tmp_path / "in/broken.jpg").symlink_to(tmp_path / "none")
     (tmp_path / "in/circle").symlink_to(tmp_path / "in")
     (tmp_path / "in/folder.jpg").mkdir()
+    (tmp_path / "in/itself.jpg").symlink_to("itself.jpg")
     index = index_images(tmp_path / "in")
     assert len(index) == 2
     assert index.lookup("link") == tmp_path / "in/link.jpg"
+    assert index.passed_over == ()
+
+
+def test_linked_folders_are_listed_once(tmp_path: Path) -> None:
+    touch(tmp_path, "in/real/a.jpg", "out/b.jpg", "out/deep/c.jpg")
+    for link, target in (
+        *(("in/1", "in/real"), ("in/2", "out"), ("in/3.jpg", "out"), ("in/4", "out/deep")),
+        *(("out/back", "in"), ("in/none", "absent")),
+    ):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    names = sorted(index_images(tmp_path / "in").names())
+    assert names == ["2/b.jpg", "2/deep/c.jpg", "real/a.jpg"]
+
+
+def test_a_folder_below_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "closed/b.jpg")
+    with forbidden(tmp_path / "closed", left=0):
+        index = index_images(tmp_path)
+    assert list(index.names()) == ["a.jpg"]
+    assert index.passed_over == (f"{tmp_path / 'closed'}: cannot be listed (Permission denied)",)
 
 
 def test_folder_that_cannot_be_listed(tmp_path: Path) -> None:
@@ -182,6 +219,40 @@ def test_lossless_pixels_come_back(width: int, height: int, seed: int) -> None:
     image = Image.fromarray(pixels)
     for data in (encode(image), encode(image, "WEBP", lossless=True)):
         np.testing.assert_array_equal(decode_image(data, "x"), pixels)
+
+
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [
+        *(("BMP", mode) for mode in ("RGB", "L", "P", "1")),
+        *(("TIFF", mode) for mode in ("RGB", "L", "P", "1", "CMYK", "I;16", "RGBA")),
+        *(("GIF", mode) for mode in ("L", "P", "1")),
+        ("AVIF", "RGB"),
+    ],
+)
+def test_other_formats_hold_the_same_pixels(format: str, mode: str) -> None:
+    """What PNG says of a picture, the others say of it; AVIF nearly."""
+    y, x = np.mgrid[0:6, 0:8]
+    picture = Image.fromarray(np.stack([x * 30, y * 40, x * y * 5], axis=-1).astype(np.uint8))
+    if mode == "I;16":
+        picture = Image.fromarray((x * 8000 + y).astype(np.uint16))
+    elif mode == "RGBA":
+        picture.putalpha(Image.fromarray((x * 30).astype(np.uint8)))
+    else:
+        picture = picture.convert(mode)
+    options = {"quality": 100, "subsampling": "4:4:4"} if format == "AVIF" else {}
+    decoded = decode_image(encode(picture, format, **options), "x").astype(int)
+    plain = picture.convert("RGB") if mode == "CMYK" else picture
+    expected = decode_image(encode(plain), "x").astype(int)
+    assert np.abs(decoded - expected).max() <= (4 if format == "AVIF" else 0)
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    assert "floating-point pixels" in reason(encode(Image.new("F", (2, 2), 0.5), "TIFF"))
+
+
+def test_negative_pixels_are_black() -> None:
+    assert pixel(encode(Image.new("I", (2, 2), -5), "TIFF")) == (0, 0, 0)
 
 
 def test_grey_and_black_and_white() -> None:
@@ -242,7 +313,7 @@ def test_cmyk_jpeg() -> None:
     assert max(green, blue) < 5
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "TIFF"])
 def test_first_frame_of_an_animation(format: str) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, GREEN, BLUE)]
     options = {"lossless": True} if format == "WEBP" else {}
@@ -258,7 +329,7 @@ def test_several_pictures_in_one_jpeg() -> None:
     assert pixel(data)[0] > 250
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation(format: str, orientation: int) -> None:
     """The camera's rows and columns, stored as each orientation says, come out upright."""
@@ -282,6 +353,8 @@ def test_orientation(format: str, orientation: int) -> None:
         options["lossless"] = True
     if format == "JPEG":
         options.update(quality=95, subsampling=0)
+    if format == "AVIF":
+        options.update(quality=95, subsampling="4:4:4")
     data = encode(Image.fromarray(np.ascontiguousarray(stored)), format, **options)
     decoded = decode_image(data, "x").astype(int)
     assert decoded.shape == corners.shape
@@ -313,16 +386,16 @@ def reason(data: bytes, **options: Any) -> str:
 
 def test_not_a_photo() -> None:
     assert "the file is empty" in reason(b"")
-    assert "not a JPEG, PNG or WebP image" in reason(b"just some text\n")
+    assert "not a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF image" in reason(b"just some text\n")
     assert "b'<!DOCTYP'" in reason(b"<!DOCTYPE html>")
 
 
-@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "PPM", "ICO", "PDF", "EPS"])
+@pytest.mark.parametrize("format", ["PPM", "ICO", "PDF", "EPS", "TGA", "JPEG2000"])
 def test_other_formats_are_not_opened(format: str) -> None:
-    assert "not a JPEG, PNG or WebP" in reason(encode(Image.new("RGB", (16, 16)), format))
+    assert "not a JPEG, PNG, WebP," in reason(encode(Image.new("RGB", (16, 16)), format))
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9])
 def test_cut_short(format: str, share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -25,9 +25,10 @@ from tiny_runs import SENTENCES, prepared, tiny_config
 import trainer
 import trainer.results.unseen
 from featstore import Project
-from featstore.data.labels import UNLABELLED
-from featstore.data.rows import CLASS_IDS, CONFLICT, read_examples, read_frame
-from featstore.errors import DataError
+from featstore.data.collect import CONFLICT
+from featstore.data.labels import CLASS_IDS, UNLABELLED
+from featstore.data.rows import read_examples, read_frame
+from featstore.errors import DataError, RowError
 from featstore.extract.held import Holder
 from featstore.progress import SILENT
 from trainer.batches import Batch
@@ -410,11 +411,48 @@ def test_parquet_without_pyarrow_is_said_before_the_work(
     assert "pip install 'featstore[parquet]'" in done.stderr
 
 
+def test_rows_of_a_caption_set_in_another_encoding(
+    own: trainer.Run, photos: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.csv"
+    lines = [f"new{i}.png#{i},一个男人 {i},{i % 2}" for i in range(3)]
+    path.write_bytes("\n".join(["image,caption,label", *lines, "NEW3.png#0,x,1"]).encode("gbk"))
+    given = ("--rows", str(path), "--images", str(photos), "--no-cache")
+    done = command(own, *given)
+    assert done.exit_code == 1
+    assert "'new0.png#0,一个男人 0,0' as gb18030, or" in done.stderr
+    done = succeed(own, *given, "--encoding", "gbk")
+    said = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["Image_ID"] for row in said] == [
+        *(f"new{i}.png#{i}" for i in range(3)),
+        "NEW3.png#0",
+    ]
+    assert [row["Hypothesis"] for row in said[:3]] == [f"一个男人 {i}" for i in range(3)]
+    assert said[3]["reason"] == "no photo: 'new3.png' is there, in another case"
+    assert "no photo for 'NEW3.png#0' of line 5: 'new3.png' is there" in done.stderr
+    found = own.evaluate(rows=path, images=photos, encoding="gbk", cache=False, show=SILENT)
+    assert (found["rows"], found["rows_left_out"]) == (3, {"no photo": 1})
+    assert found["rows_notes"] == [
+        "no photo for 'NEW3.png#0' of line 5: 'new3.png' is there, in another case"
+    ]
+    shutil.copytree(own.folder, own.folder.parent / "second")
+    with pytest.raises(RowError, match="its encoding is in doubt"):
+        own.compare("second", rows=path, images=photos, show=SILENT)
+    assert own.compare("second", rows=path, images=photos, encoding="gbk", show=SILENT)["rows"] == 3
+
+
+@pytest.mark.parametrize("name", ["evaluate", "compare"])
+def test_the_encoding_is_of_rows(name: str) -> None:
+    done = CliRunner().invoke(cli, [name, "absent", "--encoding", "gbk"])
+    assert done.exit_code == 2
+    assert "belong to --rows" in done.stderr
+
+
 # --- labels that are not needed ---------------------------------------------------------
 
 
 def test_a_label_is_read_where_it_is_one(tmp_path: Path) -> None:
-    given = ["entailment", 0, "1", None, "", "neutral", "maybe", True]
+    given = ["entailment", 0, "1", None, "", "neutral", "maybe", 0.5]
     rows = [{"Image_ID": str(i), "Hypothesis": "h", "Label": x} for i, x in enumerate(given)]
     path = rows_file(tmp_path / "rows.jsonl", rows)
     frame = pd.DataFrame(rows)

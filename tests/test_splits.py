@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,15 @@ GIVEN = {"train": ["0", "1.jpg", 2, "elsewhere"], "Validation": ["3"], "test": [
 AS_CSV = "split;image_id\ntrain;0\ntrain;1.jpg\ntrain;2\ntrain;elsewhere\n\ndev;3\ntest;4\n"
 
 
-@pytest.mark.parametrize("text", [json.dumps(GIVEN), AS_CSV, "\ufeff" + AS_CSV])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(GIVEN),
+        AS_CSV,
+        "\ufeff" + AS_CSV,
+        *(AS_CSV.replace("image_id", name) for name in ("Image ID", "Flickr30K_ID", "filename")),
+    ],
+)
 def test_a_users_split(tmp_path: Path, text: str) -> None:
     path = tmp_path / "mine"
     path.write_text(text, encoding="utf-8")
@@ -178,6 +187,8 @@ def test_a_users_split(tmp_path: Path, text: str) -> None:
     assert (splits.source, splits.seed, splits.fractions) == ("file", None, ())
     save_splits(tmp_path / "s.json", splits)
     assert read_split_file(tmp_path / "s.json", examples) == splits
+    path.write_bytes(gzip.compress(text.encode()))
+    assert read_split_file(path, examples) == splits
 
 
 @pytest.mark.parametrize(

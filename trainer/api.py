@@ -79,7 +79,7 @@ class Run(folder.Run):
             control: Measure without the picture; None: as the run was trained.
             show: How it is shown.
             with_controls: `train_control` first.
-            options: `rows`, `images`, `cache`, `buckets`; see
+            options: `rows`, `images`, `encoding`, `cache`, `buckets`; see
                 `trainer.results.evaluate.evaluate`, also for what is returned and left.
         """
         from trainer.results.evaluate import evaluate
@@ -133,7 +133,7 @@ class Run(folder.Run):
             others: Runs, their folders, or their names beside this one.
             split: "test", "val" or "train".
             show: Shows the runs done.
-            options: `rows`, `images`, `buckets`, `draws` and `seed` of
+            options: `rows`, `images`, `encoding`, `buckets`, `draws` and `seed` of
                 `trainer.results.compare.compare`, where the result is described too.
         """
         from trainer.results.compare import compare
@@ -160,6 +160,7 @@ class Run(folder.Run):
         images: str | os.PathLike[str] | None = None,
         show: Show = SHOWN,
         cache: bool = True,
+        encoding: str = "",
     ) -> pd.DataFrame:
         """Predict rows that need no label; see `trainer.results.predict.predict`.
 
@@ -168,6 +169,7 @@ class Run(folder.Run):
             images: Folder of the photos; None: the run's own.
             show: Shows the extraction and the scoring.
             cache: Keep the features that were missing.
+            encoding: Of a row file's text; "": UTF-8, or told from the bytes.
 
         Returns:
             One line for each row, in their order: `Image_ID`, `Hypothesis`, `Label`
@@ -175,7 +177,7 @@ class Run(folder.Run):
             `confidence` (probability of the label), and `reason`: why a row has none, else
             "". `attrs["metrics"]` has the metrics of the labelled rows, None without any.
         """
-        return self.predictions(rows, images, show, cache).frame()
+        return self.predictions(rows, images, show, cache, encoding).frame()
 
     def predictions(
         self,
@@ -183,12 +185,13 @@ class Run(folder.Run):
         images: str | os.PathLike[str] | None = None,
         show: Show = SHOWN,
         cache: bool = True,
+        encoding: str = "",
     ) -> Predictions:
         """Predict as `predict`; return the lines one by one, the metrics and the counts."""
         from trainer.results.predict import predict
 
         folder = images or self.config.data.images or self.scorer.project.dataset.images.folder
-        return predict(self.scorer, rows, folder, show, cache)
+        return predict(self.scorer, rows, folder, show, cache, encoding)
 
     def predict_pair(
         self, image: str | os.PathLike[str], text: str, show: Show = SHOWN

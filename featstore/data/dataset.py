@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -13,8 +14,20 @@ from numpy.typing import NDArray
 
 from featstore import demo
 from featstore.config import SPLITS, DataConfig
-from featstore.data.examples import Examples, RowIssue, drop_missing, summarise, write_report
+from featstore.data.examples import (
+    NO_PHOTO,
+    READ_AS,
+    Examples,
+    ReadResult,
+    RowIssue,
+    UnusableRowsError,
+    drop_missing,
+    drop_repeats,
+    summarise,
+    write_report,
+)
 from featstore.data.images import ImageIndex, index_images
+from featstore.data.photo_ids import Nearest, one_spelling, tried
 from featstore.data.rows import read_examples, read_frame
 from featstore.data.splits import (
     Splits,
@@ -23,7 +36,7 @@ from featstore.data.splits import (
     save_splits,
     splits_from_parts,
 )
-from featstore.errors import ConfigError, DataError
+from featstore.errors import Advice, ConfigError, FeatstoreError, short
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,6 +75,28 @@ class Dataset:
             return None
         return self.root / "reports" / f"rows-{self.examples.digest()[:16]}.csv"
 
+    def notes(self) -> list[str]:
+        """Return lines that people should see.
+
+        They say in what encoding a file was read, what is there in place of a photo, and
+        which folders were passed over.
+        """
+        lines = []
+        seen: set[str] = set()
+        for issue in self.issues:
+            if issue.reason.startswith(READ_AS) and issue.file not in seen:
+                seen.add(issue.file)
+                lines.append(
+                    f"{issue.file} is not UTF-8: {issue.reason}, so line {issue.line} says"
+                    f" {short(issue.text, 100)}; if that is wrong, set [data] encoding (--encoding)"
+                )
+        near = [issue for issue in self.issues if issue.reason == NO_PHOTO and issue.detail]
+        if near:
+            lines.append(
+                f"no photo for {short(near[0].image_id)} of line {near[0].line}: {near[0].detail}"
+            )
+        return [*lines, *(f"{line}; passed over" for line in self.images.passed_over)]
+
     def save(self) -> None:
         """Write the split and the report; nothing of rows that are not split.
 
@@ -93,18 +128,56 @@ class Dataset:
         }
 
 
-def _read(path: str, data: DataConfig, images: ImageIndex) -> tuple[Examples, list[RowIssue]]:
-    result = read_examples(path, duplicates=data.duplicates)
-    examples, missing = drop_missing(result.examples, images.lookup)
-    if not len(examples):
-        raise DataError(
-            f"{path}: none of its {len(result.examples)} rows has a photo in {images.folder};"
-            " check [data] images"
+def _with_photos(
+    read: Mapping[str, ReadResult], images: ImageIndex, unique: bool
+) -> tuple[dict[str, Examples], list[RowIssue]]:
+    """Keep the rows that have a photo, each photo under one id in all files.
+
+    Args:
+        read: The rows of each file, by a name of it.
+        images: Where the photos are.
+        unique: Rows that repeat another once their ids are one are dropped.
+
+    Raises:
+        DataError: Two photos answer an id; or no row of a file has one.
+    """
+    kept: dict[str, Examples] = {}
+    issues: list[RowIssue] = []
+    spellings = one_spelling([result.examples.image_ids for result in read.values()], images)
+    nearest = functools.cache(lambda: Nearest(images))
+    for (name, result), ids in zip(read.items(), spellings, strict=True):
+        examples, missing = drop_missing(
+            result.examples, ids.get, lambda image_id: nearest().instead(image_id)
         )
-    return examples, [*result.issues, *missing]
+        issues += [*result.issues, *missing]
+        if not len(examples):
+            raise _no_photo([*result.issues, *missing], images, nearest())
+        if any(given != image_id for given, image_id in ids.items()):
+            examples = examples.renamed(ids)
+            if unique:
+                examples, repeats = drop_repeats(examples)
+                issues += repeats
+        kept[name] = examples
+    return kept, issues
 
 
-def rows_to_predict(rows: RowSource, images: str | os.PathLike[str], root: Path) -> Dataset:
+def _no_photo(issues: list[RowIssue], images: ImageIndex, nearest: Nearest) -> UnusableRowsError:
+    """Say that no row has a photo, by the example that explains it best."""
+    missing = [issue for issue in issues if issue.reason == NO_PHOTO]
+    example = next((issue for issue in missing if issue.detail), missing[0])
+    rows = f"none of its {len(missing)} rows has a" if len(missing) > 1 else "its row has no"
+    return UnusableRowsError(
+        f"{example.file}: {rows} photo in {images.folder}: the image id"
+        f" {short(example.image_id)} of line {example.line} was looked for as"
+        f" {tried(example.image_id)}; {example.detail or nearest.folder()}",
+        Advice("write the ids as the files are named, or check [data] images"),
+        issues,
+    )
+
+
+def rows_to_predict(
+    rows: RowSource, images: str | os.PathLike[str], root: Path, encoding: str = ""
+) -> Dataset:
     """Read rows that need no label, and find their photos.
 
     Args:
@@ -112,6 +185,7 @@ def rows_to_predict(rows: RowSource, images: str | os.PathLike[str], root: Path)
             `featstore.data.rows`. Labels that are there are read.
         images: Folder of the photos.
         root: The store's root.
+        encoding: Of the file's text; "": UTF-8, or told from the bytes.
 
     Returns:
         The rows that can be predicted, in order, repeats included, in no split.
@@ -123,24 +197,21 @@ def rows_to_predict(rows: RowSource, images: str | os.PathLike[str], root: Path)
     if hasattr(rows, "columns"):
         result = read_frame(cast("pd.DataFrame", rows))
     else:
-        result = read_examples(rows, labelled=False, duplicates="keep")
+        result = read_examples(rows, labelled=False, duplicates="keep", encoding=encoding)
     index = index_images(images)
-    examples, missing = drop_missing(result.examples, index.lookup)
-    if not len(examples):
-        raise DataError(
-            f"none of the {len(result.examples)} rows to predict has a photo in {index.folder}"
-        )
-    issues = [*result.issues, *missing]
-    return Dataset(examples, Splits.none(examples), index, issues, root)
+    name = result.examples.sources[0]
+    kept, issues = _with_photos({name: result}, index, unique=False)
+    return Dataset(kept[name], Splits.none(kept[name]), index, issues, root)
 
 
-def load_dataset(data: DataConfig, root: Path) -> Dataset:
+def load_dataset(data: DataConfig, root: Path, report: bool = True) -> Dataset:
     """Read the rows, find the photos, make or read the split.
 
     Args:
         data: The `[data]` settings; without rows, the built-in demo is used
             (and made on first use).
         root: The store's root: splits and reports are kept below it.
+        report: Where no row can be used, write a report that names each.
 
     Raises:
         ConfigError: No folder of photos is named.
@@ -153,21 +224,40 @@ def load_dataset(data: DataConfig, root: Path) -> Dataset:
         rows, folder = str(demo_rows), str(demo_images)
     if not folder:
         raise ConfigError("[data] images: name the folder of photos (flag --images)")
+    if isinstance(rows, dict) and data.split_file:
+        raise ConfigError("[data] rows per split and split_file exclude each other")
     images = index_images(folder)
-    issues: list[RowIssue] = []
+    try:
+        return _load(data, rows, images, root)
+    except UnusableRowsError as error:
+        if not report:
+            raise
+        path = root / "reports" / f"unusable-{Path(error.issues[0].file).name}.csv"
+        try:
+            write_report(path, error.issues)
+        except FeatstoreError:  # the rows are what is to be said
+            raise error from None
+        named = f"{error.message} (each row is named in {path})"
+        raise UnusableRowsError(named, error.mend, error.issues) from error
+
+
+def _load(data: DataConfig, rows: str | dict[str, str], images: ImageIndex, root: Path) -> Dataset:
+    """Read the rows of `load_dataset`, find their photos, make or read the split."""
+
+    def read(path: str) -> ReadResult:
+        return read_examples(path, duplicates=data.duplicates, encoding=data.encoding)
+
+    unique = data.duplicates == "drop"
     if isinstance(rows, dict):
-        if data.split_file:
-            raise ConfigError("[data] rows per split and split_file exclude each other")
-        parts = {}
-        for split, path in rows.items():
-            parts[split], found = _read(path, data, images)
-            issues += found
+        results = {split: read(path) for split, path in rows.items()}
+        parts, issues = _with_photos(results, images, unique)
         examples, splits = splits_from_parts(parts)
-    else:
-        examples, issues = _read(rows, data, images)
-        splits = (
-            read_split_file(data.split_file, examples)
-            if data.split_file
-            else make_splits(examples, data.fractions, data.split_seed)
-        )
+        return Dataset(examples, splits, images, issues, root)
+    kept, issues = _with_photos({rows: read(rows)}, images, unique)
+    examples = kept[rows]
+    splits = (
+        read_split_file(data.split_file, examples, data.encoding)
+        if data.split_file
+        else make_splits(examples, data.fractions, data.split_seed)
+    )
     return Dataset(examples, splits, images, issues, root)

@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.data.labels import LABELS
-from featstore.errors import DataError
+from featstore.errors import Advice, Command, DataError, RowError
 from featstore.publish import write_bytes
 
 NO_PHOTO = "no photo"
+DUPLICATE = "duplicate"
+READ_AS, NOT_UTF_8 = "read as", "the file is not UTF-8"
 
 Indices = npt.NDArray[np.int64] | npt.NDArray[np.bool_] | Sequence[int] | slice
 ObjectArray = npt.NDArray[np.object_]
@@ -35,6 +37,7 @@ class Examples:
         labels: int8 of shape (rows,): 1 entailment, 0 contradiction, -1 unlabelled.
         source_lines: int64 of shape (rows,): 1-based line where the row starts.
         sources: object of shape (rows,), str: the file of each row.
+        written_ids: object of shape (rows,), str: the image ids as the files spell them.
     """
 
     image_ids: ObjectArray
@@ -42,8 +45,11 @@ class Examples:
     labels: npt.NDArray[np.int8]
     source_lines: npt.NDArray[np.int64]
     sources: ObjectArray
+    written_ids: ObjectArray = None  # type: ignore[assignment]  # those of image_ids
 
     def __post_init__(self) -> None:
+        if self.written_ids is None:
+            object.__setattr__(self, "written_ids", self.image_ids)
         lengths = {len(getattr(self, field.name)) for field in dataclasses.fields(self)}
         if len(lengths) != 1:
             raise ValueError(f"columns of different lengths: {sorted(lengths)}")
@@ -58,6 +64,11 @@ class Examples:
             at = at.astype(np.int64)
         columns = (getattr(self, field.name)[at] for field in dataclasses.fields(self))
         return Examples(*columns)
+
+    def renamed(self, ids: Mapping[str, str]) -> Examples:
+        """Return the rows with other image ids; as they were written they stay known."""
+        image_ids = np.array([ids[image_id] for image_id in self.image_ids], dtype=object)
+        return dataclasses.replace(self, image_ids=image_ids)
 
     def digest(self) -> str:
         """Return a hex digest of each row's image id, hypothesis and label, in order.
@@ -110,6 +121,21 @@ class ReadResult:
     issues: list[RowIssue]
 
 
+class UnusableRowsError(RowError):
+    """No row of a file can be used.
+
+    Args:
+        message, mend: As of any error.
+        issues: Each row, with its reason.
+    """
+
+    def __init__(
+        self, message: str, mend: Command | Advice | None = None, issues: Sequence[RowIssue] = ()
+    ) -> None:
+        super().__init__(message, mend)
+        self.issues = list(issues)
+
+
 def summarise(issues: Iterable[RowIssue]) -> dict[str, int]:
     """Return how many issues have each reason, the most frequent first."""
     return dict(Counter(issue.reason for issue in issues).most_common())
@@ -135,7 +161,9 @@ def require_both_classes(examples: Examples, where: str) -> None:
 
 
 def drop_missing(
-    examples: Examples, available: Callable[[str], object]
+    examples: Examples,
+    available: Callable[[str], object],
+    instead: Callable[[str], str] = lambda image_id: "",
 ) -> tuple[Examples, list[RowIssue]]:
     """Drop the rows whose photo is not there.
 
@@ -143,6 +171,7 @@ def drop_missing(
         examples: The rows.
         available: Called once for each distinct image id; what it returns is taken as
             true or false. `ImageIndex.lookup` fits.
+        instead: Says of an id without a photo what is there instead.
 
     Returns:
         The rows that stay, in order, and one issue for each row that does not.
@@ -157,10 +186,33 @@ def drop_missing(
             examples.image_ids[row],
             NO_PHOTO,
             examples.hypotheses[row],
+            instead(examples.image_ids[row]),
         )
         for row in np.flatnonzero(~here)
     ]
     return examples.select(here), issues
+
+
+def drop_repeats(examples: Examples) -> tuple[Examples, list[RowIssue]]:
+    """Drop the rows that have image id, hypothesis and label of an earlier row."""
+    first: dict[tuple[str, str, int], int] = {}
+    keys = zip(examples.image_ids, examples.hypotheses, examples.labels.tolist(), strict=True)
+    earlier = [first.setdefault(key, row) for row, key in enumerate(keys)]
+    lines = examples.source_lines
+    issues = [
+        RowIssue(
+            "dropped",
+            examples.sources[row],
+            int(lines[row]),
+            examples.written_ids[row],
+            DUPLICATE,
+            examples.hypotheses[row],
+            f"same as line {lines[same]} of {examples.sources[same]}",
+        )
+        for row, same in enumerate(earlier)
+        if same != row
+    ]
+    return examples.select(sorted(first.values())), issues
 
 
 def write_report(path: str | os.PathLike[str], issues: Iterable[RowIssue]) -> None:

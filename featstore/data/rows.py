@@ -2,10 +2,11 @@
 
 Formats, told apart by content:
 
-* JSONL, one object a line, UTF-8: `Image_ID`, `Hypothesis`, `Label` (A2), or
+* JSONL, one object a line: `Image_ID`, `Hypothesis`, `Label` (A2), or
   `Flickr30K_ID`, `sentence2`, `gold_label` (SNLI-VE). Other keys are ignored.
-* CSV with a header; comma, semicolon or tab; UTF-8 with or without BOM, else cp1252,
-  else Latin-1.
+* CSV with a header; comma, semicolon or tab.
+
+Either may be packed by gzip. `encoding.py` says how their bytes become text.
 
 Columns are found by name: case, spaces, underscores and hyphens do not count, and
 `ROLES` lists the names known. What a label may be stands in `labels.py`: a file that has
@@ -28,11 +29,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
-import numpy as np
-
-from featstore.data.examples import Examples, ReadResult, RowIssue, summarise
-from featstore.data.labels import UNLABELLED, class_ids_error, integer_label, read_label
-from featstore.data.values import is_missing, read_hypothesis, read_image_id
+from featstore.data.collect import Raw, collect
+from featstore.data.encoding import encoding_of, unpacked
+from featstore.data.examples import ReadResult
 from featstore.errors import RowError, short
 
 if TYPE_CHECKING:
@@ -46,10 +45,6 @@ ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Names of each column: those of the known formats, then synonyms used in their absence."""
 
 MAX_LINE_CHARACTERS = 1 << 20
-WRONG_CELLS = "wrong number of cells"
-DUPLICATE = "duplicate"
-CONFLICT = "conflicting labels"
-CLASS_IDS = "class ids for labels"
 STREAM = Path("stdin")
 """What the rows of an open file are called in messages."""
 
@@ -58,16 +53,6 @@ _EXPECTED = (
     " with image_id/image/filename, hypothesis/sentence/caption/text, label/gold_label/answer"
 )
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-
-
-class _Raw(NamedTuple):
-    """One record as parsed, before any check of its values."""
-
-    line: int
-    image_id: Any
-    text: Any
-    label: Any
-    problem: str = ""
 
 
 class _Columns(NamedTuple):
@@ -83,11 +68,12 @@ def read_examples(
     *,
     labelled: bool = True,
     duplicates: Literal["drop", "keep"] | str = "drop",
+    encoding: str = "",
 ) -> ReadResult:
     """Read a row file; see the module for formats, columns and labels.
 
     Image ids and hypotheses are kept as written, without surrounding white space; an
-    integer id of JSON becomes its decimal text. Dropped, each with its reason: neutral
+    whole number of JSON becomes its decimal text. Dropped, each with its reason: neutral
     rows, unknown labels, empty or undecodable text, missing or unsafe image ids, CSV
     records with too many or too few cells and, by choice, repeats of an earlier row
     (same image id, hypothesis and label). Rows that say both labels of one hypothesis
@@ -100,13 +86,17 @@ def read_examples(
             as `UNLABELLED`, and so does every integer of a file that has class ids. Of
             several label columns none is read.
         duplicates: "drop" or "keep" exact repeats.
+        encoding: Of the file's text; "": UTF-8, or told from the bytes, in which case each
+            row with a character beyond ASCII is reported as "read as …".
 
     Returns:
         The rows in the order of the file, and the issues in the order of their lines.
 
     Raises:
         RowError: The file cannot be read, is not a known format, has no usable row, a line
-            of it is broken, or its integer labels are class ids.
+            of it is broken, its encoding is in doubt, or its integer labels are class ids.
+            An `UnusableRowsError` names each row.
+        ConfigError: There is no such encoding.
         ValueError: `duplicates` is neither "drop" nor "keep".
 
     Cost: about 10 µs a row; memory for the rows and for one line of text.
@@ -119,7 +109,7 @@ def read_examples(
             # A pipe is read once, and rows are looked at twice: for their format and encoding.
             shutil.copyfileobj(path, kept)
             kept.seek(0)
-            return _read(STREAM, kept, labelled, unique)
+            return _read(STREAM, kept, labelled, unique, encoding)
     path = Path(path)
     if not path.exists():
         raise RowError(f"{path}: no such file; name a JSONL or CSV file of rows")
@@ -128,19 +118,21 @@ def read_examples(
         raise RowError(f"{path}: is {kind}; name a JSONL or CSV file of rows")
     try:
         with path.open("rb") as file:
-            return _read(path, file, labelled, unique)
+            return _read(path, file, labelled, unique, encoding)
     except OSError as error:
         raise RowError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _read(path: Path, file: IO[bytes], labelled: bool, unique: bool) -> ReadResult:
+def _read(path: Path, packed: IO[bytes], labelled: bool, unique: bool, encoding: str) -> ReadResult:
     """Read a seekable file from its start."""
-    is_json = _is_json(path, file)
-    file.seek(0)
-    if is_json:
-        return _collect(path, _jsonl(path, file, labelled), labelled, unique)
-    with io.TextIOWrapper(file, encoding=_csv_encoding(file), newline="") as text:
-        return _collect(path, _csv(path, text, labelled), labelled, unique)
+    with unpacked(path, packed) as file:
+        name, detected = encoding_of(path, file, encoding)
+        is_json = _is_json(path, file, name)
+        file.seek(0)
+        # In JSONL only \n ends a line; in CSV \r does too.
+        with io.TextIOWrapper(file, encoding=name, newline="\n" if is_json else "") as text:
+            records = (_jsonl if is_json else _csv)(path, text, labelled)
+            return collect(path, records, labelled, unique, name if detected else "")
 
 
 def read_frame(frame: pd.DataFrame) -> ReadResult:
@@ -168,17 +160,14 @@ def read_frame(frame: pd.DataFrame) -> ReadResult:
         return cells.where(cells.notna(), None).tolist()
 
     rows = zip(*map(values, at), strict=True)
-    records = (_Raw(line, *row) for line, row in enumerate(rows, 1))
-    return _collect(path, records, labelled=False, unique=False)
+    records = (Raw(line, *row) for line, row in enumerate(rows, 1))
+    return collect(path, records, labelled=False, unique=False)
 
 
-def _is_json(path: Path, file: IO[bytes]) -> bool:
+def _is_json(path: Path, file: IO[bytes], encoding: str) -> bool:
     """Tell JSONL from CSV by the first character; its suffix speaks for a broken JSONL."""
-    head = file.read(1 << 16)
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise RowError(f"{path}: is UTF-16; expected UTF-8: save the file as UTF-8")
-    head = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    if head.startswith(b"["):
+    head = codecs.getincrementaldecoder(encoding)().decode(file.read(1 << 16)).lstrip()
+    if head.startswith("["):
         raise RowError(
             f"{path}: starts like a JSON array; expected JSONL, one object on each line,"
             " without brackets or commas between them"
@@ -187,24 +176,8 @@ def _is_json(path: Path, file: IO[bytes]) -> bool:
         if file.read(1):
             raise RowError(f"{path}: starts with more than 64 KiB of white space")
         raise RowError(f"{path}: has no rows: the file is empty; expected JSONL or CSV rows")
-    return head.startswith(b"{") or path.suffix.lower() in _JSON_SUFFIXES
-
-
-def _csv_encoding(file: IO[bytes]) -> str:
-    """Return the first encoding that reads the whole file; leave the file at its start."""
-    for encoding in ("utf-8", "cp1252"):
-        decoder = codecs.getincrementaldecoder(encoding)()
-        file.seek(0)
-        try:
-            while block := file.read(1 << 20):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            continue
-        file.seek(0)
-        return "utf-8-sig" if encoding == "utf-8" else encoding
-    file.seek(0)
-    return "latin-1"
+    name = path.name.lower().removesuffix(".gz")
+    return head.startswith("{") or name.endswith(_JSON_SUFFIXES)
 
 
 def _too_long(path: Path, line: int) -> RowError:
@@ -214,15 +187,19 @@ def _too_long(path: Path, line: int) -> RowError:
     )
 
 
+def columns_named(names: Sequence[str], tiers: Iterable[Sequence[str]]) -> list[int]:
+    """Return which names are of the first tier that has any; see `ROLES`."""
+    plain = [re.sub(r"[\s_-]+", "", name).lower() for name in names]
+    found = ([i for i, name in enumerate(plain) if name in tier] for tier in tiers)
+    return next((at for at in found if at), [])
+
+
 def _resolve(names: Sequence[str], labelled: bool) -> tuple[_Columns, str]:
     """Find the columns of a header; the second value says what is wrong, or is empty."""
-    plain = [re.sub(r"[\s_-]+", "", name).lower() for name in names]
     found: list[int | None] = []
     problems: list[str] = []
     for role, tiers in ROLES.items():
-        at: list[int] = []
-        for tier in tiers:
-            at = at or [i for i, name in enumerate(plain) if name in tier]
+        at = columns_named(names, tiers)
         if role == "label" and not labelled and len(at) != 1:
             at = []
         elif not at:
@@ -241,23 +218,17 @@ def _column_error(path: Path, line: int, problem: str, names: Sequence[str]) -> 
     )
 
 
-def _jsonl(path: Path, file: IO[bytes], labelled: bool) -> Iterator[_Raw]:
+def _jsonl(path: Path, file: TextIO, labelled: bool) -> Iterator[Raw]:
     """Yield the records of a JSONL file.
 
     The first record must have all columns; a later one that lacks some yields None for
     them, and is dropped with that reason.
     """
     columns: dict[tuple[str, ...], _Columns] = {}
-    line = 0
-    while raw := file.readline(MAX_LINE_CHARACTERS + 1):
-        line += 1
-        if len(raw) > MAX_LINE_CHARACTERS:
-            raise _too_long(path, line)
-        if line == 1:
-            raw = raw.removeprefix(codecs.BOM_UTF8)
-        if not raw.strip():
+    for line, text in enumerate(_lines(path, file), 1):
+        if not text.strip():
             continue
-        record = _json_object(path, line, raw)
+        record = _json_object(path, line, text)
         keys = tuple(record)
         if keys not in columns:
             at, problem = _resolve(keys, labelled)
@@ -265,7 +236,7 @@ def _jsonl(path: Path, file: IO[bytes], labelled: bool) -> Iterator[_Raw]:
                 raise _column_error(path, line, problem, keys)
             columns[keys] = _Columns(*(None if i is None else keys[i] for i in at))
         image_key, text_key, label_key = columns[keys]
-        yield _Raw(
+        yield Raw(
             line,
             record[image_key] if image_key is not None else None,
             record[text_key] if text_key is not None else None,
@@ -273,16 +244,9 @@ def _jsonl(path: Path, file: IO[bytes], labelled: bool) -> Iterator[_Raw]:
         )
 
 
-def _json_object(path: Path, line: int, raw: bytes) -> dict[str, Any]:
-    if b"\0" in raw:
-        raise RowError(f"{path}:{line}: NUL byte; the file is binary or damaged")
+def _json_object(path: Path, line: int, text: str) -> dict[str, Any]:
     try:
-        record = json.loads(raw.rstrip(b"\r\n").decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RowError(
-            f"{path}:{line}: byte {error.start + 1} of the line is not UTF-8;"
-            " save the file as UTF-8"
-        ) from error
+        record = json.loads(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise RowError(
             f"{path}:{line}: not JSON: {error.msg} at column {error.colno};"
@@ -300,20 +264,23 @@ def _json_object(path: Path, line: int, raw: bytes) -> dict[str, Any]:
     return record
 
 
-def _csv_lines(path: Path, file: TextIO) -> Iterator[str]:
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
     line = 0
     while text := file.readline(MAX_LINE_CHARACTERS + 1):
         line += 1
         if len(text) > MAX_LINE_CHARACTERS:
             raise _too_long(path, line)
         if "\0" in text:
-            raise RowError(f"{path}:{line}: NUL byte; the file is binary or damaged")
+            raise RowError(
+                f"{path}:{line}: NUL byte; the file is binary, damaged, or UTF-16"
+                " without a byte-order mark; save it as UTF-8"
+            )
         yield text
 
 
-def _csv(path: Path, file: TextIO, labelled: bool) -> Iterator[_Raw]:
+def _csv(path: Path, file: TextIO, labelled: bool) -> Iterator[Raw]:
     """Yield the records of a CSV file, each with the line where it starts."""
-    lines = _csv_lines(path, file)
+    lines = _lines(path, file)
     before = 0
     header = ""
     for header in lines:
@@ -341,10 +308,10 @@ def _csv(path: Path, file: TextIO, labelled: bool) -> Iterator[_Raw]:
             continue
         if len(cells) != width:
             problem = f"{len(cells)} cells, the header has {width}"
-            yield _Raw(line, None, delimiter.join(cells), None, problem)
+            yield Raw(line, None, delimiter.join(cells), None, problem)
             continue
         label = None if at.label is None else cells[at.label]
-        yield _Raw(line, cells[at.image_id], cells[at.text], label)
+        yield Raw(line, cells[at.image_id], cells[at.text], label)
 
 
 def _header(path: Path, line: int, header: str, labelled: bool) -> tuple[str, list[str], _Columns]:
@@ -364,80 +331,3 @@ def _header(path: Path, line: int, header: str, labelled: bool) -> tuple[str, li
         raise RowError(f"{path}:{line}: the header is not CSV; found {short(header)}")
     _, problem, names = max(readings, key=lambda reading: reading[0])
     raise _column_error(path, line, problem, names)
-
-
-def _collect(path: Path, records: Iterable[_Raw], labelled: bool, unique: bool) -> ReadResult:
-    """Check every record's values; keep the usable rows and report the others."""
-    file = str(path)
-    rows: list[tuple[str, str, int, int]] = []
-    issues: list[RowIssue] = []
-    first: dict[tuple[str, str], dict[int, int]] = {}
-    conflicts: dict[tuple[str, str], None] = {}
-    coded: dict[bool, tuple[int, int]] = {}
-    integers: list[int] = []
-
-    for record in records:
-        line = record.line
-        image_id, reason, detail = read_image_id(record.image_id)
-        text, text_reason, text_detail = read_hypothesis(record.text)
-        label = UNLABELLED
-        if record.problem:
-            reason, detail = WRONG_CELLS, record.problem
-        elif not reason:
-            reason, detail = text_reason, text_detail
-        odd, odd_detail = "", ""
-        if not record.problem and (labelled or not is_missing(record.label)):
-            label, odd, odd_detail = read_label(record.label)
-            code = integer_label(record.label)
-            if code is not None and code >= 0:
-                coded.setdefault(code > 1, (line, code))
-                if labelled and len(coded) > 1:
-                    raise class_ids_error(path, *coded[True], *coded[False])
-                if not (reason or odd):
-                    integers.append(len(rows))
-            if labelled and not reason:
-                reason, detail = odd, odd_detail
-        if not reason:
-            pair = (image_id, text)
-            seen = first.setdefault(pair, {})
-            if label in seen and unique:
-                reason, detail = DUPLICATE, f"same as line {seen[label]}"
-            else:
-                seen.setdefault(label, line)
-                if len(seen.keys() - {UNLABELLED}) > 1:
-                    conflicts[pair] = None
-                if odd:
-                    issues.append(RowIssue("kept", file, line, image_id, odd, text, odd_detail))
-                rows.append((image_id, text, label, line))
-        if reason:
-            issues.append(RowIssue("dropped", file, line, image_id, reason, text, detail))
-
-    if not rows:
-        why = ", ".join(f"{count} {reason}" for reason, count in summarise(issues).items())
-        raise RowError(
-            f"{path}: has no usable row: "
-            + (f"all were dropped ({why})" if why else "nothing follows the header")
-        )
-    if len(coded) > 1:
-        (line, code), (other_line, other_code) = coded[True], coded[False]
-        detail = f"line {line} has label {code}, line {other_line} has {other_code}"
-        for at in integers:
-            image_id, text, _, line = rows[at]
-            rows[at] = (image_id, text, UNLABELLED, line)
-            issues.append(RowIssue("kept", file, line, image_id, CLASS_IDS, text, detail))
-    if conflicts:
-        for image_id, text, label, line in rows:
-            if (image_id, text) in conflicts and label != UNLABELLED:
-                other = first[image_id, text][1 - label]
-                detail = f"the other label stands in line {other}"
-                issues.append(RowIssue("kept", file, line, image_id, CONFLICT, text, detail))
-    issues.sort(key=lambda issue: issue.line)
-    image_ids, texts, labels, lines = zip(*rows, strict=True)
-    examples = Examples(
-        np.array(image_ids, dtype=object),
-        np.array(texts, dtype=object),
-        np.array(labels, dtype=np.int8),
-        np.array(lines, dtype=np.int64),
-        np.full(len(rows), file, dtype=object),
-    )
-    return ReadResult(examples, issues)

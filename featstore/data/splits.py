@@ -24,9 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.config import SPLITS
+from featstore.data.encoding import encoding_of, unpacked
 from featstore.data.examples import Examples
 from featstore.data.images import IMAGE_SUFFIXES
-from featstore.errors import SplitError, short
+from featstore.data.rows import ROLES, columns_named
+from featstore.errors import RowError, SplitError, short
 from featstore.publish import write_bytes
 
 FORMAT = 1
@@ -222,17 +224,19 @@ def save_splits(path: str | os.PathLike[str], splits: Splits) -> None:
     write_bytes(path, data)
 
 
-def read_split_file(path: str | os.PathLike[str], examples: Examples) -> Splits:
+def read_split_file(path: str | os.PathLike[str], examples: Examples, encoding: str = "") -> Splits:
     """Read a split that the user made.
 
-    Either JSON, `{"train": [ids], "val": [ids], "test": [ids]}`, or CSV with the columns
-    `image_id` and `split`. `valid`, `validation` and `dev` mean val. A file saved by
-    `save_splits` is read too. Ids may be written with or without the image suffix. Images
-    that no row is about are ignored: such a file often covers more than the rows used.
+    Either JSON, `{"train": [ids], "val": [ids], "test": [ids]}`, or CSV with a column of
+    image ids, by any of its names in a row file, and a column `split`. `valid`, `validation`
+    and `dev` mean val. A file saved by `save_splits` is read too. Ids may be written with or
+    without the image suffix, and as the rows write them. Images that no row is about are
+    ignored: such a file often covers more than the rows used.
 
     Args:
-        path: The file.
+        path: The file, which may be packed by gzip.
         examples: The rows to split; each of their images must be in one split.
+        encoding: Of the file's text; "": UTF-8, or told from the bytes.
 
     Raises:
         SplitError: The file cannot be read or has another shape; a photo is in two
@@ -240,8 +244,11 @@ def read_split_file(path: str | os.PathLike[str], examples: Examples) -> Splits:
             image of the rows.
     """
     path = Path(path)
-    text = _read_text(path)
+    text = _read_text(path, encoding)
     given = _split_json(path, text) if text.lstrip()[:1] in ("{", "[") else _split_csv(path, text)
+    pairs = zip(examples.written_ids, examples.image_ids, strict=True)
+    meant = {photo_key(written): image_id for written, image_id in pairs if written != image_id}
+    given = {s: [meant.get(photo_key(i), i) for i in ids] for s, ids in given.items()}
     check_no_leak(given, str(path))
     owner = {photo_key(image_id): split for split, ids in given.items() for image_id in ids}
     assignment: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -289,13 +296,15 @@ def _by_split(items: Iterable[tuple[Any, Any]], where: str) -> dict[str, Any]:
     return named
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, encoding: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as packed, unpacked(path, packed) as file:
+            name = encoding_of(path, file, encoding).name
+            return file.read().decode(name)
     except OSError as error:
         raise SplitError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise SplitError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
+    except RowError as error:
+        raise SplitError(error.message, error.mend) from error
 
 
 def _split_json(path: Path, text: str) -> dict[str, list[str]]:
@@ -342,13 +351,14 @@ def _split_records(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
             if not any(cell.strip() for cell in cells):
                 continue
             if at is None:
-                names = [cell.strip().lower() for cell in cells]
-                if names.count("image_id") != 1 or names.count("split") != 1:
+                names = columns_named(cells, ROLES["image id"])
+                splits = columns_named(cells, [["split"]])
+                if len(names) != 1 or len(splits) != 1:
                     raise SplitError(
-                        f"{path}:{reader.line_num}: expected the columns image_id and split,"
-                        f" found {short(', '.join(cells), 200)}"
+                        f"{path}:{reader.line_num}: expected the columns image_id and split, found"
+                        f" {short(', '.join(cells), 200)}; ids may be called as in a row file"
                     )
-                at = names.index("image_id"), names.index("split")
+                at = names[0], splits[0]
             elif len(cells) <= max(at) or not cells[at[0]].strip():
                 raise SplitError(
                     f"{path}:{reader.line_num}: expected an image id and a split,"

@@ -29,12 +29,14 @@ def _text_problem(text: str) -> str:
 
 def read_image_id(value: Any) -> tuple[str, str, str]:
     """Return an image id as text, and the reason and detail why it cannot be used."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)  # a table's column of integers, one of which is missing
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if value is None:
         return "", NO_IMAGE_ID, "missing"
     if not isinstance(value, str):
-        return "", UNSAFE_IMAGE_ID, f"neither text nor an integer: {short(value)}"
+        return "", UNSAFE_IMAGE_ID, f"neither text nor a whole number: {short(value)}"
     image_id = value.strip()
     if not image_id:
         return "", NO_IMAGE_ID, "empty"

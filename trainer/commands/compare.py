@@ -8,7 +8,13 @@ from pathlib import Path
 import click
 
 from featstore.errors import UsageError
-from trainer.commands.console import json_option, open_run, runs_option, split_option
+from trainer.commands.console import (
+    encoding_option,
+    json_option,
+    open_run,
+    runs_option,
+    split_option,
+)
 
 SUFFIXES = (".md", ".json")
 
@@ -18,6 +24,7 @@ SUFFIXES = (".md", ".json")
 @split_option("test", "val", "train")
 @click.option("--rows", type=click.Path(), help="Labelled rows to compare on, not a split.")
 @click.option("--images", type=click.Path(), help="Folder of their photos.  [default: each run's]")
+@encoding_option
 @click.option("--buckets", type=click.Path(), help="Bucket file.  [default: the one that ships]")
 @click.option(
     "--draws",
@@ -37,6 +44,7 @@ def compare(
     split: str,
     rows: str | None,
     images: str | None,
+    encoding: str,
     buckets: str | None,
     draws: int,
     seed: int,
@@ -52,14 +60,21 @@ def compare(
     target = None if out is None else Path(out)
     if target is not None and target.suffix not in SUFFIXES:
         raise UsageError(f"--out {out}: expected a name that ends with .md or .json")
-    if images is not None and rows is None:
-        raise UsageError("--images: the photos of --rows; a split has the run's own")
+    if (images is not None or encoding) and rows is None:
+        raise UsageError("--images and --encoding belong to --rows; a split has the run's own")
     base, *others = [open_run(name, runs) for name in run]
     from featstore.publish import write_json, write_text
     from trainer.results.compare_tables import as_markdown, as_text
 
     result = base.compare(
-        *others, split=split, rows=rows, images=images, buckets=buckets, draws=draws, seed=seed
+        *others,
+        split=split,
+        rows=rows,
+        images=images,
+        encoding=encoding,
+        buckets=buckets,
+        draws=draws,
+        seed=seed,
     )
     if target is not None:
         if target.suffix == ".json":

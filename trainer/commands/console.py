@@ -240,6 +240,15 @@ def json_option(command: Function) -> Function:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
 
 
+def encoding_option(command: Function) -> Function:
+    """Give a command `--encoding`, of its `--rows`."""
+    return click.option(
+        "--encoding",
+        default="",
+        help="Text encoding of --rows, such as gbk.  [default: UTF-8, or told from the bytes]",
+    )(command)
+
+
 def runs_option(command: Function) -> Function:
     """Give a command `--runs`."""
     return click.option(
@@ -283,6 +292,8 @@ def print_rows(dataset: Any) -> None:
         if reasons:
             found = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
             click.echo(f"rows {title}: {found} (named in {dataset.report})", err=True)
+    for line in dataset.notes():
+        click.echo(line, err=True)
 
 
 def open_run(name: str, runs: str) -> Run:

@@ -11,6 +11,7 @@ import click
 from featstore.errors import UsageError
 from featstore.progress import SHOWN
 from trainer.commands.console import (
+    encoding_option,
     json_option,
     open_run,
     quoted,
@@ -126,6 +127,7 @@ def _print_extremes(result: dict[str, Any]) -> None:
 @split_option("test", "val", "train")
 @click.option("--rows", type=click.Path(), help="Labelled rows in place of a split's.")
 @click.option("--images", type=click.Path(), help="Folder of their photos.  [default: the run's]")
+@encoding_option
 @click.option("--no-cache", is_flag=True, help="Do not keep the features of --rows in the store.")
 @click.option(
     "--control", type=click.Choice(CONTROLS), help="What to show it.  [default: as in training]"
@@ -143,6 +145,7 @@ def evaluate(
     split: str,
     rows: str | None,
     images: str | None,
+    encoding: str,
     no_cache: bool,
     control: str | None,
     with_controls: bool,
@@ -158,8 +161,8 @@ def evaluate(
     given = context.get_parameter_source("split") is click.core.ParameterSource.COMMANDLINE
     if rows is not None and given:
         raise UsageError("--split and --rows exclude each other: a split, or the rows of a file")
-    if rows is None and (images is not None or no_cache):
-        raise UsageError("--images and --no-cache belong to --rows")
+    if rows is None and (images is not None or no_cache or encoding):
+        raise UsageError("--images, --encoding and --no-cache belong to --rows")
     if with_controls and control not in (None, "none"):
         raise UsageError("--with-controls and --control exclude each other: all of them, or one")
     found = open_run(run, runs)
@@ -171,7 +174,14 @@ def evaluate(
         with stop_request() as stopping:
             found.train_control(Reporter(epoch_bar, print_epoch, stopping), show)
     result = found.evaluate(
-        split, control, show, rows=rows, images=images, cache=not no_cache, buckets=buckets
+        split,
+        control,
+        show,
+        rows=rows,
+        images=images,
+        cache=not no_cache,
+        buckets=buckets,
+        encoding=encoding,
     )
     if as_json:
         click.echo(json.dumps(result))

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from featstore.errors import UsageError
-from trainer.commands.console import json_option, open_run, runs_option
+from trainer.commands.console import encoding_option, json_option, open_run, runs_option
 
 FORMATS = ("csv", "jsonl", "parquet")
 STREAM = "-"
@@ -20,6 +20,7 @@ STREAM = "-"
 @click.argument("run")
 @click.option("--rows", help="Row file, JSONL or CSV, labelled or not; - is standard input.")
 @click.option("--images", help="Folder of the photos.  [default: the run's own]")
+@encoding_option
 @click.option("--out", default=STREAM, show_default=True, help="File; - is standard output.")
 @click.option(
     "--format",
@@ -40,6 +41,7 @@ def predict(
     run: str,
     rows: str | None,
     images: str | None,
+    encoding: str,
     out: str,
     format_name: str | None,
     cache: bool,
@@ -64,8 +66,10 @@ def predict(
     format_name = format_of(path, format_name)
     source: Any = sys.stdin.buffer if rows == STREAM else rows
     with opened_for(path or sys.stdout.buffer, format_name) as write:
-        predictions = found.predictions(source, images, cache=cache)
+        predictions = found.predictions(source, images, cache=cache, encoding=encoding)
         write(predictions.lines())
+    for line in predictions.dataset.notes():
+        click.echo(line, err=True)
     summary = {"run": found.name, "out": out, "format": format_name, **predictions.summary()}
     if as_json:
         click.echo(json.dumps(summary))

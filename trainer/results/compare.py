@@ -42,6 +42,7 @@ def compare(
     rows: RowSource | None = None,
     images: str | os.PathLike[str] | None = None,
     *,
+    encoding: str = "",
     buckets: str | os.PathLike[str] | None = None,
     draws: int = DRAWS,
     seed: int = 0,
@@ -59,6 +60,7 @@ def compare(
         rows: Labelled rows to compare on in place of a split, a file or a table; the runs
             may then be of other rows.
         images: Folder of their photos; None: each run's own.
+        encoding: Of the rows' text; "": UTF-8, or told from the bytes and shown.
         buckets: Bucket file; None: the one that ships. See `trainer.buckets`.
         draws: Of the bootstrap.
         seed: Of the draws and of the permutations.
@@ -86,7 +88,7 @@ def compare(
     patterns = load_buckets(None if buckets is None else Path(buckets))
     if rows is None:
         check_same_rows(runs)
-    judged, left_out = judge(runs, labels, split, rows, images, show)
+    judged, left_out = judge(runs, labels, split, rows, images, show, encoding)
     of_rows = judged[0].scored
     truth, image_ids = of_rows.labels, of_rows.image_ids
     clustered = Clustered(image_ids, draws, seed)

@@ -53,6 +53,7 @@ def evaluate(
     images: str | os.PathLike[str] | None = None,
     cache: bool = True,
     buckets: str | os.PathLike[str] | None = None,
+    encoding: str = "",
 ) -> dict[str, Any]:
     """Compute a run's metrics over exactly the rows of a split, or of a file.
 
@@ -66,6 +67,7 @@ def evaluate(
         images: Folder of the photos of `rows`; None: the run's own.
         cache: Keep the features of `rows` in the store.
         buckets: A bucket file; None: the ten that ship. See `trainer.buckets`.
+        encoding: Of the text of `rows`; "": UTF-8, or told from the bytes and shown.
 
     Returns:
         `evaluate_logits` at the run's threshold, with run, split, control and photos that
@@ -95,7 +97,7 @@ def evaluate(
     source: Labelled = SplitRows(project, split, show)
     if rows is not None:
         folder = images or project.config.data.images or project.dataset.images.folder
-        source = UnseenRows(run, project.root, rows, folder, show, cache)
+        source = UnseenRows(run, project.root, rows, folder, show, cache, encoding)
     scored = source.score(scorer, control)
     clustered = Clustered(scored.image_ids)
     val: Scored | None = scored
@@ -117,6 +119,7 @@ def evaluate(
     if isinstance(source, UnseenRows):
         result["rows_file"] = source.file
         result["rows_left_out"] = scored.left_out
+        result["rows_notes"] = source.notes
         result["seen_photos"] = (
             None if without_data is not None else seen_photos(project, scored.image_ids)
         )

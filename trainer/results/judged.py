@@ -97,6 +97,7 @@ def judge(
     rows: RowSource | None,
     images: str | os.PathLike[str] | None,
     show: Show,
+    encoding: str = "",
 ) -> tuple[list[Judged], dict[str, int]]:
     """Score the rows with one run after another; each lets go of its model.
 
@@ -115,7 +116,7 @@ def judge(
                 source: Labelled = SplitRows(project, split, show)
             else:
                 folder = images or run.config.data.images or project.dataset.images.folder
-                source = UnseenRows(run, project.root, rows, folder, show)
+                source = UnseenRows(run, project.root, rows, folder, show, encoding=encoding)
             scorer = Scorer(run, project)
             threshold = float(run.metrics["threshold"])
             try:

@@ -96,6 +96,7 @@ class UnseenRows:
         images: Folder of the photos.
         show: Shows the extraction and the scoring.
         cache: Keep the features in the run's store.
+        encoding: Of the file's text; "": UTF-8, or told from the bytes, which is shown.
 
     Raises:
         RowError, DataError: No row can be used, or none has a label.
@@ -109,15 +110,21 @@ class UnseenRows:
         images: str | os.PathLike[str],
         show: Show,
         cache: bool = True,
+        encoding: str = "",
     ) -> None:
         self.given, self.images, self.show, self.cache = rows, images, show, cache
+        self.encoding = encoding
         self.file = os.fspath(rows) if isinstance(rows, str | os.PathLike) else None
         stem = "rows" if self.file is None else Path(self.file).stem
         # The files of a split, and of a control, have names of their own.
         taken = stem in SPLITS or any(stem.endswith(f"-{control}") for control in CONTROLS)
         self.name = f"rows-{stem}" if taken else stem
         # Read again to be scored; said before anything is extracted.
-        labels = rows_to_predict(rows, images, root).examples.labels
+        dataset = rows_to_predict(rows, images, root, encoding)
+        self.notes = dataset.notes()
+        for line in self.notes:
+            show.note(line)
+        labels = dataset.examples.labels
         if (labels == UNLABELLED).all():
             raise DataError(
                 f"{self.file or 'the rows'}: none of {len(labels)} rows has a label to measure by;"
@@ -135,7 +142,13 @@ class UnseenRows:
             RunError: A logit is not finite.
         """
         dataset, scores = score_rows(
-            scorer, self.given, self.images, show=self.show, cache=self.cache, control=control
+            scorer,
+            self.given,
+            self.images,
+            show=self.show,
+            cache=self.cache,
+            control=control,
+            encoding=self.encoding,
         )
         dropped = [issue.reason for issue in dataset.issues if issue.kind == "dropped"]
         unlabelled = int((dataset.examples.labels == UNLABELLED).sum())

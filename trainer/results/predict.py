@@ -86,7 +86,8 @@ class Predictions:
             elif text in scores.unfit:
                 reason, detail = UNFIT, scores.unfit[text]
             line, file = int(examples.source_lines[row]), examples.sources[row]
-            issues.append(RowIssue("dropped", file, line, image_id, reason, text, detail))
+            written = examples.written_ids[row]
+            issues.append(RowIssue("dropped", file, line, written, reason, text, detail))
         return sorted(issues, key=lambda issue: issue.line)
 
     def lines(self) -> Iterator[Line]:
@@ -98,7 +99,7 @@ class Predictions:
         examples, rows = self.dataset.examples, self.scores.rows[self._finite]
         probabilities = sigmoid(self.scores.logits[self._finite]).tolist()
         for row, probability in zip(rows.tolist(), probabilities, strict=True):
-            image_id, text = examples.image_ids[row], examples.hypotheses[row]
+            image_id, text = examples.written_ids[row], examples.hypotheses[row]
             line = int(examples.source_lines[row])
             yield line, _judged(image_id, text, probability, self.threshold)
 
@@ -162,6 +163,7 @@ def predict(
     images: str | os.PathLike[str],
     show: Show = SILENT,
     cache: bool = True,
+    encoding: str = "",
 ) -> Predictions:
     """Say of each row whether its photo entails its sentence.
 
@@ -177,6 +179,7 @@ def predict(
         show: Shows the extraction and the scoring.
         cache: Keep the features that are missing in the run's store. False computes them
             in memory and writes nothing; the predictions are the same.
+        encoding: Of a row file's text, such as "gbk"; "": UTF-8, or told from the bytes.
 
     Raises:
         RowError, DataError: No row can be used, they cannot be read, or (with `cache`) a
@@ -186,7 +189,9 @@ def predict(
     started = time.perf_counter()
     blind = scorer.train.control == "hypothesis-only"
     control = "hypothesis-only" if blind else "none"
-    dataset, scores = score_rows(scorer, rows, images, show=show, cache=cache, control=control)
+    dataset, scores = score_rows(
+        scorer, rows, images, show=show, cache=cache, control=control, encoding=encoding
+    )
     threshold = float(scorer.run.metrics["threshold"])
     return Predictions(dataset, scores, threshold, time.perf_counter() - started)
 

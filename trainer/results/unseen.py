@@ -41,6 +41,7 @@ def score_rows(
     show: Show = SILENT,
     cache: bool = True,
     control: str | None = None,
+    encoding: str = "",
 ) -> tuple[Dataset, Scores]:
     """Compute the logits of rows of a file or a table; see `predict`.
 
@@ -52,6 +53,7 @@ def score_rows(
         cache: See `predict`.
         control: As in `Scorer.score`, another photo being one of these rows'; None: as the
             run was trained.
+        encoding: See `predict`.
 
     Returns:
         The rows, in order, repeats included; its issues name those that could not be used.
@@ -61,7 +63,7 @@ def score_rows(
     Raises:
         RowError, DataError, StoreError: See `predict`; also where no photo could be read.
     """
-    dataset = rows_to_predict(rows, images, scorer.project.root)
+    dataset = rows_to_predict(rows, images, scorer.project.root, encoding)
     examples, k_txt = dataset.examples, scorer.train.k_txt
     project = scorer.project.with_dataset(dataset)
     control = scorer.train.control if control is None else control
