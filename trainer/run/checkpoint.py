@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 import zlib
@@ -15,7 +16,7 @@ import numpy as np
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.tower import load_backbone
 from featstore.errors import RunError
-from featstore.publish import publish
+from featstore.publish import check_space, publish, write_bytes
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config
 from trainer.model.cached import build_cached_model, load_text_layers
@@ -101,9 +102,24 @@ def start_from(model: keras.Model, source: Run) -> list[str]:
 
 
 def save_weights(run: Run, model: keras.Model) -> None:
-    """Publish the model's weights as the run's best."""
-    with publish(run.weights_path) as temporary:
-        model.save_weights(temporary)
+    """Publish the model's weights as the run's best, as `model.save_weights` writes them.
+
+    Raises:
+        WriteError: The disk is full, or refuses.
+    """
+    # Keras's own way for a file of this kind within an archive. By path, HDF5 itself would
+    # write it, and an HDF5 file that a full disk cut short ends the process later.
+    from keras.src.saving import saving_lib
+
+    memory = io.BytesIO()
+    store = saving_lib.H5IOStore(memory, mode="w")
+    saving_lib._save_state(
+        model, weights_store=store, assets_store=None, inner_path="", visited_saveables=set()
+    )
+    store.close()
+    data = memory.getbuffer()
+    check_space(run.folder, data.nbytes)
+    write_bytes(run.weights_path, data)
 
 
 @dataclass
@@ -163,12 +179,17 @@ class Progress:
 def save_state(
     path: Path, model: keras.Model, optimizer_variables: list[Any], progress: Progress
 ) -> None:
-    """Publish everything that the rest of a training depends on, as one .npz."""
+    """Publish everything that the rest of a training depends on, as one .npz.
+
+    Raises:
+        WriteError: The disk is full, or refuses.
+    """
     numpy = keras.ops.convert_to_numpy
     arrays = {f"model/{i}": numpy(v) for i, v in enumerate(model.trainable_variables)}
     arrays |= {f"optimizer/{i}": numpy(v) for i, v in enumerate(optimizer_variables)}
     arrays |= {f"random/{name}": value for name, value in random_state(model).items()}
     arrays["progress"] = np.array(json.dumps(vars(progress), allow_nan=False))
+    check_space(path.parent, sum(array.nbytes for array in arrays.values()))
     with publish(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from featstore.encoders.framework import pinned_framework
 from featstore.errors import RunError
 from featstore.project import Project
-from featstore.publish import write_json, write_text
+from featstore.publish import check_space, write_json, write_text
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import cached_rows
 from trainer.metrics import evaluate_logits
@@ -81,6 +81,10 @@ def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
             f"[train] monitor = {train.monitor!r} cannot be computed: the val split has one class"
         )
     return -float(value) if train.monitor == "val_loss" else float(value)
+
+
+def _num_bytes(variable: Any) -> int:
+    return math.prod(variable.shape) * int(np.dtype(variable.dtype).itemsize)
 
 
 def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, bool]:
@@ -183,6 +187,9 @@ class Training:
                     f" (expected {theirs}, found {ours}); restore it, or choose another --name"
                 )
 
+    def _write_config(self) -> None:
+        self.run.write_config(render_config(self.config))
+
     def _write_manifest(self, status: str) -> None:
         self.manifest["status"] = status
         self.manifest["wall_seconds"] = {
@@ -196,14 +203,32 @@ class Training:
         return self._earlier_seconds + time.perf_counter() - self.started
 
     def begin(self) -> None:
-        """Write what a run's folder holds from the start."""
-        self.run.write_config(render_config(self.config))
-        self._write_manifest("running")
+        """Write what a run's folder holds from the start.
+
+        Raises:
+            WriteError: The disk refuses, or has no room for what the run will hold.
+        """
+        self._check_space()
+        # A run's settings are there before it is; those of one that goes on for longer
+        # change once it is no longer called finished.
+        writes = [self._write_config, lambda: self._write_manifest("running")]
+        for write in reversed(writes) if self.run.exists else writes:
+            write()
         if self.hparams is not None:
             self._events.hparams(self.hparams, self.run.name)
         if self.progress.history:
             # A kill may have come after the state was saved and before its reports were.
             self._write_reports()
+
+    def _check_space(self) -> None:
+        """See that the disk holds the best weights and the state, and either once more."""
+        run = self.run
+        weights = sum(_num_bytes(v) for v in self.model.variables)
+        state = sum(
+            _num_bytes(v) for v in (*self.model.trainable_variables, *self.optimizer.variables)
+        )
+        there = sum(p.stat().st_size for p in (run.weights_path, run.checkpoint_path) if p.exists())
+        check_space(run.folder, max(0, weights + state - there) + max(weights, state))
 
     def end(self, status: str) -> None:
         """Write what a run's folder holds at the end."""
