@@ -50,7 +50,8 @@ def init(config_file: str, force: bool) -> None:
     if path.exists() and not force:
         raise UsageError(f"{path}: there already; --force replaces it")
     write_text(path, render_config(Config(), comments=True, defaults=False))
-    click.echo(f"{path}: set rows and images in [data], then run {quoted(Command('extract-vit'))}")
+    shown = click.format_filename(path)
+    click.echo(f"{shown}: set rows and images in [data], then run {quoted(Command('extract-vit'))}")
 
 
 for command in (
