@@ -252,11 +252,10 @@ def search_best(
         )
         return
     import_framework()
-    from trainer.run.shown import epoch_bar, print_epoch
-    from trainer.run.training import Reporter
+    from trainer.run.shown import SHOWN_REPORTER
 
     with stop_request() as stopping:
-        reporter = Reporter(epoch_bar, print_epoch, stopping)
+        reporter = dataclasses.replace(SHOWN_REPORTER, stopping=stopping)
         found = results.retrain(epochs, seeds or 1, split, reporter)
     if as_json:
         click.echo(json.dumps(found))

@@ -18,7 +18,7 @@ from featstore.encoders.tower import load_backbone
 from featstore.errors import RunError
 from featstore.publish import check_space, publish, write_bytes
 from featstore.store.shard import HDF5_ERRORS
-from trainer.config import Config
+from trainer.config import Config, TrainConfig
 from trainer.model.cached import build_cached_model, load_text_layers
 from trainer.model.head import HEAD_LAYERS, TAIL_NAME
 from trainer.model.weights import copy_weights, layer_weights, random_state, set_random_state
@@ -154,6 +154,12 @@ class Progress:
     waited_lr: int = 0
     best_metrics: dict[str, Any] = field(default_factory=dict)
 
+    def ended(self, train: TrainConfig) -> str:
+        """Return why no epoch is left to run, "early stop" or "all epochs"; "" where one is."""
+        if self.waited >= train.early_stop_patience:
+            return "early stop"
+        return "all epochs" if self.epoch >= train.epochs else ""
+
     def check(self) -> None:
         """Refuse values that no training leaves.
 
@@ -194,17 +200,24 @@ def save_state(
         np.savez(file, **arrays)
 
 
-def load_state(path: Path, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Progress:
-    """Restore what `save_state` wrote.
+def read_progress(path: Path) -> Progress:
+    """Return where the training stands whose state `save_state` wrote; no array is read.
 
     Raises:
-        RunError: The file is damaged, or is of a model of other shapes.
+        RunError: The file is damaged.
     """
+    return _read_state(path, ["progress"])[1]
+
+
+def _read_state(
+    path: Path, names: list[str] | None = None
+) -> tuple[dict[str, np.ndarray[Any, Any]], Progress]:
+    """Read the arrays of a state, or some of them, and where the training stands."""
     try:
         if not path.is_file():
             raise ValueError("not a file")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in names or file.files}
         progress = Progress(**json.loads(str(arrays.pop("progress"))))
         progress.check()
     # What zipfile, NumPy and json raise on bytes that they did not write.
@@ -224,6 +237,16 @@ def load_state(path: Path, model: keras.Model, optimizer: keras.optimizers.Optim
         raise RunError(
             f"{path}: not a readable checkpoint ({error}); delete it to start again"
         ) from error
+    return arrays, progress
+
+
+def load_state(path: Path, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Progress:
+    """Restore what `save_state` wrote.
+
+    Raises:
+        RunError: The file is damaged, or is of a model of other shapes.
+    """
+    arrays, progress = _read_state(path)
     groups = {"model": model.trainable_variables, "optimizer": optimizer.variables}
     for group, variables in groups.items():
         for i, variable in enumerate(variables):

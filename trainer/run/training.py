@@ -66,11 +66,13 @@ class Reporter:
         bar: Makes the progress display of an epoch from its number and steps.
         epoch: Called with the record of each finished epoch.
         stopping: Asked after each step; True saves the state and ends.
+        note: Called with a line for people: from where a run goes on, why it ended early.
     """
 
     bar: EpochBar = lambda epoch, steps: nullcontext(_Silent())
     epoch: Callable[[dict[str, Any]], None] = lambda record: None
     stopping: Callable[[], bool] = lambda: False
+    note: Callable[[str], None] = lambda line: None
 
 
 def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
@@ -85,6 +87,10 @@ def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
 
 def _num_bytes(variable: Any) -> int:
     return math.prod(variable.shape) * int(np.dtype(variable.dtype).itemsize)
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'' if count == 1 else 's'}"
 
 
 def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, bool]:
@@ -216,6 +222,8 @@ class Training:
             write()
         if self.hparams is not None:
             self._events.hparams(self.hparams, self.run.name)
+        if self.progress.epoch or self.progress.step:
+            self.reporter.note(f"{self.run.folder}: {self._where_it_goes_on()}")
         if self.progress.history:
             # A kill may have come after the state was saved and before its reports were.
             self._write_reports()
@@ -230,17 +238,32 @@ class Training:
         there = sum(p.stat().st_size for p in (run.weights_path, run.checkpoint_path) if p.exists())
         check_space(run.folder, max(0, weights + state - there) + max(weights, state))
 
+    def _where_it_goes_on(self) -> str:
+        progress, train = self.progress, self.train_config
+        if self.finished:
+            return f"all of it was trained, {_epochs(progress.epoch)}"
+        after = f" after step {progress.step}" if progress.step else ""
+        return f"goes on with epoch {progress.epoch + 1} of {train.epochs}{after}"
+
     def end(self, status: str) -> None:
         """Write what a run's folder holds at the end."""
         self._events.close()
         self._draw_curves()
+        progress, train = self.progress, self.train_config
+        if status == "finished":
+            self.manifest["ended"] = progress.ended(train)
+            if progress.ended(train) == "early stop" and progress.epoch < train.epochs:
+                self.reporter.note(
+                    f"early stop after epoch {progress.epoch} of {train.epochs}: {train.monitor}"
+                    f" has not improved for {_epochs(progress.waited)}, since epoch"
+                    f" {progress.best_epoch + 1}"
+                )
         self._write_manifest(status)
 
     @property
     def finished(self) -> bool:
         """Whether no epoch is left to run."""
-        train, progress = self.train_config, self.progress
-        return progress.epoch >= train.epochs or progress.waited >= train.early_stop_patience
+        return bool(self.progress.ended(self.train_config))
 
     def collect(self, losses: Sequence[tuple[Any, int]], seconds: float) -> None:
         """Take over the losses of some steps.
