@@ -361,5 +361,6 @@ class Training:
                 self.run.curves_path,
                 monitor=self.train_config.monitor,
                 title=self.run.name,
+                majority=float(max(share := self.val_rows.labels.mean(), 1 - share)),
             )
         self._drawn = time.perf_counter()

@@ -24,6 +24,7 @@ from trainer.features import plan_jobs
 from trainer.run import folder as folder_of_run
 from trainer.run.folder import find_run, free_name, run_folder
 from trainer.tuning.live import live_view
+from trainer.tuning.plots import no_importance
 from trainer.tuning.space import SearchConfig, Space, shown
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search, exists, jobs_of, known_search, open_search, start_search
@@ -123,7 +124,10 @@ def run_search(
 
             actors = Actors(places.workers, places.num_gpus, places.num_cpus)
             watched = run_on_ray(places.ray, search, actors, deadline, stopping, watch, show.note)
-    return Outcome(watched, write_leaderboard(search), time.time() - started)
+    files = write_leaderboard(search)
+    if why := no_importance(search, trial_rows(search)):
+        show.note(why)
+    return Outcome(watched, files, time.time() - started)
 
 
 @contextlib.contextmanager
