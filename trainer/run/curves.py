@@ -14,8 +14,10 @@ from featstore.publish import write_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LOSSES = {"loss": ("train loss", "#0072b2", {}), "val_loss": ("val loss", "#d55e00", {})}
-SCORES = {
+Curves = Mapping[str, tuple[str, str, Mapping[str, Any]]]
+
+LOSSES: Curves = {"loss": ("train loss", "#0072b2", {}), "val_loss": ("val loss", "#d55e00", {})}
+SCORES: Curves = {
     "val_accuracy": ("accuracy", "#0072b2", {"markersize": 6.5}),
     # Of balanced classes it lies on the accuracy, which its gaps and small marks leave in sight.
     "val_macro_f1": (
@@ -123,9 +125,6 @@ def plot_learning_curves(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_bytes(path, buffer.getvalue())
-
-
-Curves = Mapping[str, tuple[str, str, Mapping[str, Any]]]
 
 
 def _draw_curves(

@@ -239,7 +239,7 @@ def _axis(parameter: Parameter) -> tuple[Callable[[Any], float], list[tuple[floa
         return (scale(value) - low) / (high - low)
 
     whole = parameter.kind in ("int", "log_int")
-    return place, _ticks(*parameter.values, scale, whole=whole)
+    return place, _ticks(parameter.values[0], parameter.values[1], scale, whole)
 
 
 def _ticks(
