@@ -174,8 +174,8 @@ def test_a_search_leaves_the_settings_of_its_process(place: Place) -> None:
     try:
         with matplotlib.rc_context({"backend": "svg"}):
             filters = list(warnings.filters)
-            search = place.start("polite", sampler="tpe", pruner="hyperband", trials=6)
-            draw(search, 6)
+            search = place.start("polite", sampler="tpe", pruner="hyperband", trials=10)
+            draw(search, 10)
             assert len(write_leaderboard(search)) == 4
             assert matplotlib.get_backend() == "svg"
             assert warnings.filters == filters

@@ -99,11 +99,12 @@ def plot_learning_curves(
                 f"chance {chance:.2f}",
                 (1, chance),
                 xycoords=("axes fraction", "data"),
-                xytext=(-2, 3),
+                xytext=(-2, 4),
                 textcoords="offset points",
                 ha="right",
                 fontsize=8,
                 color="dimgrey",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
         axes.set(xlabel="epoch", ylabel=label, xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
