@@ -13,6 +13,7 @@
     │   ├── StaleFeaturesError     exit 1   features of another spec
     │   └── CorruptShardError      exit 1   a shard that is not what was published
     ├── RunError                   exit 1   a run folder that cannot be used
+    ├── WriteError                 exit 1   a file that cannot be written: full disk, no right to
     └── StoppedError               exit 130 the user asked to stop; what was done is kept
 
 A message is one line: what failed, where, what was expected, what was found.
@@ -167,6 +168,10 @@ class CorruptShardError(StoreError):
 
 
 class RunError(FeatstoreError):
+    pass
+
+
+class WriteError(FeatstoreError):
     pass
 
 

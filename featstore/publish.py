@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import stat
 import sys
 import uuid
@@ -26,11 +27,13 @@ from typing import Any
 
 import xxhash
 
-from featstore.errors import FeatstoreError, StoreError
+from featstore.errors import Advice, StoreError, WriteError
 
 # Of `scheme://user:password@host`; a password may have an @ of its own.
 PASSWORD = re.compile(r"(\w+://[^\s/:@]*:)\S*@")
 TEMPORARY = ".tmp-"
+# Left free beside what a check of the space was for: a table, a picture, some lines of a log.
+SPARE_BYTES = 1_000_000
 RECORDED_PACKAGES = (
     "featstore",
     "tensorflow",
@@ -73,6 +76,39 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_space(folder: Path, num_bytes: int) -> None:
+    """See that a disk has room for what is about to be written, with some to spare.
+
+    Args:
+        folder: Where; it need not be there yet.
+        num_bytes: What is to be written.
+
+    Raises:
+        WriteError: The disk has less than that free.
+    """
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    try:
+        free = shutil.disk_usage(there).free
+    except OSError:
+        # A file system that does not say: the write itself will.
+        return
+    if free < num_bytes + SPARE_BYTES:
+        raise WriteError(
+            f"{folder}: needs {(num_bytes + SPARE_BYTES) / 1e6:.1f} MB, and {free / 1e6:.1f} MB of"
+            " the disk are free",
+            Advice("free some space, then run the command again"),
+        )
+
+
+def write_error(path: Path, error: OSError, state: str = "nothing was changed") -> WriteError:
+    """Return the error of a file that could not be written, with its reason and what mends it."""
+    reason = error.strerror or str(error)
+    return WriteError(
+        f"{path}: cannot be written ({reason}); {state}",
+        Advice("free space or permissions, then run the command again"),
+    )
+
+
 @contextlib.contextmanager
 def publish(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield a temporary path to write; on success it becomes `path`.
@@ -86,8 +122,8 @@ def publish(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[P
             gets its name; an exception keeps it from getting it.
 
     Raises:
-        FeatstoreError: The file system refused (full, read-only, no
-            permission); the message names the path and the reason.
+        WriteError: The file system refused (full, read-only, no permission);
+            the message names the path and the reason.
     """
     # Unique even between threads of one process that publish the same path.
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:12]}-{path.name}")
@@ -101,17 +137,13 @@ def publish(path: Path, before: Callable[[], None] = lambda: None) -> Iterator[P
         state = "it is there, but a power cut may still undo it"
         _sync(path.parent)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise FeatstoreError(
-            f"{path}: cannot be written ({reason}); {state};"
-            " free space or permissions, then run the command again"
-        ) from error
+        raise write_error(path, error, state) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Publish a file."""
     with publish(Path(path)) as temporary:
         temporary.write_bytes(data)

@@ -32,6 +32,7 @@ from trainer.run.folder import Run
 from trainer.run.training import Reporter
 from trainer.tuning import study as searching
 from trainer.tuning.again import retrain
+from trainer.tuning.plots import no_importance
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search, known_search, open_search, start_search
 from trainer.tuning.table import best_row, ranked, seconds_left, trial_rows, write_leaderboard
@@ -139,7 +140,10 @@ def test_a_search_is_runs_and_a_leaderboard(place: Place, whole: list[Any]) -> N
         history = pd.read_csv(run.folder / "history.csv")
         assert history["val_loss"].min() == pytest.approx(value, abs=1e-6)
     files = [path.name for path in write_leaderboard(search)]
-    assert files == ["leaderboard.csv", "history.png", "importance.png", "parallel_coordinates.png"]
+    assert files == ["leaderboard.csv", "history.png", "parallel_coordinates.png"]
+    assert no_importance(search, rows) == (
+        "no importance.png: 4 complete trials, expected at least 10"
+    )
     table = (search.folder / "leaderboard.csv").read_text().splitlines()
     assert table[0].startswith("rank,trial,run,state,value,")
     assert table[1].split(",")[:4] == ["1", str(best["trial"]), best["run"], "complete"]
@@ -170,8 +174,8 @@ def test_a_search_leaves_the_settings_of_its_process(place: Place) -> None:
     try:
         with matplotlib.rc_context({"backend": "svg"}):
             filters = list(warnings.filters)
-            search = place.start("polite", sampler="tpe", pruner="hyperband", trials=6)
-            draw(search, 6)
+            search = place.start("polite", sampler="tpe", pruner="hyperband", trials=10)
+            draw(search, 10)
             assert len(write_leaderboard(search)) == 4
             assert matplotlib.get_backend() == "svg"
             assert warnings.filters == filters

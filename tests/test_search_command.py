@@ -194,7 +194,7 @@ def whole(project: Project) -> list[Any]:
 def test_what_a_search_leaves(project: Project, whole: list[Any]) -> None:
     folder = project.runs / "whole"
     assert [state for _, state, *_ in whole] == ["complete"] * 4
-    for name in ("history", "importance", "parallel_coordinates"):
+    for name in ("history", "parallel_coordinates"):
         with Image.open(folder / f"{name}.png") as image:
             assert min(image.size) > 200
             assert np.asarray(image.convert("L")).std() > 5

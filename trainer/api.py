@@ -12,11 +12,12 @@ from featstore.errors import StoppedError, UsageError
 from featstore.progress import SHOWN, Show
 from featstore.project import Project
 from trainer.config import config_of
-from trainer.features import prepare
+from trainer.features import extract_missing, prepare
 from trainer.results.score import Scorer, check_same_data
 from trainer.run import folder
 from trainer.run.fit import fit
 from trainer.run.folder import find_run, free_name, run_folder
+from trainer.run.resume import check_resumable
 from trainer.run.shown import SHOWN_REPORTER
 from trainer.run.training import Reporter, Training
 
@@ -227,25 +228,30 @@ def load_run(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs"
 
 
 def train(
-    project: Project,
+    project: Project | None,
     *,
     name: str | None = None,
     runs: str | os.PathLike[str] = "runs",
     init_from: str | None = None,
+    extract: bool = False,
     reporter: Reporter | None = None,
     show: Show = SHOWN,
     **settings: Any,
 ) -> Run:
     """Train the fusion head and the last text layers on a project's features.
 
-    The photos' features must be there (`project.extract("vit")`); sentences that
-    are missing are encoded. An unfinished run of that name goes on.
+    The photos' features must be there (`project.extract("vit")`, or `extract`);
+    sentences that are missing are encoded. An unfinished run of that name goes on. A
+    finished one that kept its state does with more `epochs`, or a larger
+    `early_stop_patience`, and gives what these would have given from the start.
 
     Args:
-        project: The rows and features.
+        project: The rows and features; None goes on with the run of that name, with its
+            own settings but for those that are given.
         name: Of the run; None: from `k_txt` and the time.
         runs: Folder of the runs.
         init_from: Run to take the head, and shared text layers, from.
+        extract: Extract missing features first.
         reporter: How the epochs are shown, and who may stop them; None: as the commands do.
         show: How the encoding of sentences is shown.
         settings: `[train]` settings, such as `k_txt=3, lr=3e-5`.
@@ -255,21 +261,30 @@ def train(
 
     Raises:
         MissingFeaturesError: A photo of the train or val split was not extracted.
-        UsageError: The name is taken.
-        RunError: Training diverged, or the run was started on something else.
+        UsageError: The name is taken, or `project` is None and no name is given.
+        RunError: Training diverged, or the run was started on something else; or there
+            is none of that name to go on with.
+        WriteError: A file cannot be written; the run goes on once it can.
         StoppedError: `reporter.stopping` said so; the state is saved.
     """
+    folders = Path(runs)
+    if project is None:
+        if name is None:
+            raise UsageError("train: expected a project, or the name of a run to go on with")
+        known = load_run(name, folders)
+        project, init_from = known.scorer.project, init_from or known.manifest["init_from"]
     config = config_of(project, **settings)
     project = project.with_config(config)
-    folders = Path(runs)
     source = find_run(folders, init_from) if init_from else None
     name = free_name(folders, f"k{config.train.k_txt}") if name is None else name
     run = Run(run_folder(folders, name))
-    run.check_free_or_same(config)
+    check_resumable(run, config)
     project.dataset.save()
+    if extract:
+        extract_missing(project, config.train.k_txt, show)
     prepare(project, config.train.k_txt, show)
     with run.writing():
-        run.check_free_or_same(config)
+        check_resumable(run, config)
         training = Training(run, project, config.train, source, reporter or SHOWN_REPORTER)
         count = training.manifest["parameters"]["trainable"]
         show.note(f"run {run.folder}: {count:,} trainable parameters")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from featstore.config import SPLITS
 from featstore.data.examples import require_both_classes
 from featstore.errors import Command, MissingFeaturesError
+from featstore.extract.extract import estimate, extract
+from featstore.extract.plan import Job, Plan
 from featstore.progress import SILENT, Show
 from featstore.project import Project
 from trainer.batches import CachedRows
@@ -31,6 +35,55 @@ def prepare(project: Project, k_txt: int, show: Show = SILENT) -> None:
     fingerprint = project.text_spec(k_txt).fingerprint
     key = f"prepared {fingerprint} {project.vision_spec.fingerprint} {project.config.data!r}"
     project.once(key, lambda: _prepare(project, k_txt, show))
+
+
+def extract_missing(project: Project, k_txt: int, show: Show = SILENT) -> None:
+    """Extract what a run on a project reads and the store lacks, after saying what it takes.
+
+    Args:
+        project: Its rows and stores.
+        k_txt: Last text layers that train.
+        show: Its notes have sizes and times; its bars show the work.
+
+    Raises:
+        StoreError: The store cannot be written or read, or the disk is too small.
+        PresetError: An encoder cannot be loaded.
+    """
+    # The test split is not read by a training.
+    jobs = [project.job("vit", ("train", "val")), project.job("text", "all", k_txt)]
+    for plan in plan_jobs(jobs, show):
+        extract(plan.job, show)
+
+
+def plan_jobs(jobs: Sequence[Job], show: Show = SILENT) -> list[Plan]:
+    """Say what of some jobs has to be extracted, and what it takes; change nothing.
+
+    Args:
+        jobs: Each is looked for once.
+        show: Its notes have sizes and times, by the real encoders on this machine.
+
+    Returns:
+        What is missing, of each job that is not done.
+    """
+    found: list[Plan] = []
+    total = 0.0
+    for job in jobs:
+        plan, rate = estimate(job)
+        if not plan.keys:
+            continue
+        seconds = len(plan.keys) / rate
+        total += seconds
+        boundary = ""
+        if job.spec.kind == "text":
+            boundary = f" at k_txt {job.spec.architecture['num_layers'] - job.spec.boundary}"
+        show.note(
+            f"to extract: {len(plan.keys)} {job.unit}{boundary}, about {seconds / 60:.1f} min,"
+            f" {plan.todo_bytes / 1e6:.1f} MB in {plan.folder}"
+        )
+        found.append(plan)
+    if len(found) > 1:
+        show.note(f"to extract in all: about {total / 60:.1f} min")
+    return found
 
 
 def _prepare(project: Project, k_txt: int, show: Show) -> None:

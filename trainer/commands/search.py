@@ -152,7 +152,8 @@ def search_group(
     else:
         _print_leaderboard(search, rows)
         click.echo(f"{', '.join(str(path) for path in files)}")
-        click.echo(f"workers' memory at most {watched.peak_bytes / 1e9:.1f} GB", err=True)
+        if watched.peak_bytes:
+            click.echo(f"workers' memory at most {watched.peak_bytes / 1e9:.1f} GB", err=True)
         place = masked(driver_url(storage)) if storage else search.folder / "study.journal"
         click.echo(f"see it: optuna-dashboard {place}", err=True)
         click.echo(f"        tensorboard --logdir {search.folder}", err=True)
@@ -199,6 +200,7 @@ def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
 def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> None:
     """Print a search's leaderboard, also while it runs; write its plots."""
     from trainer.tuning.drive import load_search
+    from trainer.tuning.plots import no_importance
     from trainer.tuning.table import ranked, trial_rows, write_leaderboard
 
     search = load_search(name, runs, storage).search
@@ -213,6 +215,8 @@ def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> Non
         return
     _print_leaderboard(search, rows)
     click.echo(", ".join(str(path) for path in files))
+    if why := no_importance(search, rows):
+        click.echo(why, err=True)
 
 
 @search_group.command("best")
@@ -252,11 +256,10 @@ def search_best(
         )
         return
     import_framework()
-    from trainer.run.shown import epoch_bar, print_epoch
-    from trainer.run.training import Reporter
+    from trainer.run.shown import SHOWN_REPORTER
 
     with stop_request() as stopping:
-        reporter = Reporter(epoch_bar, print_epoch, stopping)
+        reporter = dataclasses.replace(SHOWN_REPORTER, stopping=stopping)
         found = results.retrain(epochs, seeds or 1, split, reporter)
     if as_json:
         click.echo(json.dumps(found))

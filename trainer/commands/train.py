@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,15 +15,23 @@ from trainer.commands.console import (
     json_option,
     open_project,
     print_metrics,
+    remember_settings,
     runs_option,
     settings,
     stop_request,
 )
+from trainer.run.folder import Run, run_folder
+from trainer.run.resume import LENGTHS
 
 
 @click.command()
-@click.option("--name", help="Name of the run; an unfinished run of that name goes on.")
+@click.option(
+    "--name",
+    help="Name of the run. With no other settings a run of that name goes on with its own; a"
+    " finished one goes on with more --epochs or a larger --early-stop-patience.",
+)
 @click.option("--init-from", help="Run to take the head and shared text layers from.")
+@click.option("--extract", is_flag=True, help="Extract missing features first.")
 @click.option("--plain", is_flag=True, help="As --no-fast-path: slow, same numbers.")
 @runs_option
 @json_option
@@ -30,6 +39,7 @@ from trainer.commands.console import (
 def train(
     name: str | None,
     init_from: str | None,
+    extract: bool,
     plain: bool,
     runs: str,
     as_json: bool,
@@ -39,11 +49,18 @@ def train(
     """Train the fusion head and the last text layers on cached features."""
     if plain:
         flags["train__fast_path"] = False
-    project = open_project(config_file, flags)
+    given = {key.removeprefix("train__"): v for key, v in flags.items() if v is not None}
+    # With nothing else said, a run goes on with its own settings.
+    alone = (config_file, init_from) == (None, None) and given.keys() <= {*LENGTHS}
+    if name is not None and alone and (known := Run(run_folder(Path(runs), name))).exists:
+        # What a message says to type next has them too.
+        remember_settings(("--config", known.config_path))
+        project = None
+    else:
+        project, given = open_project(config_file, flags), {}
     import_framework()
     from trainer import api
-    from trainer.run.shown import epoch_bar, print_epoch
-    from trainer.run.training import Reporter
+    from trainer.run.shown import SHOWN_REPORTER
 
     show = dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN
     with stop_request() as stopping:
@@ -52,12 +69,15 @@ def train(
             name=name,
             runs=runs,
             init_from=init_from,
-            reporter=Reporter(epoch_bar, print_epoch, stopping),
+            extract=extract,
+            reporter=dataclasses.replace(SHOWN_REPORTER, stopping=stopping),
             show=show,
+            **given,
         )
     metrics, control = run.metrics, run.config.train.control
     if as_json:
-        click.echo(json.dumps({"run": str(run.folder), **metrics}))
+        ran = {"epochs": len(run.history), "ended": run.manifest["ended"]}
+        click.echo(json.dumps({"run": str(run.folder), **metrics, **ran}))
         return
     click.echo(f"best epoch {metrics['epoch']} by {metrics['monitor']}; {run.folder}")
     print_metrics(metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 import zlib
@@ -15,9 +16,9 @@ import numpy as np
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.tower import load_backbone
 from featstore.errors import RunError
-from featstore.publish import publish
+from featstore.publish import check_space, publish, write_bytes
 from featstore.store.shard import HDF5_ERRORS
-from trainer.config import Config
+from trainer.config import Config, TrainConfig
 from trainer.model.cached import build_cached_model, load_text_layers
 from trainer.model.head import HEAD_LAYERS, TAIL_NAME
 from trainer.model.weights import copy_weights, layer_weights, random_state, set_random_state
@@ -101,9 +102,24 @@ def start_from(model: keras.Model, source: Run) -> list[str]:
 
 
 def save_weights(run: Run, model: keras.Model) -> None:
-    """Publish the model's weights as the run's best."""
-    with publish(run.weights_path) as temporary:
-        model.save_weights(temporary)
+    """Publish the model's weights as the run's best, as `model.save_weights` writes them.
+
+    Raises:
+        WriteError: The disk is full, or refuses.
+    """
+    # Keras's own way for a file of this kind within an archive. By path, HDF5 itself would
+    # write it, and an HDF5 file that a full disk cut short ends the process later.
+    from keras.src.saving import saving_lib
+
+    memory = io.BytesIO()
+    store = saving_lib.H5IOStore(memory, mode="w")
+    saving_lib._save_state(
+        model, weights_store=store, assets_store=None, inner_path="", visited_saveables=set()
+    )
+    store.close()
+    data = memory.getbuffer()
+    check_space(run.folder, data.nbytes)
+    write_bytes(run.weights_path, data)
 
 
 @dataclass
@@ -138,6 +154,12 @@ class Progress:
     waited_lr: int = 0
     best_metrics: dict[str, Any] = field(default_factory=dict)
 
+    def ended(self, train: TrainConfig) -> str:
+        """Return why no epoch is left to run, "early stop" or "all epochs"; "" where one is."""
+        if self.waited >= train.early_stop_patience:
+            return "early stop"
+        return "all epochs" if self.epoch >= train.epochs else ""
+
     def check(self) -> None:
         """Refuse values that no training leaves.
 
@@ -163,27 +185,39 @@ class Progress:
 def save_state(
     path: Path, model: keras.Model, optimizer_variables: list[Any], progress: Progress
 ) -> None:
-    """Publish everything that the rest of a training depends on, as one .npz."""
+    """Publish everything that the rest of a training depends on, as one .npz.
+
+    Raises:
+        WriteError: The disk is full, or refuses.
+    """
     numpy = keras.ops.convert_to_numpy
     arrays = {f"model/{i}": numpy(v) for i, v in enumerate(model.trainable_variables)}
     arrays |= {f"optimizer/{i}": numpy(v) for i, v in enumerate(optimizer_variables)}
     arrays |= {f"random/{name}": value for name, value in random_state(model).items()}
     arrays["progress"] = np.array(json.dumps(vars(progress), allow_nan=False))
+    check_space(path.parent, sum(array.nbytes for array in arrays.values()))
     with publish(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def load_state(path: Path, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Progress:
-    """Restore what `save_state` wrote.
+def read_progress(path: Path) -> Progress:
+    """Return where the training stands whose state `save_state` wrote; no array is read.
 
     Raises:
-        RunError: The file is damaged, or is of a model of other shapes.
+        RunError: The file is damaged.
     """
+    return _read_state(path, ["progress"])[1]
+
+
+def _read_state(
+    path: Path, names: list[str] | None = None
+) -> tuple[dict[str, np.ndarray[Any, Any]], Progress]:
+    """Read the arrays of a state, or some of them, and where the training stands."""
     try:
         if not path.is_file():
             raise ValueError("not a file")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in names or file.files}
         progress = Progress(**json.loads(str(arrays.pop("progress"))))
         progress.check()
     # What zipfile, NumPy and json raise on bytes that they did not write.
@@ -203,6 +237,16 @@ def load_state(path: Path, model: keras.Model, optimizer: keras.optimizers.Optim
         raise RunError(
             f"{path}: not a readable checkpoint ({error}); delete it to start again"
         ) from error
+    return arrays, progress
+
+
+def load_state(path: Path, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Progress:
+    """Restore what `save_state` wrote.
+
+    Raises:
+        RunError: The file is damaged, or is of a model of other shapes.
+    """
+    arrays, progress = _read_state(path)
     groups = {"model": model.trainable_variables, "optimizer": optimizer.variables}
     for group, variables in groups.items():
         for i, variable in enumerate(variables):

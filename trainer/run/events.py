@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -9,6 +10,8 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from featstore.publish import write_error
 
 
 class EventLog:
@@ -40,7 +43,20 @@ class EventLog:
         self._write(record["epoch"], [scalar_pb(f"epoch/{k}", v) for k, v in figures.items()])
 
     def _write(self, step: int, summaries: list[Any]) -> None:
-        """Append what belongs to one step; it is in the file when this returns."""
+        """Append what belongs to one step; it is in the file when this returns.
+
+        Raises:
+            WriteError: It cannot be written.
+        """
+        try:
+            self._append(step, summaries)
+        except OSError as error:
+            # What is left in its buffer would be written, and fail, once more.
+            with contextlib.suppress(OSError):
+                self.close()
+            raise write_error(self.folder, error) from error
+
+    def _append(self, step: int, summaries: list[Any]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -61,5 +77,5 @@ class EventLog:
     def close(self) -> None:
         """Close the file, if there is one; a later write makes another."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            file.close()

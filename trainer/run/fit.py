@@ -7,6 +7,7 @@ together; each ends with what it would have reached alone.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.encoders.framework import pinned_framework
-from featstore.errors import RunError, StoppedError, UsageError
+from featstore.errors import RunError, StoppedError, UsageError, WriteError
 from trainer.prefetch import Prefetcher
 from trainer.run.step import Stepper, make_stepper, predict_logits
 from trainer.run.training import Training
@@ -34,6 +35,7 @@ def fit(training: Training) -> dict[str, Any]:
 
     Raises:
         RunError: The loss is no longer finite.
+        WriteError: A file cannot be written; a later call goes on from the last state saved.
         StoppedError: `reporter.stopping` said so; the state is saved.
     """
     (failure,) = train_together([training])
@@ -86,6 +88,8 @@ def train_together(trainings: Sequence[Training]) -> list[Exception | None]:
 
     Raises:
         UsageError: The runs read different batches.
+        WriteError: A file cannot be written, which is no run's own fault; each goes on
+            from the last state saved.
         StoppedError: A run's `reporter.stopping` said so; all states are saved.
     """
     check_same_batches(trainings)
@@ -110,7 +114,9 @@ def train_together(trainings: Sequence[Training]) -> list[Exception | None]:
             _run_epoch(members, stepper, failures)
     except BaseException:
         for training in going:
-            training.end("stopped")
+            # On a full disk the first refusal is the one to be read.
+            with contextlib.suppress(WriteError):
+                training.end("stopped")
         raise
     return [failures.get(id(training)) for training in trainings]
 
@@ -139,6 +145,8 @@ def _run_epoch(
             continue
         try:
             training.end_epoch(len(steps), own, wait_seconds, val_seconds)
+        except WriteError:
+            raise
         except Exception as error:
             failures[id(training)] = error
 

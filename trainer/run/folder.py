@@ -168,8 +168,12 @@ class Run:
             what = "a run" if self.exists else "a search"
             raise UsageError(f"{self.folder}: {what} is there already; choose another name")
 
-    def check_free_or_same(self, config: Config) -> None:
+    def check_free_or_same(self, config: Config, longer: bool = False) -> None:
         """Allow a new run, or one that was stopped and has the same settings.
+
+        Args:
+            config: The settings.
+            longer: Allow a finished run too, see `trainer.run.resume`.
 
         Raises:
             UsageError: The name is taken by a search, by a finished run, or by
@@ -179,13 +183,16 @@ class Run:
             raise UsageError(f"{self.folder}: a search, not a run; choose another --name")
         if not self.exists:
             return
-        if self.manifest["status"] == "finished":
-            raise UsageError(f"{self.folder}: a finished run; choose another --name")
+        if self.manifest["status"] == "finished" and not longer:
+            raise UsageError(
+                f"{self.folder}: a finished run; choose another --name, or more --epochs than its"
+                f" {self.config.train.epochs}"
+            )
         ours, theirs = dataclasses.asdict(config), dataclasses.asdict(self.config)
         changed = differing_fields(ours, theirs)
         if changed:
             raise UsageError(
-                f"{self.folder}: an unfinished run with other settings ({'; '.join(changed)});"
+                f"{self.folder}: a run with other settings ({'; '.join(changed)});"
                 " choose another --name, or the settings it was started with"
             )
 

@@ -41,4 +41,9 @@ def print_epoch(record: dict[str, Any]) -> None:
     )
 
 
-SHOWN_REPORTER = Reporter(epoch_bar, print_epoch)
+def print_note(line: str) -> None:
+    """Print a line for people on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+SHOWN_REPORTER = Reporter(epoch_bar, print_epoch, note=print_note)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from featstore.encoders.framework import pinned_framework
 from featstore.errors import RunError
 from featstore.project import Project
-from featstore.publish import write_json, write_text
+from featstore.publish import check_space, write_json, write_text
 from trainer.config import Config, TrainConfig, render_config
 from trainer.features import cached_rows
 from trainer.metrics import evaluate_logits
@@ -66,11 +66,13 @@ class Reporter:
         bar: Makes the progress display of an epoch from its number and steps.
         epoch: Called with the record of each finished epoch.
         stopping: Asked after each step; True saves the state and ends.
+        note: Called with a line for people: from where a run goes on, why it ended early.
     """
 
     bar: EpochBar = lambda epoch, steps: nullcontext(_Silent())
     epoch: Callable[[dict[str, Any]], None] = lambda record: None
     stopping: Callable[[], bool] = lambda: False
+    note: Callable[[str], None] = lambda line: None
 
 
 def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
@@ -81,6 +83,14 @@ def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
             f"[train] monitor = {train.monitor!r} cannot be computed: the val split has one class"
         )
     return -float(value) if train.monitor == "val_loss" else float(value)
+
+
+def _num_bytes(variable: Any) -> int:
+    return math.prod(variable.shape) * int(np.dtype(variable.dtype).itemsize)
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'' if count == 1 else 's'}"
 
 
 def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, bool]:
@@ -183,6 +193,9 @@ class Training:
                     f" (expected {theirs}, found {ours}); restore it, or choose another --name"
                 )
 
+    def _write_config(self) -> None:
+        self.run.write_config(render_config(self.config))
+
     def _write_manifest(self, status: str) -> None:
         self.manifest["status"] = status
         self.manifest["wall_seconds"] = {
@@ -196,26 +209,61 @@ class Training:
         return self._earlier_seconds + time.perf_counter() - self.started
 
     def begin(self) -> None:
-        """Write what a run's folder holds from the start."""
-        self.run.write_config(render_config(self.config))
-        self._write_manifest("running")
+        """Write what a run's folder holds from the start.
+
+        Raises:
+            WriteError: The disk refuses, or has no room for what the run will hold.
+        """
+        self._check_space()
+        # A run's settings are there before it is; those of one that goes on for longer
+        # change once it is no longer called finished.
+        writes = [self._write_config, lambda: self._write_manifest("running")]
+        for write in reversed(writes) if self.run.exists else writes:
+            write()
         if self.hparams is not None:
             self._events.hparams(self.hparams, self.run.name)
+        if self.progress.epoch or self.progress.step:
+            self.reporter.note(f"{self.run.folder}: {self._where_it_goes_on()}")
         if self.progress.history:
             # A kill may have come after the state was saved and before its reports were.
             self._write_reports()
+
+    def _check_space(self) -> None:
+        """See that the disk holds the best weights and the state, and either once more."""
+        run = self.run
+        weights = sum(_num_bytes(v) for v in self.model.variables)
+        state = sum(
+            _num_bytes(v) for v in (*self.model.trainable_variables, *self.optimizer.variables)
+        )
+        there = sum(p.stat().st_size for p in (run.weights_path, run.checkpoint_path) if p.exists())
+        check_space(run.folder, max(0, weights + state - there) + max(weights, state))
+
+    def _where_it_goes_on(self) -> str:
+        progress, train = self.progress, self.train_config
+        if self.finished:
+            return f"all of it was trained, {_epochs(progress.epoch)}"
+        after = f" after step {progress.step}" if progress.step else ""
+        return f"goes on with epoch {progress.epoch + 1} of {train.epochs}{after}"
 
     def end(self, status: str) -> None:
         """Write what a run's folder holds at the end."""
         self._events.close()
         self._draw_curves()
+        progress, train = self.progress, self.train_config
+        if status == "finished":
+            self.manifest["ended"] = progress.ended(train)
+            if progress.ended(train) == "early stop" and progress.epoch < train.epochs:
+                self.reporter.note(
+                    f"early stop after epoch {progress.epoch} of {train.epochs}: {train.monitor}"
+                    f" has not improved for {_epochs(progress.waited)}, since epoch"
+                    f" {progress.best_epoch + 1}"
+                )
         self._write_manifest(status)
 
     @property
     def finished(self) -> bool:
         """Whether no epoch is left to run."""
-        train, progress = self.train_config, self.progress
-        return progress.epoch >= train.epochs or progress.waited >= train.early_stop_patience
+        return bool(self.progress.ended(self.train_config))
 
     def collect(self, losses: Sequence[tuple[Any, int]], seconds: float) -> None:
         """Take over the losses of some steps.
@@ -313,5 +361,6 @@ class Training:
                 self.run.curves_path,
                 monitor=self.train_config.monitor,
                 title=self.run.name,
+                majority=float(max(share := self.val_rows.labels.mean(), 1 - share)),
             )
         self._drawn = time.perf_counter()

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featstore.errors import RunError
-from featstore.extract.extract import estimate, extract
+from featstore.extract.extract import extract
 from featstore.extract.plan import Plan
 from featstore.progress import SHOWN, SILENT, Show
 from featstore.project import Project
 from featstore.ray_cluster import Actors
 from trainer.config import Config, config_of
+from trainer.features import plan_jobs
 from trainer.run import folder as folder_of_run
 from trainer.run.folder import find_run, free_name, run_folder
 from trainer.tuning.live import live_view
+from trainer.tuning.plots import no_importance
 from trainer.tuning.space import SearchConfig, Space, shown
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search, exists, jobs_of, known_search, open_search, start_search
@@ -81,25 +83,7 @@ def plan_features(project: Project, configs: Sequence[Config], show: Show = SILE
         What is missing, of each set of features that is not whole. Each is
         looked for once.
     """
-    found: list[Plan] = []
-    total = 0.0
-    for job in jobs_of(project, configs):
-        plan, rate = estimate(job)
-        if not plan.keys:
-            continue
-        seconds = len(plan.keys) / rate
-        total += seconds
-        boundary = ""
-        if job.spec.kind == "text":
-            boundary = f" at k_txt {job.spec.architecture['num_layers'] - job.spec.boundary}"
-        show.note(
-            f"to extract: {len(plan.keys)} {job.unit}{boundary}, about {seconds / 60:.1f} min,"
-            f" {plan.todo_bytes / 1e6:.1f} MB in {plan.folder}"
-        )
-        found.append(plan)
-    if len(found) > 1:
-        show.note(f"to extract in all: about {total / 60:.1f} min")
-    return found
+    return plan_jobs(jobs_of(project, configs), show)
 
 
 def run_search(
@@ -140,7 +124,10 @@ def run_search(
 
             actors = Actors(places.workers, places.num_gpus, places.num_cpus)
             watched = run_on_ray(places.ray, search, actors, deadline, stopping, watch, show.note)
-    return Outcome(watched, write_leaderboard(search), time.time() - started)
+    files = write_leaderboard(search)
+    if why := no_importance(search, trial_rows(search)):
+        show.note(why)
+    return Outcome(watched, files, time.time() - started)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,10 @@ def _summary(search: Search, rows: list[dict[str, Any]], watched: Watched, start
     left = seconds_left(search, rows, watched.workers)
     if left is not None:
         parts.append(f"about {_minutes(left)} left")
-    parts.append(f"workers' memory {sum(watched.own_bytes.values()) / 1e9:.1f} GB")
+    if now := sum(watched.own_bytes.values()):
+        parts.append(f"workers' memory {now / 1e9:.1f} GB")
+    elif watched.peak_bytes:
+        parts.append(f"workers' memory at most {watched.peak_bytes / 1e9:.1f} GB")
     return ", ".join(parts)
 
 

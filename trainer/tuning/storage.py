@@ -14,7 +14,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 
 from featstore.errors import UsageError
-from featstore.publish import PASSWORD
+from featstore.publish import PASSWORD, write_error
 
 
 @contextlib.contextmanager
@@ -54,6 +54,7 @@ def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
     Raises:
         UsageError: The database cannot be reached, its driver is missing, or the
             password is where it would be written down with the command.
+        WriteError: The journal cannot be made.
     """
     if url is not None and "password=" in url:
         raise UsageError(
@@ -64,7 +65,7 @@ def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
         path = folder / "study.journal"
         # Optuna names no public type for it; it asks for these two methods.
         lock: Any = _JournalLock(path)
-        return optuna.storages.JournalStorage(JournalFileBackend(str(path), lock))
+        return optuna.storages.JournalStorage(_Journal(str(path), lock))
     try:
         return optuna.storages.RDBStorage(driver_url(url), engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
@@ -78,6 +79,29 @@ def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
             f"--storage {masked(url)}: cannot be opened ({reason[0] if reason else error});"
             " expected a URL such as postgresql://user:password@host/database"
         ) from error
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal, whose refused writes are errors of one line."""
+
+    def __init__(self, path: str, lock: Any) -> None:
+        self._path = Path(path)
+        try:
+            super().__init__(path, lock)
+        except OSError as error:
+            raise write_error(self._path, error) from error
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append to the journal.
+
+        Raises:
+            WriteError: The disk is full, or refuses.
+        """
+        try:
+            super().append_logs(logs)
+        except OSError as error:
+            # The lock takes a line that was cut short away before the next one is written.
+            raise write_error(self._path, error) from error
 
 
 class _JournalLock:

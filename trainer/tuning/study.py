@@ -34,7 +34,7 @@ from featstore.encoders.spec import differing_fields
 from featstore.errors import Advice, Command, RunError, UsageError
 from featstore.extract.plan import Job
 from featstore.project import Project
-from featstore.publish import command_line, package_versions, write_json
+from featstore.publish import command_line, package_versions, write_json, write_text
 from featstore.settings import complete
 from trainer.config import SECTIONS, Config, load_config, render_config
 from trainer.run.folder import SEARCH_FILE, Run, find_run
@@ -394,7 +394,7 @@ def start_search(
         with contextlib.suppress(OSError):
             folder.rmdir()
         raise
-    (folder / "config.toml").write_text(render_config(base), encoding="utf-8")
+    write_text(folder / "config.toml", render_config(base))
     about = {"format": FORMAT, "command": command_line(), "versions": package_versions()}
     write_json(folder / SEARCH_FILE, {**about, **identity, "space": space.to_json()})
     return search

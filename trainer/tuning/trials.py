@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from featstore.errors import FeatstoreError, RunError, StoppedError
+from featstore.errors import FeatstoreError, RunError, StoppedError, WriteError
+from featstore.publish import check_space
 from trainer.run.folder import Run
 from trainer.tuning.study import Claim, Search, open_search
 
@@ -49,11 +50,15 @@ def work(
 
     Raises:
         StoppedError: `stopping` said so.
+        WriteError: A file cannot be written. The running trials are left as they were
+            last saved, for whoever comes when there is space.
     """
     first_bytes = 0
     ks = {config.train.k_txt for config in search.space.feature_configs(search.base)}
     limit = search.space.search.group_size if 0 in ks else 1
     while not stopping():
+        # What is drawn, counted and told must be written too.
+        check_space(search.folder, 0)
         claims = search.claim(limit, lambda: time.time() < deadline)
         if not claims:
             return False
@@ -92,12 +97,15 @@ def _run_trials(
     """Train trials in one pass over the store, and tell the study how each ended."""
     from trainer.run.fit import train_together
 
-    trials = [_Trial(search, claim, len(claims)) for claim in claims]
-    trials = [trial for trial in trials if trial.starts(project, stopping)]
+    trials: list[_Trial] = []
     again: list[Claim] = []
     try:
+        for claim in claims:
+            trial = _Trial(search, claim, len(claims))
+            if trial.starts(project, stopping):
+                trials.append(trial)
         failures = train_together([trial.training for trial in trials]) if trials else []
-    except StoppedError:
+    except (StoppedError, WriteError):
         for trial in trials:
             trial.leave()
         raise
@@ -162,6 +170,9 @@ class _Trial:
             if history and not self.training.finished:
                 # or between that and its judgement.
                 self._prune(history[-1])
+        except WriteError:
+            self.leave()
+            raise
         except Exception as error:
             self.tell(error)
             return False
@@ -222,10 +233,12 @@ class _Trial:
 
     def leave(self) -> None:
         """Let a stopped trial be gone on with: its end was not its own."""
-        if self.pruned:
-            _set_status(self.run, "pruned")
-        else:
-            count_attempt(self.trial, -1)
+        # A full disk may refuse this too; the trial can then be started once less.
+        with contextlib.suppress(WriteError):
+            if self.pruned:
+                _set_status(self.run, "pruned")
+            else:
+                count_attempt(self.trial, -1)
 
 
 def count_attempt(trial: optuna.Trial, by: int) -> None:

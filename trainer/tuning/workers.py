@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -10,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from featstore.encoders.framework import import_framework
-from featstore.errors import FeatstoreError, RunError, StoppedError
+from featstore.errors import Advice, Command, FeatstoreError, RunError, StoppedError, WriteError
 from featstore.ray_cluster import limit_threads
 from trainer.tuning.study import Search
 from trainer.tuning.trials import anonymous_bytes, work_in
@@ -48,6 +50,22 @@ class Watched:
     own_bytes: dict[int, int] = field(default_factory=dict)
 
 
+@dataclass
+class _Worker:
+    """A worker's process, and where it sends the error that ended it."""
+
+    process: SpawnProcess
+    errors: Connection
+
+    def error(self) -> FeatstoreError | None:
+        """Return the error that a worker that is no longer alive sent."""
+        with contextlib.suppress(EOFError, OSError):
+            if self.errors.poll():
+                error: FeatstoreError = self.errors.recv()
+                return error
+        return None
+
+
 def run_workers(
     search: Search,
     workers: int,
@@ -72,10 +90,11 @@ def run_workers(
     Raises:
         StoppedError: `stopping` said so; the running trials are saved.
         RunError: Workers die without getting anywhere.
+        WriteError: A worker could not write a file; the running trials are saved.
     """
     context = multiprocessing.get_context("spawn")
     threads = max(1, usable_cores() // workers) if workers > 1 else 0
-    alive: dict[int, SpawnProcess] = {}
+    alive: dict[int, _Worker] = {}
     watched = Watched(workers)
     deaths_since, got_to = 0, position(search)
     log = search.folder / "worker-0.log"
@@ -84,7 +103,8 @@ def run_workers(
             alive[slot] = _start(context, search, slot, deadline, threads)
         while alive:
             time.sleep(POLL_SECONDS)
-            for slot, process in list(alive.items()):
+            for slot, worker in list(alive.items()):
+                process = worker.process
                 if process.is_alive():
                     continue
                 del alive[slot]
@@ -93,6 +113,15 @@ def run_workers(
                 if process.exitcode == RENEW:
                     alive[slot] = _start(context, search, slot, deadline, threads)
                     continue
+                if isinstance(error := worker.error(), WriteError):
+                    raise WriteError(
+                        f"{search.folder}: a worker could not go on: {error.message}",
+                        Advice(
+                            "the running trials are kept; free space or permissions, then ",
+                            Command("search", name=search.name, bare=True),
+                            " goes on",
+                        ),
+                    ) from error
                 watched.deaths += 1
                 now = position(search)
                 deaths_since, got_to = (1, now) if now != got_to else (deaths_since + 1, got_to)
@@ -125,14 +154,16 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _start(context: Any, search: Search, slot: int, deadline: float, threads: int) -> SpawnProcess:
+def _start(context: Any, search: Search, slot: int, deadline: float, threads: int) -> _Worker:
+    receiver, sender = context.Pipe(duplex=False)
     process: SpawnProcess = context.Process(
         target=work_in_process,
-        args=(str(search.folder), search.url, deadline, slot, threads),
+        args=(str(search.folder), search.url, deadline, slot, threads, sender),
         name=f"worker-{slot}",
     )
     process.start()
-    return process
+    sender.close()
+    return _Worker(process, receiver)
 
 
 def position(search: Search) -> tuple[int, int]:
@@ -142,10 +173,9 @@ def position(search: Search) -> tuple[int, int]:
     return sum(len(trial.intermediate_values) for trial in drawn), ended
 
 
-def _measure(watched: Watched, alive: dict[int, SpawnProcess]) -> None:
-    watched.own_bytes = {
-        slot: anonymous_bytes(process.pid) for slot, process in alive.items() if process.pid
-    }
+def _measure(watched: Watched, alive: dict[int, _Worker]) -> None:
+    pids = {slot: worker.process.pid for slot, worker in alive.items()}
+    watched.own_bytes = {slot: anonymous_bytes(pid) for slot, pid in pids.items() if pid}
     watched.peak_bytes = max(watched.peak_bytes, sum(watched.own_bytes.values()))
     total, available = memory_bytes()
     watched.low_memory |= bool(total) and available < total // 20
@@ -161,16 +191,17 @@ def memory_bytes() -> tuple[int, int]:
     return found.get("MemTotal", 0), found.get("MemAvailable", 0)
 
 
-def _stop(alive: dict[int, SpawnProcess]) -> None:
+def _stop(alive: dict[int, _Worker]) -> None:
     """End what still runs, by request first."""
-    for process in alive.values():
+    processes = [worker.process for worker in alive.values()]
+    for process in processes:
         process.terminate()
     until = time.monotonic() + STOP_SECONDS
     try:
-        for process in alive.values():
+        for process in processes:
             process.join(max(0.0, until - time.monotonic()))
     finally:
-        for process in alive.values():
+        for process in processes:
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -192,7 +223,9 @@ def _last_line(log: Path) -> str:
     return f"last line of {log}: {lines[-1]}" if lines else f"see {log}"
 
 
-def work_in_process(folder: str, url: str | None, deadline: float, slot: int, threads: int) -> None:
+def work_in_process(
+    folder: str, url: str | None, deadline: float, slot: int, threads: int, errors: Connection
+) -> None:
     """Be a worker: run trials until none is left, or until asked to stop.
 
     SIGTERM, or the end of the process that started this one, has the running
@@ -204,6 +237,7 @@ def work_in_process(folder: str, url: str | None, deadline: float, slot: int, th
         deadline: No trial is drawn after this `time.time()`.
         slot: The worker's number; names its log.
         threads: Threads of a step; 0: as many as there are cores.
+        errors: Is sent the error that ends it, if one does.
     """
     # Its own group: Ctrl-C goes to the one that started it, who asks properly.
     os.setsid()
@@ -221,7 +255,12 @@ def work_in_process(folder: str, url: str | None, deadline: float, slot: int, th
     except StoppedError:
         sys.exit(StoppedError.exit_code)
     except FeatstoreError as error:
-        print(f"error: {error}", file=sys.stderr)
+        errors.send(error)
+        try:
+            print(f"error: {error}", file=sys.stderr)
+        except OSError:
+            # Its log is on the full disk too, and what is left of it to write would be tried again.
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
 
 
