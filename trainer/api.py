@@ -12,12 +12,12 @@ from featstore.errors import StoppedError, UsageError
 from featstore.progress import SHOWN, Show
 from featstore.project import Project
 from trainer.config import config_of
-from trainer.features import prepare
+from trainer.features import prepare, rows_line
 from trainer.results.score import Scorer, check_same_data
 from trainer.run import folder
 from trainer.run.fit import fit
 from trainer.run.folder import find_run, free_name, run_folder
-from trainer.run.shown import SHOWN_REPORTER
+from trainer.run.shown import SHOWN_REPORTER, threshold_line
 from trainer.run.training import Reporter, Training
 
 if TYPE_CHECKING:
@@ -264,13 +264,19 @@ def train(
     run = Run(run_folder(folders, name))
     run.check_free_or_same(config)
     project.dataset.save()
+    project.forget_photos()
     prepare(project, config.train.k_txt, show)
     with run.writing():
         run.check_free_or_same(config)
         training = Training(run, project, config.train, source, reporter or SHOWN_REPORTER)
         count = training.manifest["parameters"]["trainable"]
         show.note(f"run {run.folder}: {count:,} trainable parameters")
+        show.note(rows_line(training.manifest["data"]))
+        if line := project.cut_sentences(("train", "val"), config.train.k_txt).line():
+            show.note(line)
         fit(training)
+        if line := threshold_line(run.metrics):
+            show.note(line)
     return run
 
 

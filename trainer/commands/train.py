@@ -57,7 +57,9 @@ def train(
         )
     metrics, control = run.metrics, run.config.train.control
     if as_json:
-        click.echo(json.dumps({"run": str(run.folder), **metrics}))
+        data = run.manifest["data"]
+        counted = {name: data[name] for name in ("counts", "rows_left_out", "cut_sentences")}
+        click.echo(json.dumps({"run": str(run.folder), **metrics, **counted}))
         return
     click.echo(f"best epoch {metrics['epoch']} by {metrics['monitor']}; {run.folder}")
     print_metrics(metrics)
