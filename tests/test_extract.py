@@ -128,7 +128,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
         # Learnt of inputs, and no part of the features.
-        if path.name != DIGESTS_FILE and "photos" not in path.relative_to(folder).parts
+        if path.name != DIGESTS_FILE and "photo-digests" not in path.relative_to(folder).parts
     }
 
 

@@ -15,7 +15,7 @@ from featstore.project import Project
 from trainer.batches import CachedRows
 from trainer.config import TrainConfig
 
-QUARANTINED = "whose photo is in quarantine"
+QUARANTINED = "photo in quarantine"
 
 
 def prepare(project: Project, k_txt: int, show: Show = SILENT) -> None:
@@ -140,7 +140,7 @@ def rows_line(data: Mapping[str, Any]) -> str:
             continue
         part = f"{split} {counts['rows']}"
         if left_out := counts["rows_left_out"]:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            reasons = ", ".join(f"{count} left out: {why}" for why, count in left_out.items())
             part += f" of {counts['rows_of_split']} ({reasons})"
         parts.append(part)
     line = f"rows: {', '.join(parts)}"

@@ -1,6 +1,6 @@
 """The digests of photos, kept so that a photo is read once for each state of its file.
 
-    <root>/photos/<folder>.npz    one list for each folder of photos
+    <root>/photo-digests/<folder>.npz    one list for each folder of photos
 
 Of each photo it has the size, the times of modification and of change, and the
 inode that the file had when it was read, and the digest of its bytes. It is a
@@ -31,7 +31,7 @@ Digest = tuple[int, int]
 # Size in bytes, times of modification and of change in ns, inode.
 State = tuple[int, int, int, int]
 
-FOLDER = "photos"
+FOLDER = "photo-digests"
 FORMAT = 1
 RACY_NS = 2_000_000_000
 """A file that changed so shortly before it was read may change again and keep its times: those
@@ -172,7 +172,7 @@ class PhotoDigests:
     def _read(self) -> dict[bytes, tuple[State, Digest]]:
         try:
             # NumPy's archive has a checksum of each array, which reading compares.
-            with np.load(self.path, allow_pickle=False) as archive:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 if int(archive["format"]) != FORMAT:
                     return {}
                 lines = archive["photos"]
