@@ -26,9 +26,10 @@ from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, text_spec
 from featstore.errors import Command, DataError, MissingFeaturesError, UsageError
 from featstore.extract.encode import Encoder, load_encoder
 from featstore.extract.extract import ALL, Summary, estimate, extract
-from featstore.extract.plan import KINDS, Job, Plan, make_plan
+from featstore.extract.lengths import Cut, find_cut
+from featstore.extract.plan import KINDS, Job, Plan, make_plan, refuse_replaced
 from featstore.features import FeatureRows
-from featstore.progress import SHOWN, Show
+from featstore.progress import SHOWN, SILENT, Show
 from featstore.ray_cluster import Actors
 from featstore.settings import read_toml
 from featstore.store.folder import read_quarantine
@@ -242,6 +243,8 @@ class Project:
 
         Raises:
             MissingFeaturesError: A photo was never extracted.
+            StaleFeaturesError: A photo was replaced since it was extracted; see
+                `compare_photos`.
             DataError: No row is left.
         """
         rows, opened = self.dataset.rows(split), self.images()
@@ -260,7 +263,45 @@ class Project:
             )
         if not present.any():
             raise DataError(f"split {split!r} has no row whose photo could be read")
+        self.compare_photos(split)
         return rows[present], {key: quarantine[key]["reason"] for key in absent}
+
+    def compare_photos(self, split: str, show: Show = SILENT) -> None:
+        """Refuse features of photos that were replaced, once; see `forget_photos`.
+
+        Photos whose size and times are those of the extraction are not read.
+
+        Args:
+            split: "train", "val", "test" or "all".
+            show: Shows the reading of photos where it takes long.
+
+        Raises:
+            StaleFeaturesError: A photo was replaced; names the first.
+        """
+        opened = self.images()
+
+        def compare() -> bool:
+            job = self.job("vit", split)
+            refuse_replaced(job, opened, split, show)
+            if self._digests.write and job.photos is not None:
+                job.photos.save()
+            return True
+
+        self.once(
+            f"photos {self._rows_key} {opened.folder} {split} {_state(opened.folder)}", compare
+        )
+
+    def forget_photos(self) -> None:
+        """Have photos compared again before the next use: time has passed."""
+        for key in [key for key in self._made if key.startswith("photos ")]:
+            del self._made[key]
+
+    def cut_sentences(self, split: Split = "all", k_txt: int | None = None) -> Cut:
+        """Say which of a split's sentences were cut at `sequence_length`; see `Cut`.
+
+        Extraction counts them; this reads what it found.
+        """
+        return find_cut(self.sentences(k_txt), self.keys("text", split))
 
     def features(
         self, split: str = "train", k_txt: int | None = None, *, pad_to: int | None = None
@@ -289,22 +330,24 @@ class Project:
             pad_to=pad_to,
         )
 
-    def job(self, kind: str, split: Split = "all", k_txt: int | None = None) -> Job:
+    def job(
+        self, kind: str, split: Split = "all", k_txt: int | None = None, source: str = "times"
+    ) -> Job:
         """Return what it takes to have a split's features of one kind, "vit" or "text"."""
         spec = self.spec(kind, k_txt)
         images = self.dataset.images if kind == "vit" else None
         keys, name, store = self.keys(kind, split), self.preset_name(kind), self.config.store
-        return Job(spec, name, store, keys, images, lambda: self.encoder(spec))
+        return Job(spec, name, store, keys, images, lambda: self.encoder(spec), source)
 
     def plan(self, kind: str, split: Split = "all", k_txt: int | None = None) -> Plan:
         """Find what is missing of a split's features; change nothing. See `make_plan`."""
         return make_plan(self.job(kind, split, k_txt))
 
     def estimate(
-        self, kind: str, split: Split = "all", k_txt: int | None = None
+        self, kind: str, split: Split = "all", k_txt: int | None = None, source: str = "times"
     ) -> tuple[Plan, float]:
         """Say what `extract` would do, and how many inputs a second; change nothing."""
-        return estimate(self.job(kind, split, k_txt))
+        return estimate(self.job(kind, split, k_txt, source))
 
     def extract(
         self,
@@ -313,6 +356,7 @@ class Project:
         k_txt: int | None = None,
         *,
         shards: range = ALL,
+        source: str = "times",
         ray: str | None = None,
         actors: Actors | None = None,
         show: Show = SHOWN,
@@ -325,6 +369,8 @@ class Project:
             k_txt: Last text layers that will train, with kind "text"; None: as
                 the configuration says.
             shards: Which planned shards this process makes.
+            source: How photos that are stored are compared with their files: "times" reads
+                those whose size or times differ, "bytes" all of them.
             ray: Address of a Ray cluster to extract on; see `featstore.ray_cluster.connect`.
             actors: Those on Ray.
             show: How it is shown.
@@ -336,7 +382,7 @@ class Project:
             StoreError: The store cannot be written or read, or the disk is too small.
             PresetError: The encoder cannot be loaded.
         """
-        job = self.job(kind, split, k_txt)
+        job = self.job(kind, split, k_txt, source)
         self.dataset.save()
         if ray is None:
             return extract(job, show, shards)

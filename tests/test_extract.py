@@ -127,7 +127,8 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
-        if path.name != DIGESTS_FILE
+        # Learnt of inputs, and no part of the features.
+        if path.name != DIGESTS_FILE and "photo-digests" not in path.relative_to(folder).parts
     }
 
 

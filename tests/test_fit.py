@@ -143,6 +143,9 @@ def test_the_manifest_says_what_the_run_is(plain: Training, work: Workspace) -> 
         "images": 32,
         "entailment": 64,
         "contradiction": 64,
+        "rows_of_split": 128,
+        "rows_left_out": {},
+        "rows_cut": 0,
     }
     count = sum(w.size for w in plain.model.get_weights())
     assert manifest["parameters"]["trainable"] == count

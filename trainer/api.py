@@ -12,13 +12,13 @@ from featstore.errors import StoppedError, UsageError
 from featstore.progress import SHOWN, Show
 from featstore.project import Project
 from trainer.config import config_of
-from trainer.features import extract_missing, prepare
+from trainer.features import extract_missing, prepare, rows_line
 from trainer.results.score import Scorer, check_same_data
 from trainer.run import folder
 from trainer.run.fit import fit
 from trainer.run.folder import find_run, free_name, run_folder
 from trainer.run.resume import check_resumable
-from trainer.run.shown import SHOWN_REPORTER
+from trainer.run.shown import SHOWN_REPORTER, threshold_line
 from trainer.run.training import Reporter, Training
 
 if TYPE_CHECKING:
@@ -280,6 +280,7 @@ def train(
     run = Run(run_folder(folders, name))
     check_resumable(run, config)
     project.dataset.save()
+    project.forget_photos()
     if extract:
         extract_missing(project, config.train.k_txt, show)
     prepare(project, config.train.k_txt, show)
@@ -288,7 +289,12 @@ def train(
         training = Training(run, project, config.train, source, reporter or SHOWN_REPORTER)
         count = training.manifest["parameters"]["trainable"]
         show.note(f"run {run.folder}: {count:,} trainable parameters")
+        show.note(rows_line(training.manifest["data"]))
+        if line := project.cut_sentences(("train", "val"), config.train.k_txt).line():
+            show.note(line)
         fit(training)
+        if line := threshold_line(run.metrics):
+            show.note(line)
     return run
 
 

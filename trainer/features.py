@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from featstore.progress import SILENT, Show
 from featstore.project import Project
 from trainer.batches import CachedRows
 from trainer.config import TrainConfig
+
+QUARANTINED = "photo in quarantine"
 
 
 def prepare(project: Project, k_txt: int, show: Show = SILENT) -> None:
@@ -92,6 +95,7 @@ def _prepare(project: Project, k_txt: int, show: Show) -> None:
         require_both_classes(project.dataset.examples.select(rows), f"split {split!r}")
     for split in ("train", "val"):
         # Before the sentences are encoded, which would be for nothing.
+        project.compare_photos(split, show)
         project.usable(split)
     project.extract("text", k_txt=k_txt, show=show)
     project.forget_encoders()
@@ -135,13 +139,27 @@ def cached_rows(
     )
 
 
-def row_counts(project: Project) -> dict[str, dict[str, int]]:
-    """Return rows, images and class counts of each split."""
-    counts = {}
+def row_counts(project: Project, k_txt: int, read: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Return rows, images and class counts of each split that has rows.
+
+    Args:
+        project: Its rows and stores.
+        k_txt: Last text layers that train.
+        read: Splits that are read: of these, `rows`, `images` and the classes are what is
+            read, `rows_of_split` all of the split's rows, `rows_left_out` reason to rows of
+            the others, and `rows_cut` the rows read whose sentence is longer than
+            `sequence_length`. The photos of other splits need not be there.
+
+    Raises:
+        MissingFeaturesError: A photo of a split that is read was not extracted.
+    """
+    counts: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
-        rows = project.dataset.rows(split)
+        rows = of_split = project.dataset.rows(split)
         if not len(rows):
             continue
+        if split in read:
+            rows, _ = project.usable(split)
         examples = project.dataset.examples.select(rows)
         labels = np.asarray(examples.labels)
         counts[split] = {
@@ -150,4 +168,34 @@ def row_counts(project: Project) -> dict[str, dict[str, int]]:
             "entailment": int((labels == 1).sum()),
             "contradiction": int((labels == 0).sum()),
         }
+        if split in read:
+            left_out = len(of_split) - len(rows)
+            cut = project.cut_sentences(split, k_txt).tokens
+            counts[split] |= {
+                "rows_of_split": len(of_split),
+                "rows_left_out": {QUARANTINED: left_out} if left_out else {},
+                "rows_cut": sum(text in cut for text in examples.hypotheses),
+            }
     return counts
+
+
+def rows_line(data: Mapping[str, Any]) -> str:
+    """Say which rows a run reads and which not, in one line.
+
+    Args:
+        data: `data` of its manifest.
+    """
+    parts = []
+    for split, counts in data["counts"].items():
+        if "rows_of_split" not in counts:
+            continue
+        part = f"{split} {counts['rows']}"
+        if left_out := counts["rows_left_out"]:
+            reasons = ", ".join(f"{count} left out: {why}" for why, count in left_out.items())
+            part += f" of {counts['rows_of_split']} ({reasons})"
+        parts.append(part)
+    line = f"rows: {', '.join(parts)}"
+    if dropped := data["rows_left_out"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        line += f"; left out of the row file: {reasons}"
+    return line

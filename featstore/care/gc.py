@@ -21,6 +21,8 @@ from featstore.care.info import disk_bytes, feature_folders, open_folder
 from featstore.encoders.presets import DIGESTS_FILE
 from featstore.errors import RunError, StoreError
 from featstore.extract.claims import CLAIM, writing
+from featstore.extract.lengths import LENGTHS
+from featstore.extract.photos import FOLDER as PHOTOS
 from featstore.extract.plan import KINDS
 from featstore.extract.publisher import PLAN
 from featstore.project import Project
@@ -37,9 +39,18 @@ from featstore.store.write import rewrite_shard
 
 DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
 # The manifest goes first: a folder that is deleted in part is refused until this goes on.
-LISTS = ("quarantine.json", "spec.json", PLAN, ".lock")
+LISTS = ("quarantine.json", "spec.json", LENGTHS, PLAN, ".lock")
 RECORDS = ("manifest.json", "search.json")
-ROOT_ENTRIES = (*KINDS, "splits", "reports", "demo", DIGESTS_FILE, "README.md", ".gitignore")
+ROOT_ENTRIES = (
+    *KINDS,
+    "splits",
+    "reports",
+    "demo",
+    PHOTOS,
+    DIGESTS_FILE,
+    "README.md",
+    ".gitignore",
+)
 # Splits and reports are written without a lock: a younger file may be in the making.
 TEMPORARY_SECONDS = 3600.0
 

@@ -12,6 +12,7 @@ from typing import Any
 from featstore.config import SPLITS
 from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.errors import Advice, Command, CorruptShardError, FeatstoreError, StoreError
+from featstore.extract.lengths import find_cut
 from featstore.extract.plan import KINDS, UNITS
 from featstore.project import Project
 from featstore.publish import TEMPORARY
@@ -70,6 +71,7 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
     Returns:
         `damaged` is None, or why the folder cannot be opened; the counts are
         None then, that of the shards where the folder may not even be listed.
+        `cut`: of text, the sentences cut at `sequence_length`, see `Cut.to_dict`.
     """
     found: dict[str, Any] = {
         "kind": folder.parent.name,
@@ -89,6 +91,7 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         "superseded_rows": None,
         "stale_rows": None,
         "quarantined": None,
+        "cut": None,
         "damaged": None,
     }
     try:
@@ -110,6 +113,7 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         if isinstance(opened, TextStore):
             found["tokens"] = int(opened.lengths(live).sum())
             found["width"] = opened.width if opened.rows else None
+            found["cut"] = find_cut(opened, opened.keys()).to_dict()
         elif opened.rows:
             found["tokens"], found["width"] = opened.row_shape
     except StoreError as error:

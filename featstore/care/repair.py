@@ -37,7 +37,8 @@ from featstore.errors import Advice, Command, FeatstoreError, StoreError
 from featstore.extract.claims import writing
 from featstore.extract.encode import encoding_of
 from featstore.extract.extract import extract_alone
-from featstore.extract.plan import KINDS, Job, make_plan, photo_digests
+from featstore.extract.photos import photo_digests
+from featstore.extract.plan import KINDS, Job, make_plan
 from featstore.progress import SILENT, Progress, Show
 from featstore.project import Project
 from featstore.store.folder import (

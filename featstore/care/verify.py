@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ import h5py
 import numpy as np
 import xxhash
 
-from featstore.care.info import feature_folders, open_folder
+from featstore.care.info import feature_folders
 from featstore.care.report import FolderReport, Problem
-from featstore.data.images import ImageIndex
+from featstore.care.sources import compare_sources, extract_again
 from featstore.errors import Advice, Command, CorruptShardError, StoreError
-from featstore.extract.plan import KINDS, photo_digest
+from featstore.extract.plan import KINDS
 from featstore.progress import SILENT, Progress, Show
 from featstore.project import Project
 from featstore.publish import TEMPORARY, read_json
@@ -42,7 +41,6 @@ from featstore.store.shard import (
     salvage_keys,
     shard_number,
 )
-from featstore.store.store import VisionStore
 
 LISTS = ("spec.json", "manifest.json", "quarantine.json")
 BLOCK_BYTES = 4 << 20
@@ -324,62 +322,6 @@ def sample_folder(folder: Path, rows: int, seed: int = 0) -> FolderReport:
     return report
 
 
-def compare_sources(
-    folder: Path, index: ImageIndex, threads: int, progress: Progress = lambda n: None
-) -> list[Problem]:
-    """Compare each live row's photo with the bytes that the row was made from.
-
-    Args:
-        folder: Of image features; undamaged.
-        index: Where the photos are.
-        threads: That read them.
-        progress: Called with the number of photos just read.
-
-    Returns:
-        At most two problems: the photos that changed, and those that are gone.
-    """
-    opened = open_folder(folder)
-    if not isinstance(opened, VisionStore):
-        return []
-    live, ids = opened.live(), opened.keys()
-    stored = [tuple(pair) for pair in opened.source_digests(live).tolist()]
-    paths = [index.lookup(image_id) for image_id in ids]
-
-    def compare(number: int) -> str:
-        path = paths[number]
-        found = None if path is None else photo_digest(path)
-        if found is None:
-            return "vanished"
-        return "same" if found == stored[number] else "changed"
-
-    verdicts = []
-    with ThreadPoolExecutor(max(4, threads)) as pool:
-        for verdict in pool.map(compare, range(len(ids))):
-            verdicts.append(verdict)
-            progress(1)
-    problems = []
-    for verdict, detail, mend in (
-        (
-            "changed",
-            "photos have other bytes than their features were made from",
-            Command("extract-vit"),
-        ),
-        ("vanished", "stored photos are not there or cannot be read", Command("store", "info")),
-    ):
-        named = tuple(key for key, found in zip(ids, verdicts, strict=True) if found == verdict)
-        if named:
-            problems.append(
-                Problem(
-                    f"{verdict} photos",
-                    index.folder,
-                    f"{len(named)} of {len(ids)} {detail}",
-                    keys=named,
-                    mend=mend,
-                )
-            )
-    return problems
-
-
 def verify_store(
     project: Project,
     kinds: Sequence[str] = KINDS,
@@ -425,5 +367,6 @@ def verify_store(
                 continue
             images, threads = project.dataset.images, project.config.store.decode_threads
             with show.bar(report.rows, "photos") as progress:
-                report.problems += compare_sources(report.folder, images, threads, progress)
+                again = extract_again(project, report.folder)
+                report.problems += compare_sources(report.folder, images, threads, progress, again)
     return reports

@@ -25,6 +25,8 @@ from featstore.encoders.presets import (
 from featstore.errors import ConfigError, PresetError
 
 TOKENIZE_ROWS = 4096
+# Tokens of a whole sentence are counted up to here, so many sentences at a time.
+MOST_COUNTED, COUNTED_ROWS = 4096, 256
 
 
 class Tower:
@@ -303,8 +305,6 @@ class TextEncoder(_Encoder):
         self, preset: Preset | str, sequence_length: int, precision: str = "float32"
     ) -> None:
         super().__init__("text", preset, precision)
-        import keras_hub
-
         self.sequence_length = sequence_length
         limit = self.preset.config["config"].get("max_sequence_length")
         if limit is not None and sequence_length > limit:
@@ -312,12 +312,7 @@ class TextEncoder(_Encoder):
                 f"[encoders] sequence_length must be at most {limit}, the positions of preset"
                 f" {self.preset.name}; found {sequence_length}"
             )
-        try:
-            self.preprocessor = keras_hub.models.TextClassifierPreprocessor.from_preset(
-                self.preset.location, sequence_length=sequence_length
-            )
-        except Exception as error:
-            raise _load_failure(self.preset, "tokenizer", error) from error
+        self.preprocessor = _load_preprocessor(self.preset, sequence_length)
 
     @pinned_framework()
     def tokenize(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -353,6 +348,33 @@ class TextEncoder(_Encoder):
             ConfigError: `k_txt` is outside 0..num_layers.
         """
         return self._encode(self.tower.inputs(token_ids, padding_mask), k_txt)
+
+
+def _load_preprocessor(preset: Preset, sequence_length: int) -> Any:
+    """Load what turns sentences of a preset into token ids, without its backbone."""
+    import keras_hub
+
+    try:
+        return keras_hub.models.TextClassifierPreprocessor.from_preset(
+            preset.location, sequence_length=sequence_length
+        )
+    except Exception as error:
+        raise _load_failure(preset, "tokenizer", error) from error
+
+
+@pinned_framework()
+def token_counts(preset: Preset, sentences: Sequence[str]) -> list[int]:
+    """Return the tokens of whole sentences, start and end included; `MOST_COUNTED` at most.
+
+    Raises:
+        PresetError: The tokenizer cannot be loaded.
+    """
+    preprocessor = _load_preprocessor(preset, MOST_COUNTED)
+    counts: list[int] = []
+    for start in range(0, len(sentences), COUNTED_ROWS):
+        packed = preprocessor(list(sentences[start : start + COUNTED_ROWS]))
+        counts += np.asarray(packed["padding_mask"]).sum(axis=1).tolist()
+    return counts
 
 
 @pinned_framework()

@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.config import StoreConfig
-from featstore.data.images import decode_image, read_bytes
+from featstore.data.images import decode_image
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError
+from featstore.extract.photos import PhotoDigests, read_photo
 from featstore.extract.worklist import PlannedShard
 from featstore.progress import Progress
 from featstore.store.numbers import Numbers
-from featstore.store.shard import digest_bytes
 from featstore.store.write import ShardRows
 
 # Sentences are encoded by so many batches at once.
@@ -152,6 +152,7 @@ class PhotoEncoding:
         encoder: The frozen vision encoder.
         store: Threads and batch size.
         on_halved: Called with the new batch size after memory ran out.
+        photos: Learns the digests of the photos that are read.
     """
 
     def __init__(
@@ -160,7 +161,9 @@ class PhotoEncoding:
         encoder: VisionEncoder,
         store: StoreConfig,
         on_halved: Callable[[int], None] = lambda size: None,
+        photos: PhotoDigests | None = None,
     ) -> None:
+        self._read = read_photo if photos is None else photos.read
         self.dtype, self.encoder, self.store = spec.dtype, encoder, store
         encode: Callable[..., NDArray[Any]] = encoder.encode
         if not spec.final_norm:
@@ -208,8 +211,7 @@ class PhotoEncoding:
     def _decode(self, key: str, path: Path) -> _Decoded:
         digest = None
         try:
-            data = read_bytes(path)
-            digest = digest_bytes(data)
+            data, digest = self._read(path)
             return _Decoded(key, digest, self.encoder.to_pixels(decode_image(data, path.name)))
         except ImageError as error:
             return _Decoded(key, digest, None, str(error))
@@ -341,8 +343,9 @@ def encoding_of(
     encoder: Encoder,
     store: StoreConfig,
     on_halved: Callable[[int], None] = lambda size: None,
+    photos: PhotoDigests | None = None,
 ) -> Encoding:
     """Return what runs a spec's inputs through its encoder."""
     if isinstance(spec, VisionSpec):
-        return PhotoEncoding(spec, cast(VisionEncoder, encoder), store, on_halved)
+        return PhotoEncoding(spec, cast(VisionEncoder, encoder), store, on_halved, photos)
     return SentenceEncoding(cast(TextSpec, spec), cast(TextEncoder, encoder), store, on_halved)

@@ -22,9 +22,12 @@ import numpy as np
 from featstore.encoders.spec import TextSpec
 from featstore.encoders.tower import VisionEncoder
 from featstore.extract.encode import Encoder, Encoding, Failed, Made, encoding_of, load_encoder
+from featstore.extract.lengths import Cut, count_cut
 from featstore.extract.plan import Job, Plan, make_plan
 from featstore.extract.worklist import PlannedShard, WorkList, alone, sharing
 from featstore.progress import SILENT, Progress, Show
+from featstore.store.folder import shard_paths
+from featstore.store.store import TextStore, open_store
 from featstore.store.write import ShardRows
 
 ALL = range(sys.maxsize)
@@ -40,12 +43,14 @@ class Summary:
         seconds: Wall time of encoding and publishing.
         batch_size: Rows of a forward pass at the end; smaller than asked for
             after memory ran out.
+        cut: The sentences asked for that were cut; None for photos, and on a Ray cluster.
     """
 
     extracted: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     batch_size: int = 0
+    cut: Cut | None = None
 
     @property
     def rows_per_second(self) -> float:
@@ -88,19 +93,23 @@ def extract(
     begun: Plan | None = None
     rest = True
     while rest:
-        with sharing(job, shards.start) as share:
+        with sharing(job, shards.start, show) as share:
             begun = begun or share.plan
             rest = share.rest and shards == ALL
             rows = share.work.rows(shards) if share.work else 0
             if share.work and rows:
                 if encoding is None:
-                    encoding = encoding_of(job.spec, encoder_of(job), job.store, show.halved)
+                    encoder = encoder_of(job)
+                    encoding = encoding_of(job.spec, encoder, job.store, show.halved, job.photos)
                 with show.bar(rows, job.unit) as progress:
                     make_shards(share.work, shards, encoding, progress, total)
             elif share.work:
                 # A kill, or a process that had the last shard, left the plan open.
                 share.work.finish()
     assert begun is not None
+    if isinstance(job.spec, TextSpec) and shard_paths(job.folder):
+        opened = cast(TextStore, open_store(job.folder))
+        total.cut = count_cut(opened, job.keys, job.preset)
     return begun, total
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from featstore.config import StoreConfig
-from featstore.data.images import ImageIndex, read_bytes
+from featstore.data.images import ImageIndex
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, vision_row_shape
-from featstore.errors import ConfigError, ImageError, StoreError
+from featstore.errors import Command, ConfigError, StaleFeaturesError, StoreError, UsageError
+from featstore.extract.photos import PhotoDigests
+from featstore.progress import SILENT, Show
 from featstore.store.folder import read_quarantine, shard_paths
 from featstore.store.numbers import token_bytes
-from featstore.store.shard import digest_bytes
 from featstore.store.store import Store, VisionStore, open_store
 
 MAX_SHARD_BYTES = 4 << 30
@@ -26,6 +27,7 @@ TEXT_SHARD_TOKENS = 1 << 18
 SHORTEST_SENTENCE = 3
 UNITS = {"vit": "images", "text": "sentences"}
 KINDS = tuple(UNITS)
+SOURCES = ("times", "bytes")
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,6 +41,8 @@ class Job:
         keys: Image ids or sentences, in order; repeats count once.
         images: Where the photos are; None for sentences.
         load: Loads the spec's encoder; None: from the preset, each time.
+        source: How photos that are stored are compared: "times" reads those whose size or
+            times differ from what they were, "bytes" all of them.
     """
 
     spec: FeatureSpec
@@ -47,8 +51,11 @@ class Job:
     keys: Sequence[str]
     images: ImageIndex | None = None
     load: Callable[[], Any] | None = None
+    source: str = "times"
 
     def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise UsageError(f"source {self.source!r}: expected one of {', '.join(SOURCES)}")
         object.__setattr__(self, "keys", list(dict.fromkeys(self.keys)))
 
     def __repr__(self) -> str:
@@ -70,6 +77,21 @@ class Job:
         if not isinstance(self.spec, TextSpec):
             return self.store.shard_rows
         return min(self.store.shard_rows, max(1, TEXT_SHARD_TOKENS // self.spec.sequence_length))
+
+    @functools.cached_property
+    def photos(self) -> PhotoDigests | None:
+        """What is known of the photos' bytes; None for sentences."""
+        if self.images is None:
+            return None
+        return PhotoDigests(Path(self.store.root), self.images.folder)
+
+    def digests_of(
+        self, paths: Sequence[Path], show: Show = SILENT
+    ) -> list[tuple[int, int] | None]:
+        """Return the digests of photos, those that changed or are not known read for it."""
+        assert self.photos is not None
+        every = self.source == "bytes"
+        return self.photos.of(paths, self.store.decode_threads, show, every)
 
     def paths_of(self, keys: Sequence[str]) -> list[Path]:
         """Return the photos of image ids; none for sentences.
@@ -166,25 +188,12 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def photo_digest(path: Path) -> tuple[int, int] | None:
-    """Return the digest of a photo's bytes, or None where it cannot be read."""
-    try:
-        return digest_bytes(read_bytes(path))
-    except ImageError:
-        return None
-
-
-def photo_digests(paths: Sequence[Path | None], threads: int) -> list[tuple[int, int] | None]:
-    """Return the digests of photos, read by threads; None where one is absent or unreadable."""
-    with ThreadPoolExecutor(max(4, threads)) as pool:
-        return list(pool.map(lambda path: path and photo_digest(path), paths))
-
-
-def make_plan(job: Job) -> Plan:
+def make_plan(job: Job, show: Show = SILENT) -> Plan:
     """Find which inputs have no features, or features of a photo that has changed since.
 
     Args:
         job: What is asked for.
+        show: Shows the reading of photos where it takes long.
 
     Returns:
         The plan. Nothing is changed.
@@ -193,7 +202,8 @@ def make_plan(job: Job) -> Plan:
         StoreError: An image id has no photo; the store cannot be read.
         ConfigError: A shard would be larger than `MAX_SHARD_BYTES`.
 
-    Cost: reads every photo that is stored already, to compare its digest.
+    Cost: asks the file system for the size and times of every photo that is stored already,
+    and reads those that differ, to compare their digests.
     """
     keys, spec = job.keys, job.spec
     paths = job.paths_of(keys)
@@ -203,7 +213,7 @@ def make_plan(job: Job) -> Plan:
     stored = positions >= 0
     if isinstance(spec, VisionSpec):
         looked_at = [i for i, key in enumerate(keys) if stored[i] or key in known]
-        found = photo_digests([paths[i] for i in looked_at], job.store.decode_threads)
+        found = job.digests_of([paths[i] for i in looked_at], show)
         same = _unchanged(opened, positions, keys, known, dict(zip(looked_at, found, strict=True)))
     else:
         # A sentence never changes: one that failed under this spec always fails.
@@ -240,6 +250,42 @@ def _unchanged(
         (digest := found.get(i)) is not None and list(digest) == expected[i]
         for i in range(len(keys))
     ]
+
+
+def refuse_replaced(job: Job, opened: VisionStore, split: str, show: Show = SILENT) -> None:
+    """Refuse features of photos that have other bytes by now.
+
+    A photo that cannot be read tells nothing, and is passed over.
+
+    Args:
+        job: Of a split's photos.
+        opened: Their features.
+        split: What to call it.
+        show: Shows the reading of photos where it takes long.
+
+    Raises:
+        StaleFeaturesError: A photo was replaced.
+    """
+    positions = opened.lookup(job.keys)
+    keys = [key for key, at in zip(job.keys, positions, strict=True) if at >= 0]
+    stored = opened.source_digests(positions[positions >= 0]).tolist()
+    paths = job.paths_of(keys)
+    replaced = [
+        (key, path)
+        for key, path, now, then in zip(
+            keys, paths, job.digests_of(paths, show), stored, strict=True
+        )
+        if now is not None and list(now) != then
+    ]
+    if replaced:
+        key, path = replaced[0]
+        photos = "1 photo" if len(replaced) == 1 else f"{len(replaced)} photos"
+        first = "" if len(replaced) == 1 else "first: "
+        raise StaleFeaturesError(
+            f"{opened.folder}: {photos} of split {split!r} changed since the features were"
+            f" extracted ({first}{key!r}, {path})",
+            Command("extract-vit", split=split),
+        )
 
 
 def _bytes_of(job: Job, rows: int) -> tuple[int, int]:

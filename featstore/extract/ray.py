@@ -298,7 +298,7 @@ def extract_on_ray(
     with contextlib.ExitStack() as held:
         ray: Any = None
         while rest:
-            with sharing(job, shards.start) as share:
+            with sharing(job, shards.start, show) as share:
                 begun = begun or share.plan
                 rest = share.rest and shards == ALL
                 work = share.work

@@ -42,6 +42,7 @@ from featstore.extract.publisher import (
     release_from_quarantine,
     request_token,
 )
+from featstore.progress import SILENT, Show
 from featstore.publish import (
     write_json,
 )
@@ -260,7 +261,7 @@ def _state(folder: Path) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def sharing(job: Job, start: int = 0) -> Iterator[Share]:
+def sharing(job: Job, start: int = 0, show: Show = SILENT) -> Iterator[Share]:
     """Join the processes that extract the same rows, or be the first of them.
 
     Waits while others extract other rows into the folder. What is missing is
@@ -270,6 +271,7 @@ def sharing(job: Job, start: int = 0) -> Iterator[Share]:
         job: What is asked for.
         start: The first planned shard that this process would make; a plan
             that does not reach it is not written.
+        show: Shows the reading of photos where it takes long.
 
     Raises:
         StoreError: The folder cannot be written, or the disk is too small.
@@ -278,12 +280,14 @@ def sharing(job: Job, start: int = 0) -> Iterator[Share]:
     request = request_token(job.keys, shard_rows)
     worker = folder / f"{WORKER}{uuid.uuid4().hex[:12]}"
     with contextlib.ExitStack() as held:
+        if job.photos is not None:
+            held.callback(job.photos.save)
         share, wait_for = None, None
         while share is None:
             if wait_for is not None:
                 wait_for_owner(wait_for)
             before = _state(folder)
-            plan = make_plan(job)
+            plan = make_plan(job, show)
             if not plan.keys and not (folder / PLAN).exists():
                 yield Share(plan, None)
                 return

@@ -58,6 +58,7 @@ def _print_summary(plan: Any, summary: Any, as_json: bool) -> None:
             "seconds": round(summary.seconds, 3),
             "rows_per_second": round(summary.rows_per_second, 2),
             "batch_size": summary.batch_size,
+            "cut_sentences": summary.cut and summary.cut.to_dict(),
         }
         click.echo(json.dumps(result))
         return
@@ -68,6 +69,8 @@ def _print_summary(plan: Any, summary: Any, as_json: bool) -> None:
         click.echo(f"quarantined {key}: {reason}", err=True)
     if unread:
         click.echo(f"{unread} quarantined; reasons in {quarantine}", err=True)
+    if summary.cut and (line := summary.cut.line()):
+        click.echo(line, err=True)
 
 
 def _shard_range(value: str | None) -> range:
@@ -132,6 +135,7 @@ def _extract(
     return_shards: bool,
     as_json: bool,
     config_file: str | None,
+    source: str = "times",
     **flags: Any,
 ) -> None:
     shards = _shard_range(shard_range)
@@ -144,16 +148,25 @@ def _extract(
     if ray is None or dry_run:
         import_framework()
     if dry_run:
-        _print_plan(*project.estimate(kind, split), as_json)
+        _print_plan(*project.estimate(kind, split, source=source), as_json)
         return
     from featstore.ray_cluster import Actors
 
     wanted = Actors(actors, num_gpus, num_cpus, return_shards)
-    found = project.extract(kind, split, shards=shards, ray=ray, actors=wanted, show=SHOWN)
+    found = project.extract(
+        kind, split, shards=shards, source=source, ray=ray, actors=wanted, show=SHOWN
+    )
     _print_summary(*found, as_json)
 
 
 @click.command("extract-vit")
+@click.option(
+    "--source",
+    type=click.Choice(["times", "bytes"]),
+    default="times",
+    show_default=True,
+    help="Of stored photos, read those whose size or times differ, or all bytes.",
+)
 @_extraction
 def extract_vit(**options: Any) -> None:
     """Run the frozen vision encoder once for each photo of a split."""

@@ -80,6 +80,13 @@ def _print_info(found: dict[str, Any]) -> None:
             f"     {entry['rows']} rows, {entry['superseded_rows']} superseded,"
             f" {entry['stale_rows']} stale, {entry['quarantined']} quarantined"
         )
+        if (cut := entry["cut"]) and (cut["cut"] or cut["uncounted"]):
+            more = f", {cut['uncounted']} more may be" if cut["uncounted"] else ""
+            named = f"; all in {cut['file']}" if cut["cut"] else ""
+            click.echo(
+                f"     {cut['cut']} of {cut['sentences']} sentences cut at sequence_length"
+                f" {cut['sequence_length']}{more}{named}"
+            )
     for split, counts in (found["coverage"] or {}).items():
         parts = [
             f"{counts[f'{what}_with_features']} of {counts[what]} {what}"

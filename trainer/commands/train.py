@@ -76,8 +76,10 @@ def train(
         )
     metrics, control = run.metrics, run.config.train.control
     if as_json:
+        data = run.manifest["data"]
+        counted = {name: data[name] for name in ("counts", "rows_left_out", "cut_sentences")}
         ran = {"epochs": len(run.history), "ended": run.manifest["ended"]}
-        click.echo(json.dumps({"run": str(run.folder), **metrics, **ran}))
+        click.echo(json.dumps({"run": str(run.folder), **metrics, **counted, **ran}))
         return
     click.echo(f"best epoch {metrics['epoch']} by {metrics['monitor']}; {run.folder}")
     print_metrics(metrics)

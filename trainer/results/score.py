@@ -88,6 +88,8 @@ class Scorer:
             MissingFeaturesError: A photo was never extracted.
             DataError: No row's photo could be read.
         """
+        self.project.forget_photos()
+        self.project.compare_photos(split, show)
         rows, unread = self.project.usable(split)
         self.project.extract("text", k_txt=self.train.k_txt, show=show)
         self.project.forget_encoders()

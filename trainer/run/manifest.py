@@ -52,9 +52,10 @@ def new_manifest(
             "rows_digest": dataset.examples.digest(),
             "splits_digest": dataset.splits.digest(),
             "splits_file": str(dataset.splits_path),
-            "counts": row_counts(project),
+            "counts": row_counts(project, train.k_txt, splits),
             "rows_left_out": dataset.counts()["dropped"],
             "quarantined_photos": unread,
+            "cut_sentences": project.cut_sentences(k_txt=train.k_txt).to_dict(),
         },
         "features": {
             "vision": {

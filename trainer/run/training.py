@@ -41,6 +41,8 @@ from trainer.run.manifest import new_manifest
 from trainer.run.optimizer import cut_learning_rate, learning_rate, make_optimizer
 
 CURVES_SECONDS = 10.0
+FEW_VAL_ROWS = 500
+"""With fewer rows of val, `metrics.json` has the interval of the threshold that they gave."""
 
 
 class StepBar(Protocol):
@@ -300,6 +302,8 @@ class Training:
             "val_loss": metrics["loss"],
             "val_accuracy": metrics["at_threshold"]["accuracy"],
             "val_macro_f1": metrics["at_threshold"]["macro_f1"],
+            "val_accuracy_at_half": metrics["at_half"]["accuracy"],
+            "val_macro_f1_at_half": metrics["at_half"]["macro_f1"],
             "val_auc": metrics["auc"],
             "threshold": metrics["threshold"],
             "seconds": round(progress.seconds, 3),
@@ -309,7 +313,7 @@ class Training:
         best, cut = judge(train, progress, monitored(train, record))
         if best:
             save_weights(self.run, self.model)
-            progress.best_metrics = metrics
+            progress.best_metrics = metrics | self._threshold_interval(logits)
         if cut:
             cut_learning_rate(self.optimizer, train.reduce_lr_factor)
         progress.history.append(record)
@@ -319,6 +323,16 @@ class Training:
         self._write_reports()
         self._events.epoch(record)
         self.reporter.epoch(record)
+
+    def _threshold_interval(self, logits: NDArray[np.float32]) -> dict[str, Any]:
+        """Return how far τ could lie from where it is, where few rows decide it."""
+        rows = self.val_rows
+        if len(rows) >= FEW_VAL_ROWS:
+            return {}
+        from trainer.statistics import Clustered, threshold_interval
+
+        images = Clustered(rows.image_positions)
+        return {"threshold_interval": threshold_interval(rows.labels, logits, images)}
 
     def _check_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
@@ -335,7 +349,9 @@ class Training:
     def _write_reports(self) -> None:
         run, history = self.run, self.progress.history
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, history[0].keys(), lineterminator="\n")
+        # A run that an older version began has fewer columns in its first epochs.
+        columns = dict.fromkeys(name for record in history for name in record)
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
         write_text(run.history_path, text.getvalue())
