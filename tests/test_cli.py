@@ -109,6 +109,7 @@ def trained(project: Project, extraction: object) -> Result:
     )
 
 
+@pytest.mark.slow
 def test_plain_sets_what_the_run_keeps(project: Project, trained: Result) -> None:
     common = ("train", "--config", project.file, "--runs", project.runs, "--epochs", "1")
     plain = json.loads(succeed(*common, "--name", "plain", "--plain", "--json").stdout)

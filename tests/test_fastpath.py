@@ -124,6 +124,7 @@ def test_text_layer_computes_in_its_own_precision(first: bool) -> None:
     np.testing.assert_allclose(tf.cast(fast, "float32"), tf.cast(plain, "float32"), atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k_txt", [0, 1, 3])
 def test_plain_and_fast_models_train_alike(tiny_text: Path, tmp_path: Path, k_txt: int) -> None:
     """Six steps of AdamW with dropout on: the same losses, and files that fit either model."""

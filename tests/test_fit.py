@@ -568,6 +568,7 @@ def test_losses_are_fetched_in_bounded_numbers(
     assert json.dumps(history(whole)) == json.dumps(history(work.fit()))
 
 
+@pytest.mark.slow
 def test_runs_trained_together_end_as_each_alone(work: Workspace) -> None:
     """Other rates, sizes, dropout and lengths of run; one of them was stopped and catches up."""
     changes: list[dict[str, Any]] = [

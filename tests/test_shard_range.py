@@ -254,6 +254,7 @@ def test_processes_without_ranges_share_the_shards(
     assert contents(tmp_path, spec_of(inputs)) == single
 
 
+@pytest.mark.slow
 def test_jobs_killed_at_any_moment_give_the_bytes_of_one_process(
     inputs: Path | None, single: dict[str, Any], tmp_path: Path
 ) -> None:
