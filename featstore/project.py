@@ -243,8 +243,6 @@ class Project:
 
         Raises:
             MissingFeaturesError: A photo was never extracted.
-            StaleFeaturesError: A photo was replaced since it was extracted; see
-                `compare_photos`.
             DataError: No row is left.
         """
         rows, opened = self.dataset.rows(split), self.images()
@@ -263,7 +261,6 @@ class Project:
             )
         if not present.any():
             raise DataError(f"split {split!r} has no row whose photo could be read")
-        self.compare_photos(split)
         return rows[present], {key: quarantine[key]["reason"] for key in absent}
 
     def compare_photos(self, split: str, show: Show = SILENT) -> None:
@@ -318,8 +315,10 @@ class Project:
 
         Raises:
             MissingFeaturesError: A photo or a sentence was never extracted.
+            StaleFeaturesError: A photo was replaced since it was extracted.
         """
         rows, _ = self.usable(split)
+        self.compare_photos(split)
         examples = self.dataset.examples.select(rows)
         return FeatureRows(
             self.images(),

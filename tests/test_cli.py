@@ -421,8 +421,11 @@ def test_extract_text_prints_one_object(project: Project) -> None:
 def test_train_prints_one_object(project: Project, trained: Result) -> None:
     result = json.loads(trained.stdout)
     assert result["run"] == str(Path(project.runs) / "first")
-    written = json.loads((Path(result.pop("run")) / "metrics.json").read_text())
-    assert result == written
+    folder = Path(result.pop("run"))
+    data = json.loads((folder / "manifest.json").read_text())["data"]
+    for name in ("counts", "rows_left_out", "cut_sentences"):
+        assert result.pop(name) == data[name]
+    assert result == json.loads((folder / "metrics.json").read_text())
     assert "epoch 2: loss" in trained.stderr
 
 

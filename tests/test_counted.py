@@ -159,7 +159,6 @@ def test_a_replaced_photo_stops_whatever_reads_its_features(work: Trained, tmp_p
         for reads in (
             lambda: trainer.train(project, name="b", runs=tmp_path, show=SILENT, k_txt=0),
             lambda: run.evaluate("train", show=SILENT),
-            lambda: run.parity("train", rows=4, show=SILENT),
             lambda: work.project().features("train"),
         ):
             with pytest.raises(StaleFeaturesError, match=says):

@@ -20,7 +20,7 @@ from trainer.config import TrainConfig
 QUARANTINED = "photo in quarantine"
 
 
-def prepare(project: Project, k_txt: int, show: Show = SILENT) -> None:
+def prepare(project: Project, k_txt: int, show: Show = SILENT, compare: bool = True) -> None:
     """See that a run on a project can start; encode sentences that are missing.
 
     Photos are left to `extract-vit`: they take long, and are asked for by name.
@@ -29,15 +29,20 @@ def prepare(project: Project, k_txt: int, show: Show = SILENT) -> None:
         project: Its rows and stores.
         k_txt: Last text layers that train.
         show: Shows the encoding of sentences.
+        compare: Compare the photos with what was extracted; not for what does so row by row.
 
     Raises:
         MissingFeaturesError: A photo of the train or val split was not extracted.
+        StaleFeaturesError: One was replaced since; see `Project.compare_photos`.
         StaleFeaturesError: What was extracted is of other specs.
         DataError: The train or val split has rows of one class only.
     """
     fingerprint = project.text_spec(k_txt).fingerprint
     key = f"prepared {fingerprint} {project.vision_spec.fingerprint} {project.config.data!r}"
-    project.once(key, lambda: _prepare(project, k_txt, show))
+    project.once(key, lambda: _prepare(project, k_txt, show, compare))
+    if compare:
+        # Where the project was prepared long ago, and its photos were forgotten since.
+        _compare(project, show)
 
 
 def extract_missing(project: Project, k_txt: int, show: Show = SILENT) -> None:
@@ -89,14 +94,20 @@ def plan_jobs(jobs: Sequence[Job], show: Show = SILENT) -> list[Plan]:
     return found
 
 
-def _prepare(project: Project, k_txt: int, show: Show) -> None:
+def _compare(project: Project, show: Show) -> None:
+    for split in ("train", "val"):
+        project.compare_photos(split, show)
+
+
+def _prepare(project: Project, k_txt: int, show: Show, compare: bool) -> None:
     for split in ("train", "val"):
         rows = project.dataset.rows(split)
         require_both_classes(project.dataset.examples.select(rows), f"split {split!r}")
     for split in ("train", "val"):
         # Before the sentences are encoded, which would be for nothing.
-        project.compare_photos(split, show)
         project.usable(split)
+    if compare:
+        _compare(project, show)
     project.extract("text", k_txt=k_txt, show=show)
     project.forget_encoders()
 

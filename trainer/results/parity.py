@@ -397,7 +397,8 @@ def check_parity(
             " photo's: no end-to-end model equals it; name a run with control none"
         )
     project = project_of(run)
-    prepare(project, config.train.k_txt, show)
+    # It compares the photos of its rows itself, and names those that changed.
+    prepare(project, config.train.k_txt, show, compare=False)
     scorer = Scorer(run, project)
     comparison = _Comparison(scorer, split, load_models(scorer))
     total = len(comparison.rows)

@@ -86,11 +86,12 @@ class Scorer:
 
         Raises:
             MissingFeaturesError: A photo was never extracted.
+            StaleFeaturesError: A photo was replaced since it was extracted.
             DataError: No row's photo could be read.
         """
+        rows, unread = self.project.usable(split)
         self.project.forget_photos()
         self.project.compare_photos(split, show)
-        rows, unread = self.project.usable(split)
         self.project.extract("text", k_txt=self.train.k_txt, show=show)
         self.project.forget_encoders()
         cached = self.rows(split, control)

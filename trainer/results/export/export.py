@@ -110,7 +110,7 @@ def export(
     if target.format == "onnx":
         check_onnx_packages()
     target.check_free(force)
-    prepare(scorer.project, train.k_txt, show)
+    prepare(scorer.project, train.k_txt, show, compare=False)
     models = load_models(scorer)
     sample = draw_sample(scorer, models, split, rows, show)
     exported = _exported(scorer, models.vision, models.text)
