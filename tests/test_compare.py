@@ -286,7 +286,7 @@ def test_the_command_prints_and_writes(
     ("args", "message"),
     [
         (("--out", "found.html"), "expected a name that ends with .md or .json"),
-        (("--images", "photos"), "the photos of --rows"),
+        (("--images", "photos"), "--images and --encoding belong to --rows"),
         (("--buckets", "none.toml"), "none.toml"),
     ],
 )

@@ -507,8 +507,8 @@ def test_a_word_stays_readable_and_a_long_sentence_is_cut() -> None:
     ("args", "words"),
     [
         (("--split", "val", "--rows", "x.csv"), "--split and --rows exclude each other"),
-        (("--images", "x"), "--images and --no-cache belong to --rows"),
-        (("--no-cache",), "--images and --no-cache belong to --rows"),
+        (("--images", "x"), "--images, --encoding and --no-cache belong to --rows"),
+        (("--no-cache",), "--images, --encoding and --no-cache belong to --rows"),
         (("--with-controls", "--control", "shuffled-images"), "exclude each other"),
     ],
 )

@@ -242,7 +242,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not(work: Workspace, plain: Training)
     config = work.folder / "killed.toml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(render_config(with_train(work.config, epochs=4)))
-    root = Path(trainer.run.fit.__file__).parent.parent
+    root = Path(trainer.run.fit.__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(config), str(run.folder), "0.3"],
         cwd=root,

@@ -255,7 +255,7 @@ def _unchanged(
 def refuse_replaced(job: Job, opened: VisionStore, split: str, show: Show = SILENT) -> None:
     """Refuse features of photos that have other bytes by now.
 
-    A photo that cannot be read tells nothing, and is passed over.
+    A photo that is gone, or cannot be read, tells nothing, and is passed over.
 
     Args:
         job: Of a split's photos.
@@ -267,8 +267,13 @@ def refuse_replaced(job: Job, opened: VisionStore, split: str, show: Show = SILE
         StaleFeaturesError: A photo was replaced.
     """
     positions = opened.lookup(job.keys)
-    keys = [key for key, at in zip(job.keys, positions, strict=True) if at >= 0]
-    stored = opened.source_digests(positions[positions >= 0]).tolist()
+    there = {
+        key: at
+        for key, at in zip(job.keys, positions.tolist(), strict=True)
+        if at >= 0 and (job.images is None or job.images.lookup(key) is not None)
+    }
+    keys = list(there)
+    stored = opened.source_digests(np.array(list(there.values()), np.int64)).tolist()
     paths = job.paths_of(keys)
     replaced = [
         (key, path)

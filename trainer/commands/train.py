@@ -21,7 +21,6 @@ from trainer.commands.console import (
     stop_request,
 )
 from trainer.run.folder import Run, run_folder
-from trainer.run.resume import LENGTHS
 
 
 @click.command()
@@ -49,6 +48,8 @@ def train(
     """Train the fusion head and the last text layers on cached features."""
     if plain:
         flags["train__fast_path"] = False
+    from trainer.run.resume import LENGTHS
+
     given = {key.removeprefix("train__"): v for key, v in flags.items() if v is not None}
     # With nothing else said, a run goes on with its own settings.
     alone = (config_file, init_from) == (None, None) and given.keys() <= {*LENGTHS}

@@ -51,8 +51,9 @@ MANIFEST_FIELDS: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...] = (
 )
 # Of `history.csv`, one line an epoch.
 HISTORY_COLUMNS = (
-    *("epoch", "steps", "lr", "loss", "val_loss", "val_accuracy", "val_macro_f1", "val_auc"),
-    *("threshold", "seconds", "wait_share", "val_seconds"),
+    *("epoch", "steps", "lr", "loss", "val_loss", "val_accuracy", "val_macro_f1"),
+    *("val_accuracy_at_half", "val_macro_f1_at_half", "val_auc", "threshold"),
+    *("seconds", "wait_share", "val_seconds"),
 )
 SEARCH_FILE = "search.json"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
