@@ -425,6 +425,7 @@ def test_train_prints_one_object(project: Project, trained: Result) -> None:
     data = json.loads((folder / "manifest.json").read_text())["data"]
     for name in ("counts", "rows_left_out", "cut_sentences"):
         assert result.pop(name) == data[name]
+    assert (result.pop("epochs"), result.pop("ended")) == (2, "all epochs")
     assert result == json.loads((folder / "metrics.json").read_text())
     assert "epoch 2: loss" in trained.stderr
 

@@ -20,7 +20,6 @@ from trainer.commands.console import (
     settings,
     stop_request,
 )
-from trainer.run.folder import Run, run_folder
 
 
 @click.command()
@@ -48,6 +47,7 @@ def train(
     """Train the fusion head and the last text layers on cached features."""
     if plain:
         flags["train__fast_path"] = False
+    from trainer.run.folder import Run, run_folder
     from trainer.run.resume import LENGTHS
 
     given = {key.removeprefix("train__"): v for key, v in flags.items() if v is not None}
