@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from featstore.errors import RowError, short
 
-if TYPE_CHECKING:
-    pass
-
 LABELS = {"contradiction": 0, "entailment": 1}
 """The polarity of the whole project: entailment is 1, the positive class."""
+LABEL_NAMES = {label: name for name, label in LABELS.items()}
 
 UNLABELLED = -1
 
