@@ -155,8 +155,9 @@ def test_random_state_replays_dropout(config: dict[str, Any]) -> None:
     model = build_cached_model(config, 9, 7, tiny(2))
     rows = batch(dtype="float16")
     start = random_state(model)
-    # Attention, after attention and after the feed-forward of each layer, and before the logit.
-    assert len(start) == 2 * 3 + 1
+    # Attention, after attention and after the feed-forward of each layer; the head's attention and
+    # before its logit.
+    assert len(start) == 2 * 3 + 2
     draws = [np.asarray(model(rows, training=True)) for _ in range(2)]
     assert np.abs(draws[0] - draws[1]).max() > 1e-3
     set_random_state(model, start)

@@ -191,8 +191,7 @@ class Run(folder.Run):
         """Predict as `predict`; return the lines one by one, the metrics and the counts."""
         from trainer.results.predict import predict
 
-        folder = images or self.config.data.images or self.scorer.project.dataset.images.folder
-        return predict(self.scorer, rows, folder, show, cache, encoding)
+        return predict(self.scorer, rows, self.scorer.photos(images), show, cache, encoding)
 
     def predict_pair(
         self, image: str | os.PathLike[str], text: str, show: Show = SHOWN

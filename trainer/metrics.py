@@ -6,6 +6,7 @@ Label 1 (entailment) is the positive class. A row is called positive where its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -71,10 +72,7 @@ def auc(labels: Labels, scores: Values) -> float | None:
     Raises:
         ValueError: As `log_loss`.
     """
-    truth, values = check_rows(labels, scores, "scores")
-    if truth.min() == truth.max():
-        return None
-    return float(roc_auc_score(truth, values))
+    return _of_order(roc_auc_score, labels, scores)
 
 
 def average_precision(labels: Labels, scores: Values) -> float | None:
@@ -87,10 +85,12 @@ def average_precision(labels: Labels, scores: Values) -> float | None:
     Raises:
         ValueError: As `log_loss`.
     """
+    return _of_order(average_precision_score, labels, scores)
+
+
+def _of_order(figure: Callable[..., float], labels: Labels, scores: Values) -> float | None:
     truth, values = check_rows(labels, scores, "scores")
-    if truth.min() == truth.max():
-        return None
-    return float(average_precision_score(truth, values))
+    return None if truth.min() == truth.max() else float(figure(truth, values))
 
 
 def brier(labels: Labels, probabilities: Values) -> float:

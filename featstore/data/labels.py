@@ -18,6 +18,7 @@ from featstore.errors import RowError, short
 
 LABELS = {"contradiction": 0, "entailment": 1}
 """The polarity of the whole project: entailment is 1, the positive class."""
+LABEL_NAMES = {label: name for name, label in LABELS.items()}
 
 UNLABELLED = -1
 NEUTRAL = "neutral"

@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featstore.data.labels import LABEL_NAMES
 from featstore.errors import DataError, FeatstoreError, MissingFeaturesError
 from featstore.progress import SILENT, Show
 from featstore.publish import command_line, package_versions, write_json, write_text
@@ -24,7 +25,7 @@ from trainer.buckets import load_buckets
 from trainer.metrics import sigmoid
 from trainer.results.controls import compare_controls
 from trainer.results.labelled import Labelled, Scored, SplitRows, UnseenRows, seen_photos
-from trainer.results.measure import NAMES, called, confidence, measure
+from trainer.results.measure import called, confidence, measure
 from trainer.results.score import Scorer, check_same_data
 from trainer.results.summary import render_summary
 from trainer.statistics import Clustered
@@ -96,8 +97,8 @@ def evaluate(
     patterns = load_buckets(buckets)
     source: Labelled = SplitRows(project, split, show)
     if rows is not None:
-        folder = images or project.config.data.images or project.dataset.images.folder
-        source = UnseenRows(run, project.root, rows, folder, show, cache, encoding)
+        photos = scorer.photos(images)
+        source = UnseenRows(run, project.root, rows, photos, show, cache, encoding)
     scored = source.score(scorer, control)
     clustered = Clustered(scored.image_ids)
     val: Scored | None = scored
@@ -157,8 +158,8 @@ def _table(scored: Scored, threshold: float) -> str:
         zip(
             scored.image_ids,
             scored.hypotheses,
-            (NAMES[label] for label in scored.labels.tolist()),
-            (NAMES[int(entailed)] for entailed in called(scored.logits, threshold)),
+            (LABEL_NAMES[label] for label in scored.labels.tolist()),
+            (LABEL_NAMES[int(entailed)] for entailed in called(scored.logits, threshold)),
             sigmoid(scored.logits).tolist(),
             confidence(scored.logits, threshold).tolist(),
             scored.logits.tolist(),

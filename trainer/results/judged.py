@@ -113,11 +113,11 @@ def judge(
             project = Project(run.config) if project is None else project.with_config(run.config)
             if rows is None:
                 check_same_data(run, project)
-                source: Labelled = SplitRows(project, split, show)
-            else:
-                folder = images or run.config.data.images or project.dataset.images.folder
-                source = UnseenRows(run, project.root, rows, folder, show, encoding=encoding)
             scorer = Scorer(run, project)
+            source: Labelled = SplitRows(project, split, show)
+            if rows is not None:
+                photos = scorer.photos(images)
+                source = UnseenRows(run, project.root, rows, photos, show, encoding=encoding)
             threshold = float(run.metrics["threshold"])
             try:
                 scored = source.score(scorer, scorer.train.control)

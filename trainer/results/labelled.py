@@ -19,7 +19,7 @@ from featstore.progress import Show
 from featstore.project import Project
 from trainer.config import CONTROLS
 from trainer.results.score import Scorer, Scores
-from trainer.results.unseen import score_rows
+from trainer.results.unseen import score_dataset
 from trainer.run.folder import Run
 
 if TYPE_CHECKING:
@@ -112,19 +112,18 @@ class UnseenRows:
         cache: bool = True,
         encoding: str = "",
     ) -> None:
-        self.given, self.images, self.show, self.cache = rows, images, show, cache
-        self.encoding = encoding
+        self.show, self.cache = show, cache
         self.file = os.fspath(rows) if isinstance(rows, str | os.PathLike) else None
         stem = "rows" if self.file is None else Path(self.file).stem
         # The files of a split, and of a control, have names of their own.
         taken = stem in SPLITS or any(stem.endswith(f"-{control}") for control in CONTROLS)
         self.name = f"rows-{stem}" if taken else stem
-        # Read again to be scored; said before anything is extracted.
-        dataset = rows_to_predict(rows, images, root, encoding)
-        self.notes = dataset.notes()
+        self.dataset = rows_to_predict(rows, images, root, encoding)
+        # Said before anything is extracted.
+        self.notes = self.dataset.notes()
         for line in self.notes:
             show.note(line)
-        labels = dataset.examples.labels
+        labels = self.dataset.examples.labels
         if (labels == UNLABELLED).all():
             raise DataError(
                 f"{self.file or 'the rows'}: none of {len(labels)} rows has a label to measure by;"
@@ -141,15 +140,8 @@ class UnseenRows:
             DataError: No photo could be read, or one has the id of another in the store.
             RunError: A logit is not finite.
         """
-        dataset, scores = score_rows(
-            scorer,
-            self.given,
-            self.images,
-            show=self.show,
-            cache=self.cache,
-            control=control,
-            encoding=self.encoding,
-        )
+        dataset = self.dataset
+        scores = score_dataset(scorer, dataset, show=self.show, cache=self.cache, control=control)
         dropped = [issue.reason for issue in dataset.issues if issue.kind == "dropped"]
         unlabelled = int((dataset.examples.labels == UNLABELLED).sum())
         left_out = Counter(dropped) + Counter({"no label": unlabelled})

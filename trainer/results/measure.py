@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.data.labels import LABELS
+from featstore.data.labels import LABEL_NAMES, LABELS
 from trainer.buckets import bucket_rows
 from trainer.metrics import brier, calibration_error, evaluate_logits, log_loss, sigmoid
 from trainer.results.labelled import Scored
@@ -24,7 +24,6 @@ from trainer.statistics import (
     threshold_interval,
 )
 
-NAMES = {label: name for name, label in LABELS.items()}
 CONFIDENT = 0.7
 """Above it an error is a confident one, as in the study's error page."""
 NAMED_ERRORS = 10
@@ -160,8 +159,8 @@ def _errors(scored: Scored, threshold: float) -> dict[str, Any]:
             {
                 "Image_ID": scored.image_ids[row],
                 "Hypothesis": scored.hypotheses[row],
-                "Label": NAMES[int(scored.labels[row])],
-                "predicted": NAMES[1 - int(scored.labels[row])],
+                "Label": LABEL_NAMES[int(scored.labels[row])],
+                "predicted": LABEL_NAMES[1 - int(scored.labels[row])],
                 "probability_entailment": float(probabilities[row]),
                 "confidence": float(sure[row]),
             }

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from featstore.data.dataset import Dataset
 from featstore.data.examples import RowIssue, summarise
-from featstore.data.labels import LABELS, UNLABELLED
+from featstore.data.labels import LABEL_NAMES, UNLABELLED
 from featstore.data.values import read_hypothesis
 from featstore.errors import DataError
 from featstore.extract.encode import encoding_of
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
     from featstore.data.dataset import RowSource
 
-NAMES = {label: name for name, label in LABELS.items()}
 UNREADABLE = "unreadable photo"
 UNFIT = "unfit sentence"
 NOT_FINITE = "the run's logit is not finite"
@@ -187,8 +186,7 @@ def predict(
         StoreError: The store cannot be written or read.
     """
     started = time.perf_counter()
-    blind = scorer.train.control == "hypothesis-only"
-    control = "hypothesis-only" if blind else "none"
+    control = _control(scorer)
     dataset, scores = score_rows(
         scorer, rows, images, show=show, cache=cache, control=control, encoding=encoding
     )
@@ -230,7 +228,6 @@ def predict_pair(
             raise DataError(f"{key}: {item.reason}" if spec.kind == "text" else item.reason)
         held.append({key: item.numbers})
     first = np.zeros(1, np.int64)
-    blind = scorer.train.control == "hypothesis-only"
     rows = CachedRows(
         HeldImages(held[0], store.dtype),
         HeldSentences(held[1], store.dtype),
@@ -238,7 +235,7 @@ def predict_pair(
         first,
         np.full(1, UNLABELLED, np.int8),
         k_txt=k_txt,
-        control="hypothesis-only" if blind else "none",
+        control=_control(scorer),
     )
     logit = float(predict_logits(scorer.predictor, rows, 1)[0, 0])
     threshold = float(scorer.run.metrics["threshold"])
@@ -255,8 +252,13 @@ def predict_pair(
     }
 
 
+def _control(scorer: Scorer) -> str:
+    """Return what a run is shown to predict: no photo where it learnt without, else the row's."""
+    return "hypothesis-only" if scorer.train.control == "hypothesis-only" else "none"
+
+
 def _judged(image_id: str, text: str, probability: float, threshold: float) -> Line:
     """Return the line of a row: entailment where its probability is at least the threshold."""
     entailed = probability >= threshold
     confidence = probability if entailed else 1 - probability
-    return Line(image_id, text, NAMES[int(entailed)], probability, confidence, "")
+    return Line(image_id, text, LABEL_NAMES[int(entailed)], probability, confidence, "")

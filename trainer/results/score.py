@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -59,6 +60,10 @@ class Scorer:
         check_same_features(run, project)
         self.run, self.project = run, project
         self.train = run.config.train
+
+    def photos(self, images: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+        """Return the folder of photos that is given, or else the run's own."""
+        return images or self.project.config.data.images or self.project.dataset.images.folder
 
     @functools.cached_property
     def model(self) -> keras.Model:

@@ -64,6 +64,18 @@ def score_rows(
         RowError, DataError, StoreError: See `predict`; also where no photo could be read.
     """
     dataset = rows_to_predict(rows, images, scorer.project.root, encoding)
+    return dataset, score_dataset(scorer, dataset, show=show, cache=cache, control=control)
+
+
+def score_dataset(
+    scorer: Scorer,
+    dataset: Dataset,
+    *,
+    show: Show = SILENT,
+    cache: bool = True,
+    control: str | None = None,
+) -> Scores:
+    """Compute the logits of rows that were read; see `score_rows`."""
     examples, k_txt = dataset.examples, scorer.train.k_txt
     project = scorer.project.with_dataset(dataset)
     control = scorer.train.control if control is None else control
@@ -97,7 +109,7 @@ def score_rows(
     kept = np.flatnonzero(done)
     unread = _reasons(features.failed("vit"), examples.image_ids[~done])
     unfit = _reasons(features.failed("text"), examples.hypotheses[~done])
-    return dataset, Scores(kept, logits[kept], examples.labels[kept], unread, unfit)
+    return Scores(kept, logits[kept], examples.labels[kept], unread, unfit)
 
 
 def blocks_of(image_ids: Keys) -> list[IntArray]:
