@@ -236,7 +236,7 @@ class TestDemoData:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(demo, "write_demo", interrupted)
+            patch.setattr(scenes, "write_demo", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 demo.ensure_demo_data(tmp_path)
         assert [path.name for path in (tmp_path / "demo").iterdir()] in ([], [".lock"])

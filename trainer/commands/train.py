@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import click
 
 from featstore.progress import SHOWN
+from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     import_framework,
-    json_option,
     open_project,
     print_metrics,
     runs_option,
     settings,
     stop_request,
 )
+from trainer.commands.help import command
 
 
-@click.command()
+@command()
 @click.option("--name", help="Name of the run; an unfinished run of that name goes on.")
 @click.option("--init-from", help="Run to take the head and shared text layers from.")
-@click.option("--plain", is_flag=True, help="As --no-fast-path: slow, same numbers.")
+@click.option(
+    "--plain", is_flag=True, help="Train as --no-fast-path does: slowly, to the same numbers."
+)
 @runs_option
 @json_option
 @settings("data", "encoders", "store", "train")
@@ -57,7 +59,7 @@ def train(
         )
     metrics, control = run.metrics, run.config.train.control
     if as_json:
-        click.echo(json.dumps({"run": str(run.folder), **metrics}))
+        answer({"run": str(run.folder), **metrics})
         return
     click.echo(f"best epoch {metrics['epoch']} by {metrics['monitor']}; {run.folder}")
     print_metrics(metrics)
