@@ -147,6 +147,8 @@ def plain_path(path: str) -> str:
     folder `..` is the parent of the link's target, not of the link; there the real
     path is returned.
     """
+    if "\0" in path:  # no path at all; whoever opens it says so
+        return path
     plain = os.path.normpath(path)
     if plain.startswith("//"):  # which POSIX leaves to the system, and Linux takes for one
         plain = plain[1:]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from featstore.config import DEFAULT_FILE, StoreConfig
 from featstore.errors import ConfigError
-from featstore.settings import hints, suggest, toml_value
+from featstore.settings import hints, plain_path, suggest, toml_value
 from trainer.config import SECTIONS, Config, load_config, render_config
 
 ALL = [(name, field) for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
@@ -180,7 +180,7 @@ def test_suggest() -> None:
 
 
 letters = st.text(st.characters(codec="utf-8"), max_size=6)
-paths = st.just("") | letters.map(lambda text: "/none/" + text.replace("://", ""))
+paths = st.just("") | letters.map(lambda text: plain_path("/none/" + text.replace("://", "")))
 
 
 def values_of(section: str, field: dataclasses.Field[Any], hint: Any) -> st.SearchStrategy[Any]:

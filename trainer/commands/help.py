@@ -25,7 +25,7 @@ class PathType(click.Path):
     ) -> Any:
         """Return the path's plain form; nothing stays nothing."""
         found = super().convert(value, param, context)
-        return plain_path(os.fspath(found)) if found else found
+        return plain_path(os.fsdecode(found)) if found else found
 
 
 PATH = PathType()
@@ -75,9 +75,7 @@ class SettingOption(click.Option):
             extra["default"] += f"; the demo's: {'its own' if meta['preset'] else self._typed(own)}"
         low, above, high = meta["minimum"], meta["above"], meta["maximum"]
         if high is not None:
-            extra["range"] = (
-                f"{above if low is None else low}{'<' if low is None else '<='}x<={high}"
-            )
+            extra["range"] = f"{above}<x<={high}" if low is None else f"{low}<=x<={high}"
         elif low is not None:
             extra["range"] = f"x>={low}"
         elif above is not None:

@@ -181,8 +181,8 @@ def store_repair(
             click.echo(action)
         if report.restored:
             click.echo(
-                f"{report.folder}: {counted(report.restored, 'row')} computed again, {report.identical} with"
-                " the bits that they had"
+                f"{report.folder}: {counted(report.restored, 'row')} computed again,"
+                f" {report.identical} with the bits that they had"
             )
         if report.dropped:
             click.echo(
