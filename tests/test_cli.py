@@ -328,7 +328,7 @@ def test_photos_of_which_none_can_be_read_are_an_error(project: Project, tmp_pat
         result = invoke("extract-vit", "--config", file)
         (line,) = (one for one in result.stderr.splitlines() if one.startswith("error: "))
         assert (result.exit_code, result.stdout) == (1, "")
-        assert "none of the 56 images has features" in line
+        assert "no features of any of 56 images" in line
         assert "quarantine.json" in line
 
 
@@ -421,7 +421,7 @@ def test_train_prints_one_object(project: Project, trained: Result) -> None:
     result = json.loads(trained.stdout)
     assert result["run"] == str(Path(project.runs) / "first")
     written = json.loads((Path(result.pop("run")) / "metrics.json").read_text())
-    assert result == written
+    assert written.items() <= result.items()
     assert "epoch 2: loss" in trained.stderr
 
 

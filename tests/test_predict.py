@@ -243,7 +243,7 @@ def test_another_photo_of_a_known_id_counts_only_where_nothing_is_kept(
     expected = own.predict(frame, photos, SILENT, cache=False)
     shutil.copy(photos / "new0.png", photos / "photo003.png")
     renamed = frame.assign(Image_ID="photo003")
-    with pytest.raises(DataError, match=r"1 photos have the ids of others.*--no-cache"):
+    with pytest.raises(DataError, match=r"1 photo with the id of another.*--no-cache"):
         own.predict(renamed, photos, SILENT)
     found = own.predict(renamed, photos, SILENT, cache=False)
     assert_frame_equal(found.drop(columns="Image_ID"), expected.drop(columns="Image_ID"))

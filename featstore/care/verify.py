@@ -21,7 +21,7 @@ import xxhash
 from featstore.care.info import feature_folders, open_folder
 from featstore.care.report import FolderReport, Problem
 from featstore.data.images import ImageIndex
-from featstore.errors import Advice, Command, CorruptShardError, StoreError
+from featstore.errors import Advice, Command, CorruptShardError, StoreError, counted
 from featstore.extract.plan import KINDS, photo_digest
 from featstore.progress import SILENT, Progress, Show
 from featstore.project import Project
@@ -145,7 +145,7 @@ def _check_shard(
     report.checked_rows += len(shard)
     if damaged:
         named = tuple(keys[row] for row in damaged)
-        detail = f"{len(damaged)} of {len(shard)} rows do not have their checksum"
+        detail = f"{len(damaged)} of {counted(len(shard), 'row')} with another checksum than stored"
         report.problems.append(Problem("damaged rows", path, detail, tuple(damaged), named))
     elif line is not None and line.get("digest") != digest:
         detail = reason or "every row and the index are intact, bytes around them are not"
@@ -155,12 +155,14 @@ def _check_shard(
         and line.get("rows") != len(shard)
         and not any(problem.what == "manifest" for problem in report.problems)
     ):
-        detail = f"{path.name} has {len(shard)} rows, the manifest says {line.get('rows')}"
+        detail = (
+            f"{path.name} has {counted(len(shard), 'row')}, the manifest says {line.get('rows')}"
+        )
         report.problems.append(Problem("manifest", folder / "manifest.json", detail))
     repeated = _repeated_rows(shard)
     if repeated:
         named = tuple(keys[row] for row in repeated)
-        detail = f"{len(repeated)} rows have a key that stands again in this shard"
+        detail = f"{counted(len(repeated), 'row')} with a key that stands again in this shard"
         report.problems.append(Problem("repeated keys", path, detail, tuple(repeated), named))
     return shard, digest
 
@@ -250,7 +252,8 @@ def verify_folder(folder: Path, progress: Progress = lambda n: None) -> FolderRe
     report.shards = len(paths)
     for name in sorted(lines.keys() - {path.name for path in paths}):
         rows = lines[name].get("rows")
-        detail = f"is gone, with {rows} rows whose keys cannot be told"
+        known = counted(rows, "row") if isinstance(rows, int) else "rows"
+        detail = f"is gone, with {known} of unknown key"
         report.problems.append(Problem("missing shard", folder / name, detail))
     try:
         dtype = folder_dtype(folder)
@@ -361,10 +364,10 @@ def compare_sources(
     for verdict, detail, mend in (
         (
             "changed",
-            "photos have other bytes than their features were made from",
+            "with other bytes than their features were made from",
             Command("extract-vit"),
         ),
-        ("vanished", "stored photos are not there or cannot be read", Command("store", "info")),
+        ("vanished", "stored, but not there or not to be read", Command("store", "info")),
     ):
         named = tuple(key for key, found in zip(ids, verdicts, strict=True) if found == verdict)
         if named:
@@ -372,7 +375,7 @@ def compare_sources(
                 Problem(
                     f"{verdict} photos",
                     index.folder,
-                    f"{len(named)} of {len(ids)} {detail}",
+                    f"{len(named)} of {counted(len(ids), 'photo')} {detail}",
                     keys=named,
                     mend=mend,
                 )

@@ -23,7 +23,7 @@ from featstore.data.splits import (
     save_splits,
     splits_from_parts,
 )
-from featstore.errors import ConfigError, DataError
+from featstore.errors import ConfigError, DataError, counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +98,8 @@ def _read(path: str, data: DataConfig, images: ImageIndex) -> tuple[Examples, li
     examples, missing = drop_missing(result.examples, images.lookup)
     if not len(examples):
         raise DataError(
-            f"{path}: none of its {len(result.examples)} rows has a photo in {images.folder};"
+            f"{path}: none of its {counted(len(result.examples), 'row')} has a photo in"
+            f" {images.folder};"
             " check [data] images"
         )
     return examples, [*result.issues, *missing]
@@ -128,7 +129,8 @@ def rows_to_predict(rows: RowSource, images: str | os.PathLike[str], root: Path)
     examples, missing = drop_missing(result.examples, index.lookup)
     if not len(examples):
         raise DataError(
-            f"none of the {len(result.examples)} rows to predict has a photo in {index.folder}"
+            f"none of {counted(len(result.examples), 'row')} to predict has a photo in"
+            f" {index.folder}"
         )
     issues = [*result.issues, *missing]
     return Dataset(examples, Splits.none(examples), index, issues, root)

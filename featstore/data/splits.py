@@ -26,7 +26,7 @@ import numpy.typing as npt
 from featstore.config import SPLITS
 from featstore.data.examples import Examples
 from featstore.data.images import IMAGE_SUFFIXES
-from featstore.errors import SplitError, short
+from featstore.errors import SplitError, counted, short
 from featstore.publish import write_bytes
 
 FORMAT = 1
@@ -138,7 +138,7 @@ def make_splits(examples: Examples, fractions: Sequence[float], seed: int) -> Sp
     for split, share, size in zip(SPLITS, shares, sizes, strict=False):
         if share > 0 and size <= 0:
             raise SplitError(
-                f"split {split!r} would be empty: {share:g} of {len(ordered)} photos;"
+                f"split {split!r} would be empty: {share:g} of {counted(len(ordered), 'photo')};"
                 " add rows on other photos or change the fractions"
             )
         chosen = (image_id for photo in ordered[start : start + size] for image_id in photos[photo])

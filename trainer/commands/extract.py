@@ -50,8 +50,8 @@ def _print_summary(plan: Any, summary: Any, as_json: bool) -> None:
     if unread and unread == plan.requested:
         reason = next(iter(summary.failed.values()), "they failed before")
         raise DataError(
-            f"{plan.folder}: none of the {unread} {unit} has features ({reason}); reasons in"
-            f" {quarantine}: mend the inputs, then run the command again"
+            f"{plan.folder}: no features of any of {counted(unread, unit.removesuffix('s'))}"
+            f" ({reason}); reasons in {quarantine}: mend the inputs, then run the command again"
         )
     if as_json:
         result = {
@@ -73,7 +73,8 @@ def _print_summary(plan: Any, summary: Any, as_json: bool) -> None:
 
 def _print_extracted(plan: Any, summary: Any) -> None:
     unit = plan.job.unit
-    done = f"{summary.extracted} {unit} extracted" if plan.keys else f"nothing to do: {unit}"
+    done = counted(summary.extracted, unit.removesuffix("s"))
+    done = f"{done} extracted" if plan.keys else f"nothing to do: {unit}"
     speed = f" in {summary.seconds:.1f} s ({summary.rows_per_second:.1f}/s)" if plan.keys else ""
     click.echo(f"{done}{speed}, {plan.cached} were stored already; {plan.folder}")
 

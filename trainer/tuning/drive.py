@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featstore.errors import RunError
+from featstore.errors import RunError, counted
 from featstore.extract.extract import estimate, extract
 from featstore.extract.plan import Plan
 from featstore.progress import SHOWN, SILENT, Show
@@ -92,8 +92,9 @@ def plan_features(project: Project, configs: Sequence[Config], show: Show = SILE
         boundary = ""
         if job.spec.kind == "text":
             boundary = f" at k_txt {job.spec.architecture['num_layers'] - job.spec.boundary}"
+        rows = counted(len(plan.keys), job.unit.removesuffix("s"))
         show.note(
-            f"to extract: {len(plan.keys)} {job.unit}{boundary}, about {seconds / 60:.1f} min,"
+            f"to extract: {rows}{boundary}, about {seconds / 60:.1f} min,"
             f" {plan.todo_bytes / 1e6:.1f} MB in {plan.folder}"
         )
         found.append(plan)
@@ -176,7 +177,8 @@ class SearchResults:
             params = ", ".join(f"{key} {shown(value)}" for key, value in best["params"].items())
             metric = self.search.space.search.metric
             found = f", best {metric} {best['value']:.4f} ({best['run']}: {params})"
-        return f"<Search {str(self.folder)!r}: {ended} of {self.search.space.trials} trials{found}>"
+        trials = counted(self.search.space.trials, "trial")
+        return f"<Search {str(self.folder)!r}: {ended} of {trials}{found}>"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return what is known of each trial, the best first; see `trainer.tuning.table`."""
