@@ -243,14 +243,30 @@ def test_every_command_says_one_row(printed: tuple[Path, dict[str, str], Any]) -
 def test_no_path_goes_up_and_down(printed: tuple[Path, dict[str, str], Any]) -> None:
     folder, shown, objects = printed
     for name, found in objects.items():
-        found.pop("command")  # as it was typed
-        text = json.dumps(found) + shown[name]
+        # The command is as it was typed.
+        text = json.dumps(found | {"command": ""}) + shown[name]
         for path in re.findall(r"(?<![:\w])/[\w./-]+", text.replace("`", " ")):
             if str(folder) in path or "/../" in path:
                 assert plain_path(path) == path.rstrip("/"), f"{name}: {path}"
     assert objects["train"]["run"] == str(folder / "runs" / "first-json")
     assert objects["extract-vit"]["folder"].startswith(str(folder / "cache" / "vit"))
     assert str(folder / "settings" / "featstore.toml") in shown["store verify, damaged"]
+
+
+@pytest.mark.slow
+def test_every_field_is_documented(printed: tuple[Path, Any, dict[str, Any]]) -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", (docs / "JSON.md").read_text(), re.MULTILINE)
+    documented: dict[str, set[str]] = {}
+    for names, fields in rows:
+        for name in re.findall(r"`([a-z -]+)`", names):
+            documented.setdefault(name, set()).update(re.findall(r"`(\w+)`", fields))
+    documented["evaluate"] = set(re.findall(r"`(\w+)`", (docs / "EVALUATION.md").read_text()))
+    documented["import"] |= documented["train"]
+    for command in ("extract-vit", "extract-text"):
+        documented[f"{command} --dry-run"] |= documented[command]
+    for name, found in printed[2].items():
+        assert found.keys() - SHAPE <= documented[name.partition(",")[0]], name
 
 
 @pytest.mark.slow
