@@ -465,7 +465,7 @@ def test_rows_of_one_photo_have_no_interval(run: trainer.Run, place: Callable[..
 
 def test_rows_without_labels_are_refused(run: trainer.Run, place: Callable[..., Path]) -> None:
     path = place("bare.csv", (run.project.keys("vit", "test")[0], "a dog", ""))
-    with pytest.raises(DataError, match=r"none of 1 rows has a label .*featstore predict first"):
+    with pytest.raises(DataError, match=r"none of 1 row has a label .*featstore predict first"):
         run.evaluate(rows=path, show=SILENT)
 
 
