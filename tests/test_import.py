@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny_presets import randomise, tiny_text_backbone, tiny_vision_backbone
 from tiny_runs import tiny_config
@@ -232,20 +233,10 @@ def test_a_keras_file_gives_the_same_and_is_not_inverted_unasked(made: Made) -> 
 
 @pytest.mark.slow
 def test_an_export_comes_back_with_its_threshold(made: Made, run: trainer.Run) -> None:
-    card = {
-        "labels": {"contradiction": 0, "entailment": 1},
-        "threshold": 0.37,
-        "k_txt": 2,
-        "encoders": {
-            "vision": {"tokens": "all", "weights": made.project.vision_spec.weights},
-            "text": {"weights": made.project.text_spec(0).weights},
-        },
-        "pixel_values": {"converter": made.project.vision_spec.converter},
-        "input_ids": {
-            "sequence_length": 24,
-            "tokenizer_digest": made.project.text_spec(0).tokenizer,
-        },
-    }
+    run.export(made.folder / "whole.weights.h5")
+    with safe_open(made.folder / "whole.safetensors", "numpy") as file:
+        card = {key: json.loads(value) for key, value in file.metadata().items()}
+    card["threshold"] = 0.37
 
     def write(name: str, **changes: Any) -> Path:
         tensors = {key: np.asarray(w) for key, w in trained_weights(run.model).items()}
@@ -254,6 +245,14 @@ def test_an_export_comes_back_with_its_threshold(made: Made, run: trainer.Run) -
         save_file(tensors, path, said)
         return path
 
+    beside = made.folder / "whole.weights.h5.json"
+    beside.write_text(json.dumps({**json.loads(beside.read_text()), "threshold": 0.41}))
+    whole = made.bring(made.folder / "whole.weights.h5", "whole")
+    expected = run.scorer.score("test").logits
+    np.testing.assert_array_equal(whole.scorer.score("test").logits, expected)
+    assert whole.metrics["threshold"] == 0.41
+    again = made.bring(made.folder / "whole.safetensors", "again")
+    assert again.metrics["threshold"] == run.metrics["threshold"]
     back = made.bring(write("back"), "back")
     np.testing.assert_array_equal(back.scorer.score("test").logits, run.scorer.score("test").logits)
     assert back.metrics["threshold"] == 0.37
@@ -262,7 +261,7 @@ def test_an_export_comes_back_with_its_threshold(made: Made, run: trainer.Run) -
     )
     assert "found 1" in made.refuse(made.folder / "back.safetensors", UsageError, k_txt=1)
     assert "found nothing" in made.refuse(write("fewer", k_txt=3))
-    encoders = {**card["encoders"], "text": {"weights": "another"}}
+    encoders = {**card["encoders"], "text": {**card["encoders"]["text"], "weights": "another"}}
     assert "weights.text" in made.refuse(write("other", encoders=encoders))
     assert "labels are" in made.refuse(write("inverted", labels={"entailment": 0}))
     silent = made.folder / "silent.safetensors"

@@ -32,6 +32,7 @@ import numpy as np
 
 from featstore.data.examples import Examples, ReadResult, RowIssue, summarise
 from featstore.data.labels import UNLABELLED, class_ids_error, integer_label, read_label
+from featstore.data.values import is_missing, read_hypothesis, read_image_id
 from featstore.errors import RowError, short
 
 if TYPE_CHECKING:
@@ -45,10 +46,6 @@ ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Names of each column: those of the known formats, then synonyms used in their absence."""
 
 MAX_LINE_CHARACTERS = 1 << 20
-EMPTY_TEXT = "empty text"
-BROKEN_TEXT = "broken text"
-NO_IMAGE_ID = "no image id"
-UNSAFE_IMAGE_ID = "unsafe image id"
 WRONG_CELLS = "wrong number of cells"
 DUPLICATE = "duplicate"
 CONFLICT = "conflicting labels"
@@ -60,8 +57,6 @@ _EXPECTED = (
     "Image_ID, Hypothesis, Label (A2), or Flickr30K_ID, sentence2, gold_label (SNLI-VE), or a CSV"
     " with image_id/image/filename, hypothesis/sentence/caption/text, label/gold_label/answer"
 )
-_UNSAFE_ID = re.compile(r"[\x00-\x1f\x7f\\]|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
-_MAX_ID_CHARACTERS = 1024
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
@@ -371,54 +366,6 @@ def _header(path: Path, line: int, header: str, labelled: bool) -> tuple[str, li
     raise _column_error(path, line, problem, names)
 
 
-def _text_problem(text: str) -> str:
-    """Say what keeps a text from being stored, or return nothing."""
-    if "\0" in text:
-        return "NUL character"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "lone surrogate"
-    return ""
-
-
-def _image_id(value: Any) -> tuple[str, str, str]:
-    """Return an image id as text, and the reason and detail why it cannot be used."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if value is None:
-        return "", NO_IMAGE_ID, "missing"
-    if not isinstance(value, str):
-        return "", UNSAFE_IMAGE_ID, f"neither text nor an integer: {short(value)}"
-    image_id = value.strip()
-    if not image_id:
-        return "", NO_IMAGE_ID, "empty"
-    if _UNSAFE_ID.search(image_id) or len(image_id) > _MAX_ID_CHARACTERS:
-        detail = "expected a name, or a relative path with / and without . or .. in it"
-        return image_id, UNSAFE_IMAGE_ID, detail
-    if problem := _text_problem(image_id):
-        return image_id, UNSAFE_IMAGE_ID, problem
-    return image_id, "", ""
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def read_hypothesis(value: Any) -> tuple[str, str, str]:
-    """Return a hypothesis as text, and the reason and detail why it cannot be used."""
-    if value is None:
-        return "", EMPTY_TEXT, "missing"
-    if not isinstance(value, str):
-        return "", BROKEN_TEXT, f"not text: {short(value)}"
-    text = value.strip()
-    if not text:
-        return "", EMPTY_TEXT, "empty"
-    if problem := _text_problem(text):
-        return text, BROKEN_TEXT, problem
-    return text, "", ""
-
-
 def _collect(path: Path, records: Iterable[_Raw], labelled: bool, unique: bool) -> ReadResult:
     """Check every record's values; keep the usable rows and report the others."""
     file = str(path)
@@ -431,7 +378,7 @@ def _collect(path: Path, records: Iterable[_Raw], labelled: bool, unique: bool) 
 
     for record in records:
         line = record.line
-        image_id, reason, detail = _image_id(record.image_id)
+        image_id, reason, detail = read_image_id(record.image_id)
         text, text_reason, text_detail = read_hypothesis(record.text)
         label = UNLABELLED
         if record.problem:
@@ -439,7 +386,7 @@ def _collect(path: Path, records: Iterable[_Raw], labelled: bool, unique: bool) 
         elif not reason:
             reason, detail = text_reason, text_detail
         odd, odd_detail = "", ""
-        if not record.problem and (labelled or not _is_missing(record.label)):
+        if not record.problem and (labelled or not is_missing(record.label)):
             label, odd, odd_detail = read_label(record.label)
             code = integer_label(record.label)
             if code is not None and code >= 0:

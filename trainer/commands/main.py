@@ -66,7 +66,8 @@ def init(config_file: str, force: bool, as_json: bool) -> None:
     if as_json:
         answer({"config": str(path)})
         return
-    click.echo(f"{path}: set rows and images in [data], then run {quoted(Command('extract-vit'))}")
+    shown = click.format_filename(path)
+    click.echo(f"{shown}: set rows and images in [data], then run {quoted(Command('extract-vit'))}")
 
 
 for command in (

@@ -15,8 +15,6 @@ from featstore.project import Project
 from featstore.publish import read_json
 from trainer.model.weights_file import refused
 
-SUFFIXES = (".weights.h5", ".h5", ".keras", ".safetensors")
-
 
 @dataclass(frozen=True)
 class Card:
@@ -76,7 +74,7 @@ def card_of(file: Path, metadata: Mapping[str, str] | None = None) -> Card | Non
     """Return what an export says of itself.
 
     Args:
-        file: The export. Its card is `NAME.json` beside it.
+        file: The export. Its card is `FILE.json` beside it.
         metadata: Of a safetensors file, which holds its card itself: each value as JSON.
 
     Returns:
@@ -87,7 +85,7 @@ def card_of(file: Path, metadata: Mapping[str, str] | None = None) -> Card | Non
     """
     try:
         if metadata is None:
-            said = read_json(_beside(file))
+            said = read_json(file.with_name(f"{file.name}.json"))
         else:
             said = {key: json.loads(value) for key, value in metadata.items()}
     except (OSError, ValueError, RecursionError):
@@ -105,14 +103,9 @@ def card_of(file: Path, metadata: Mapping[str, str] | None = None) -> Card | Non
             "tokens": vision["tokens"],
             "converter": said["pixel_values"]["converter"],
             "sequence_length": said["input_ids"]["sequence_length"],
-            "tokenizer": said["input_ids"]["tokenizer_digest"],
+            "tokenizer": said["input_ids"]["tokenizer"]["digest"],
         }
         digests = {"vision": vision["weights"], "text": text["weights"]}
     except (KeyError, TypeError, ValueError) as error:
         raise refused(file, f"what it says of itself is not whole ({error})") from error
     return Card(file, k_txt, threshold, inputs, digests)
-
-
-def _beside(file: Path) -> Path:
-    suffix = next((suffix for suffix in SUFFIXES if file.name.endswith(suffix)), "")
-    return file.with_name(file.name.removesuffix(suffix) + ".json")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from featstore.data.dataset import Dataset
 from featstore.data.examples import RowIssue, summarise
 from featstore.data.labels import LABELS, UNLABELLED
-from featstore.data.rows import read_hypothesis
+from featstore.data.values import read_hypothesis
 from featstore.errors import DataError
 from featstore.extract.encode import encoding_of
 from featstore.extract.held import HeldImages, HeldSentences
