@@ -181,7 +181,6 @@ def load_sections(
             built: Any = build_section(name, section, values, source, folder)
             parts[name] |= {key: getattr(built, key) for key in values}
     if not parts["data"].get("rows"):
-        # Here, since the generator of the demo needs NumPy and `--help` does not.
         from featstore import demo
 
         for name in parts.keys() & demo.SETTINGS.keys():

@@ -183,3 +183,8 @@ def short(value: object, limit: int = 60) -> str:
     """Return a value's repr on one line, cut to `limit` characters, for a message."""
     text = repr(value[: limit + 1] if isinstance(value, str) else value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def counted(number: int, noun: str, form: str = "d") -> str:
+    """Return a number with its noun: "1 row", "2 rows", or with form "," "2,400 rows"."""
+    return f"{number:{form}} {noun}{'' if number == 1 else 's'}"

@@ -23,7 +23,7 @@ from featstore.config import (
 from featstore.data.dataset import Dataset, load_dataset
 from featstore.encoders.presets import Digests
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, text_spec, vision_spec
-from featstore.errors import Command, DataError, MissingFeaturesError, UsageError
+from featstore.errors import Command, DataError, MissingFeaturesError, UsageError, counted
 from featstore.extract.encode import Encoder, load_encoder
 from featstore.extract.extract import ALL, Summary, estimate, extract
 from featstore.extract.lengths import Cut, find_cut
@@ -255,8 +255,8 @@ class Project:
         missing = [image_id for image_id in absent if image_id not in quarantine]
         if missing:
             raise MissingFeaturesError(
-                f"{opened.folder}: {len(missing)} of {len(set(ids))} photos of split"
-                f" {split!r} have no features (first: {missing[0]!r})",
+                f"{opened.folder}: no features of {len(missing)} of"
+                f" {counted(len(set(ids)), 'photo')} of split {split!r} (first: {missing[0]!r})",
                 Command("extract-vit", split=split),
             )
         if not present.any():

@@ -143,15 +143,30 @@ def check(section: str, field: dataclasses.Field[Any], hint: Any, value: Any, wh
     return value
 
 
+def plain_path(path: str) -> str:
+    """Return a path to the same file without `.`, double slashes, or `..` inside.
+
+    A leading `..` stays: it is how people name what is beside them. After a linked
+    folder `..` is the parent of the link's target, not of the link; there the real
+    path is returned.
+    """
+    if "\0" in path:  # no path at all; whoever opens it says so
+        return path
+    plain = os.path.normpath(path)
+    if plain.startswith("//"):  # which POSIX leaves to the system, and Linux takes for one
+        plain = plain[1:]
+    if ".." in Path(path).parts and os.path.realpath(plain) != os.path.realpath(path):
+        return os.path.realpath(path)
+    return plain
+
+
 def _anchor(value: Any, folder: Path) -> Any:
     """Take a relative path relative to `folder`; leave preset names and URLs alone."""
     if isinstance(value, dict):
         return {key: _anchor(item, folder) for key, item in value.items()}
-    if not value or "://" in value or Path(value).is_absolute():
+    if not value or "://" in value:
         return value
-    if value.startswith("~"):
-        return os.path.expanduser(value)
-    return str(folder / value)
+    return plain_path(str(folder / os.path.expanduser(value)))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

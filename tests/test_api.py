@@ -273,7 +273,7 @@ def test_a_file_is_predicted_as_the_table(own: trainer.Run, photos: Path, tmp_pa
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (("nobody", "a dog"), "none of the 1 rows to predict has a photo in .*photos$"),
+        (("nobody", "a dog"), "none of 1 row to predict has a photo in .*photos$"),
         (("broken", "a dog"), "no row whose photo could be read$"),
         (("red", ""), "no usable row"),
     ],
@@ -289,7 +289,7 @@ def test_rows_of_which_none_can_be_used_are_one_line(
 def test_another_photo_of_a_known_id_is_refused(own: trainer.Run, photos: Path) -> None:
     before = own.evaluate("test", show=SILENT)
     (photos / "red.png").rename(photos / "photo044.png")
-    with pytest.raises(DataError, match="1 photos have the ids of others"):
+    with pytest.raises(DataError, match="1 photo with the id of another"):
         own.predict(frame_of([("photo044", "a dog")]), images=photos, show=SILENT)
     assert trainer.load_run(own.folder).evaluate("test", show=SILENT) == before
 

@@ -329,7 +329,7 @@ def test_photos_of_which_none_can_be_read_are_an_error(project: Project, tmp_pat
         result = invoke("extract-vit", "--config", file)
         (line,) = (one for one in result.stderr.splitlines() if one.startswith("error: "))
         assert (result.exit_code, result.stdout) == (1, "")
-        assert "none of the 56 images has features" in line
+        assert "no features of any of 56 images" in line
         assert "quarantine.json" in line
 
 
@@ -421,12 +421,12 @@ def test_extract_text_prints_one_object(project: Project) -> None:
 def test_train_prints_one_object(project: Project, trained: Result) -> None:
     result = json.loads(trained.stdout)
     assert result["run"] == str(Path(project.runs) / "first")
-    folder = Path(result.pop("run"))
+    folder = Path(result["run"])
     data = json.loads((folder / "manifest.json").read_text())["data"]
     for name in ("counts", "rows_left_out", "cut_sentences"):
-        assert result.pop(name) == data[name]
-    assert (result.pop("epochs"), result.pop("ended")) == (2, "all epochs")
-    assert result == json.loads((folder / "metrics.json").read_text())
+        assert result[name] == data[name]
+    assert (result["epochs"], result["ended"]) == (2, "all epochs")
+    assert json.loads((folder / "metrics.json").read_text()).items() <= result.items()
     assert "epoch 2: loss" in trained.stderr
 
 

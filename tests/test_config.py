@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from featstore.config import DEFAULT_FILE, StoreConfig
 from featstore.errors import ConfigError
-from featstore.settings import hints, suggest, toml_value
+from featstore.settings import hints, plain_path, suggest, toml_value
 from trainer.config import SECTIONS, Config, load_config, render_config
 
 ALL = [(name, field) for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
@@ -199,7 +199,7 @@ def test_backslashes_in_paths_are_said_to_be_the_cause(tmp_path: Path) -> None:
 letters = st.text(st.characters(codec="utf-8"), max_size=6)
 escaped = str.maketrans("", "", "\b\t\n\f\r")
 paths = st.just("") | letters.map(
-    lambda text: "/none/" + text.translate(escaped).replace("://", "")
+    lambda text: plain_path("/none/" + text.translate(escaped).replace("://", ""))
 )
 
 

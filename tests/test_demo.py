@@ -236,7 +236,7 @@ class TestDemoData:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(demo, "write_demo", interrupted)
+            patch.setattr(scenes, "write_demo", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 demo.ensure_demo_data(tmp_path)
         assert [path.name for path in (tmp_path / "demo").iterdir()] in ([], [".lock"])
@@ -247,10 +247,11 @@ class TestDemoData:
         code = (
             "import os, pathlib, sys\n"
             "from featstore import demo\n"
+            "from featstore.demo import scenes\n"
             "def killed(folder, images, seed):\n"
             "    (folder / 'rows.jsonl').write_text('half')\n"
             "    os._exit(9)\n"
-            "demo.write_demo = killed\n"
+            "scenes.write_demo = killed\n"
             "demo.ensure_demo_data(pathlib.Path(sys.argv[1]))\n"
         )
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)

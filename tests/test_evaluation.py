@@ -426,8 +426,8 @@ def test_rows_of_a_file_have_files_of_their_own(
     )
     summary = (run.folder / "summary-mine.md").read_text()
     assert summary.startswith("# first on mine.csv\n")
-    assert "3 photos of 4 of these rows are in the run's train split" in summary
-    assert "2 of 10 rows were left out: 1 no photo, 1 no label." in summary
+    assert "The run's train split has 3 photos of 4 of these rows" in summary
+    assert "Left out: 2 of 10 rows (1 no photo, 1 no label)." in summary
     # The same rows of the split have the same logits.
     run.evaluate(show=SILENT)
     both = written.merge(rows_of(run), on=["Image_ID", "Hypothesis"])
@@ -465,7 +465,7 @@ def test_rows_of_one_photo_have_no_interval(run: trainer.Run, place: Callable[..
 
 def test_rows_without_labels_are_refused(run: trainer.Run, place: Callable[..., Path]) -> None:
     path = place("bare.csv", (run.project.keys("vit", "test")[0], "a dog", ""))
-    with pytest.raises(DataError, match=r"none of 1 rows has a label .*featstore predict first"):
+    with pytest.raises(DataError, match=r"none of 1 row has a label .*featstore predict first"):
         run.evaluate(rows=path, show=SILENT)
 
 

@@ -897,7 +897,7 @@ def test_info_counts(own: Own) -> None:
     }
     assert found["splits"]["files"] == 1
     text_form = invoke(own, "info").stdout
-    assert "31 of 32 images, 4 of 4 sentences have features" in text_form
+    assert "train with features: 31 of 32 images, 4 of 4 sentences" in text_form
     assert "16 tokens a row × 16 float32" in text_form
 
 
@@ -939,7 +939,7 @@ def test_the_commands_find_and_mend(own: Own) -> None:
     assert invoke(own, "verify").exit_code == 1
     result = invoke(own, "repair")
     assert result.exit_code == 0, result.output
-    assert "1 rows computed again, 1 with the bits that they had" in result.stdout
+    assert "1 row computed again, 1 with the bits that they had" in result.stdout
     assert invoke(own, "verify").exit_code == 0
     assert invoke(own, "repair").stdout == "nothing to mend\n"
 

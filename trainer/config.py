@@ -46,10 +46,12 @@ class TrainConfig:
         choices=("val_loss", "val_macro_f1", "val_accuracy", "val_auc"),
     )
     reduce_lr_factor: float = setting(
-        0.5, "learning rate is multiplied by this on a plateau", above=0, maximum=1
+        0.5, "what the learning rate is multiplied by on a plateau", above=0, maximum=1
     )
-    reduce_lr_patience: int = setting(2, "epochs without gain before that", minimum=1)
-    early_stop_patience: int = setting(3, "epochs without gain before the end", minimum=1)
+    reduce_lr_patience: int = setting(
+        2, "epochs without gain before the learning rate is cut", minimum=1
+    )
+    early_stop_patience: int = setting(3, "epochs without gain before training ends", minimum=1)
     seed: int = setting(0, "seed of weights, order and dropout", minimum=0)
     control: str = setting(
         "none",
@@ -62,7 +64,8 @@ class TrainConfig:
         choices=("float32", "mixed_bfloat16", "mixed_float16"),
     )
     fast_path: bool = setting(
-        True, "the step's exact shortcuts; false: the plain Keras layers, many times slower"
+        True,
+        "take the step's exact shortcuts; otherwise the plain Keras layers, many times slower",
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from featstore.config import SPLITS
 from featstore.data.examples import require_both_classes
-from featstore.errors import Command, MissingFeaturesError
+from featstore.errors import Command, MissingFeaturesError, counted
 from featstore.extract.extract import estimate, extract
 from featstore.extract.plan import Job, Plan
 from featstore.progress import SILENT, Show
@@ -134,8 +134,8 @@ def cached_rows(
     if (sentences < 0).any():
         missing = examples.hypotheses[sentences < 0][0]
         raise MissingFeaturesError(
-            f"{text.folder}: {(sentences < 0).sum()} sentences of split {split!r} have no"
-            f" features (first: {missing!r})",
+            f"{text.folder}: no features of {counted(int((sentences < 0).sum()), 'sentence')} of"
+            f" split {split!r} (first: {missing!r})",
             Command("extract-text", split=split, k_txt=train.k_txt),
         )
     return CachedRows(

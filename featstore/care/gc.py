@@ -19,7 +19,7 @@ import numpy as np
 
 from featstore.care.info import disk_bytes, feature_folders, open_folder
 from featstore.encoders.presets import DIGESTS_FILE
-from featstore.errors import RunError, StoreError
+from featstore.errors import RunError, StoreError, counted
 from featstore.extract.claims import CLAIM, writing
 from featstore.extract.lengths import LENGTHS
 from featstore.extract.photos import FOLDER as PHOTOS
@@ -189,7 +189,7 @@ def _inside(folder: Path, needed: set[str], found: Collection) -> None:
         for path, rows in _superseded(folder).items():
             shard = open_shard(path, folder.parent.name, folder.name, read_spec(folder)["dtype"])
             freed = path.stat().st_size * len(rows) // max(1, len(shard))
-            detail = f"{len(rows)} of {len(shard)} rows have a newer one"
+            detail = f"{len(rows)} of {counted(len(shard), 'row')} superseded by a newer one"
             found.garbage.append(Garbage("superseded rows", path, freed, detail))
     except StoreError as error:
         found.notes.append(f"superseded rows not looked for: {error}")

@@ -20,7 +20,7 @@ import xxhash
 from featstore.care.info import feature_folders
 from featstore.care.report import FolderReport, Problem
 from featstore.care.sources import compare_sources, extract_again
-from featstore.errors import Advice, Command, CorruptShardError, StoreError
+from featstore.errors import Advice, Command, CorruptShardError, StoreError, counted
 from featstore.extract.plan import KINDS
 from featstore.progress import SILENT, Progress, Show
 from featstore.project import Project
@@ -143,7 +143,7 @@ def _check_shard(
     report.checked_rows += len(shard)
     if damaged:
         named = tuple(keys[row] for row in damaged)
-        detail = f"{len(damaged)} of {len(shard)} rows do not have their checksum"
+        detail = f"{len(damaged)} of {counted(len(shard), 'row')} with another checksum than stored"
         report.problems.append(Problem("damaged rows", path, detail, tuple(damaged), named))
     elif line is not None and line.get("digest") != digest:
         detail = reason or "every row and the index are intact, bytes around them are not"
@@ -153,12 +153,14 @@ def _check_shard(
         and line.get("rows") != len(shard)
         and not any(problem.what == "manifest" for problem in report.problems)
     ):
-        detail = f"{path.name} has {len(shard)} rows, the manifest says {line.get('rows')}"
+        detail = (
+            f"{path.name} has {counted(len(shard), 'row')}, the manifest says {line.get('rows')}"
+        )
         report.problems.append(Problem("manifest", folder / "manifest.json", detail))
     repeated = _repeated_rows(shard)
     if repeated:
         named = tuple(keys[row] for row in repeated)
-        detail = f"{len(repeated)} rows have a key that stands again in this shard"
+        detail = f"{counted(len(repeated), 'row')} with a key that stands again in this shard"
         report.problems.append(Problem("repeated keys", path, detail, tuple(repeated), named))
     return shard, digest
 
@@ -248,7 +250,8 @@ def verify_folder(folder: Path, progress: Progress = lambda n: None) -> FolderRe
     report.shards = len(paths)
     for name in sorted(lines.keys() - {path.name for path in paths}):
         rows = lines[name].get("rows")
-        detail = f"is gone, with {rows} rows whose keys cannot be told"
+        known = counted(rows, "row") if isinstance(rows, int) else "rows"
+        detail = f"is gone, with {known} of unknown key"
         report.problems.append(Problem("missing shard", folder / name, detail))
     try:
         dtype = folder_dtype(folder)

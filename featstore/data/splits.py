@@ -28,7 +28,7 @@ from featstore.data.encoding import encoding_of, unpacked
 from featstore.data.examples import Examples
 from featstore.data.images import IMAGE_SUFFIXES
 from featstore.data.rows import ROLES, columns_named
-from featstore.errors import RowError, SplitError, short
+from featstore.errors import RowError, SplitError, counted, short
 from featstore.publish import write_bytes
 
 FORMAT = 1
@@ -140,7 +140,7 @@ def make_splits(examples: Examples, fractions: Sequence[float], seed: int) -> Sp
     for split, share, size in zip(SPLITS, shares, sizes, strict=False):
         if share > 0 and size <= 0:
             raise SplitError(
-                f"split {split!r} would be empty: {share:g} of {len(ordered)} photos;"
+                f"split {split!r} would be empty: {share:g} of {counted(len(ordered), 'photo')};"
                 " add rows on other photos or change the fractions"
             )
         chosen = (image_id for photo in ordered[start : start + size] for image_id in photos[photo])

@@ -1,6 +1,6 @@
 """The built-in demo: a small data set made on first use, and two small encoders.
 
-Imports neither TensorFlow nor Keras.
+Imports neither TensorFlow nor Keras, and NumPy only to draw the scenes.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from featstore.demo.scenes import write_demo
 from featstore.errors import DataError
 
 _PRESETS = Path(__file__).resolve().parent / "presets"
@@ -71,6 +68,11 @@ def ensure_demo_data(root: Path) -> tuple[Path, Path]:
 
 
 def _create(parent: Path, folder: Path) -> None:
+    # Here, since `--help` shows the settings above, and answers at once without these.
+    from filelock import FileLock
+
+    from featstore.demo.scenes import write_demo
+
     parent.mkdir(parents=True, exist_ok=True)
     with FileLock(parent / ".lock"):
         if folder.exists():

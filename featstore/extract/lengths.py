@@ -19,7 +19,7 @@ from typing import Any
 
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.tower import token_counts
-from featstore.errors import FeatstoreError, short
+from featstore.errors import FeatstoreError, counted, short
 from featstore.publish import read_checked, write_checked
 from featstore.store.store import TextStore
 
@@ -60,7 +60,8 @@ class Cut:
         warning = "warning: " if self.share > WARNING_SHARE else ""
         verb = "is" if len(self.tokens) == 1 else "are"
         return (
-            f"{warning}{len(self.tokens)} of {self.sentences} sentences ({self.share:.1%}) {verb}"
+            f"{warning}{len(self.tokens)} of {counted(self.sentences, 'sentence')}"
+            f" ({self.share:.1%}) {verb}"
             f" cut at sequence_length {self.sequence_length}; the longest has {tokens} tokens:"
             f" {short(longest)}; all in {self.path}; a larger [encoders] sequence_length keeps more"
         )

@@ -14,7 +14,14 @@ import numpy as np
 from featstore.config import StoreConfig
 from featstore.data.images import ImageIndex
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, vision_row_shape
-from featstore.errors import Command, ConfigError, StaleFeaturesError, StoreError, UsageError
+from featstore.errors import (
+    Command,
+    ConfigError,
+    StaleFeaturesError,
+    StoreError,
+    UsageError,
+    counted,
+)
 from featstore.extract.photos import PhotoDigests
 from featstore.progress import SILENT, Show
 from featstore.store.folder import read_quarantine, shard_paths
@@ -284,7 +291,7 @@ def refuse_replaced(job: Job, opened: VisionStore, split: str, show: Show = SILE
     ]
     if replaced:
         key, path = replaced[0]
-        photos = "1 photo" if len(replaced) == 1 else f"{len(replaced)} photos"
+        photos = counted(len(replaced), "photo")
         first = "" if len(replaced) == 1 else "first: "
         raise StaleFeaturesError(
             f"{opened.folder}: {photos} of split {split!r} changed since the features were"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.encoders.spec import QUANTISED
-from featstore.errors import Command, CorruptShardError, MissingKeyError
+from featstore.errors import Command, CorruptShardError, MissingKeyError, counted
 from featstore.store.folder import manifest_lines, read_names, read_quarantine
 from featstore.store.numbers import feature_dtype
 from featstore.store.shard import VERIFY, digest_keys, open_shard
@@ -168,7 +168,7 @@ class Store:
         text = f"{self.folder}: no features of {absent[0]!r}"
         if len(keys) > 1:
             text = (
-                f"{self.folder}: {len(absent)} of {len(keys)} rows have no features"
+                f"{self.folder}: no features of {len(absent)} of {counted(len(keys), 'row')}"
                 f" (first: {absent[0]!r})"
             )
         if failed := read_quarantine(self.folder, with_lost=True).get(absent[0]):

@@ -46,7 +46,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from featstore.encoders.spec import QUANTISED, format_of
-from featstore.errors import Advice, Command, CorruptShardError, StoreError
+from featstore.errors import Advice, Command, CorruptShardError, StoreError, counted
 from featstore.store.numbers import SCALE_DTYPE, Numbers, feature_dtype
 
 PAGE_BYTES = 4096
@@ -341,7 +341,7 @@ def _check_shapes(path: Path, kind: str, shape: tuple[int, ...], index: dict[str
     ranks = {"vit": 4, "text": 2}
     if len(shape) != ranks[kind] or shape[0] != first_axis or 0 in shape[1:]:
         raise CorruptShardError(
-            f"{path}: /features has shape {shape}, which does not fit {rows} rows"
+            f"{path}: /features has shape {shape}, which does not fit {counted(rows, 'row')}"
         )
 
 

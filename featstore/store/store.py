@@ -18,6 +18,7 @@ from featstore.errors import (
     MissingFeaturesError,
     StaleFeaturesError,
     StoreError,
+    counted,
 )
 from featstore.store.folder import read_spec, shard_paths
 from featstore.store.index import IntArray, Keys, Store
@@ -52,7 +53,7 @@ class VisionStore(Store):
     def _extent(self) -> str:
         if not self.rows:
             return "no rows,"
-        return f"{len(self)} rows of {self.row_shape[0]} x {self.row_shape[1]}"
+        return f"{counted(len(self), 'row')} of {self.row_shape[0]} x {self.row_shape[1]}"
 
     def __getitem__(self, key: str) -> NDArray[Any]:
         """Return one image's features.
@@ -188,7 +189,8 @@ class TextStore(Store):
     def _extent(self) -> str:
         if not self.rows:
             return "no rows,"
-        return f"{len(self)} rows, {self.lengths(self._live).sum()} tokens x {self.width}"
+        tokens = int(self.lengths(self._live).sum())
+        return f"{counted(len(self), 'row')}, {counted(tokens, 'token')} x {self.width}"
 
     def _tokens(self, key: str) -> tuple[Shard, slice]:
         """Return where the valid tokens of a sentence are."""

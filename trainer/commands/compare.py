@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from featstore.errors import UsageError
-from trainer.commands.console import (
-    encoding_option,
-    json_option,
-    open_run,
-    runs_option,
-    split_option,
-)
+from trainer.commands.answer import answer, json_option
+from trainer.commands.console import encoding_option, open_run, runs_option, split_option
+from trainer.commands.help import PATH, command
 
 SUFFIXES = (".md", ".json")
 
 
-@click.command()
+@command()
 @click.argument("run", nargs=-1, required=True)
 @split_option("test", "val", "train")
-@click.option("--rows", type=click.Path(), help="Labelled rows to compare on, not a split.")
-@click.option("--images", type=click.Path(), help="Folder of their photos.  [default: each run's]")
+@click.option("--rows", type=PATH, help="Labelled rows to compare on, not a split.")
+@click.option("--images", type=PATH, help="Folder of their photos.  [default: each run's]")
 @encoding_option
-@click.option("--buckets", type=click.Path(), help="Bucket file.  [default: the one that ships]")
+@click.option("--buckets", type=PATH, help="Bucket file.  [default: the one that ships]")
 @click.option(
     "--draws",
     type=click.IntRange(min=1),
     default=2000,
     show_default=True,
-    help="Of the bootstrap over images.",
+    help="Draws of the bootstrap over images.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of the draws.",
 )
-@click.option("--out", type=click.Path(), help="Write a page (.md) or the figures (.json).")
+@click.option("--out", type=PATH, help="Write a page (.md) or the figures (.json).")
 @runs_option
 @json_option
 def compare(
@@ -81,6 +80,9 @@ def compare(
             write_json(target, result)
         else:
             write_text(target, as_markdown(result))
-    click.echo(json.dumps(result) if as_json else as_text(result))
+    if as_json:
+        answer(result)
+    else:
+        click.echo(as_text(result))
     if target is not None:
         click.echo(f"written: {target}", err=True)

@@ -8,15 +8,23 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from featstore.config import DEFAULT_FILE
-from featstore.errors import Command, FeatstoreError, StoppedError, UsageError
-from featstore.settings import hints
+from featstore.errors import (
+    Advice,
+    Command,
+    FeatstoreError,
+    StoppedError,
+    UsageError,
+    counted,
+)
+from trainer.commands.answer import Answer, fail, warn
+from trainer.commands.help import PATH, SectionedGroup, setting_option
 from trainer.config import SECTIONS, Config, load_config
 
 if TYPE_CHECKING:
@@ -100,56 +108,99 @@ def quoted(command: Command) -> str:
     return f"`{typed(command)}`"
 
 
-def print_error(error: FeatstoreError | str) -> None:
-    """Print an expected error as one line."""
-    line = error.shown(quoted) if isinstance(error, FeatstoreError) else error
-    click.echo(f"error: {' '.join(line.split())}", err=True)
+def print_error(error: FeatstoreError) -> None:
+    """Print an expected error as one line; with --json the object has the first one."""
+    click.echo(f"error: {' '.join(error.shown(quoted).split())}", err=True)
+    fail(error, typed)
+
+
+def _refused(error: click.ClickException) -> UsageError:
+    """Return what click says of a command line as an error of this program's."""
+    context = getattr(error, "ctx", None)
+    mend = Advice(f"see `{context.command_path} --help`") if context else None
+    return UsageError(error.format_message().rstrip("."), mend)
 
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-class Commands(click.Group):
-    """Reports every expected error as one line and its exit code."""
+class Commands(SectionedGroup):
+    """Reports every expected error as one line and its exit code; with --json as an object too."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
         """Parse and run; leave with the exit code."""
+        given = sys.argv[1:] if args is None else list(args)
+        # Asked here, so that an error of the command line itself is an object as well.
+        answered = Answer(asked="--json" in given)
         try:
-            result = super().main(*args, **{**kwargs, "standalone_mode": False})
+            result = super().main(given, **{**kwargs, "standalone_mode": False, "obj": answered})
         except click.ClickException as error:
-            if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and later
-                error.show()
-                sys.exit(error.exit_code)
-            context = getattr(error, "ctx", None)
-            mend = f"; see `{context.command_path} --help`" if context else ""
-            print_error(error.format_message().rstrip(".") + mend)
+            # Of the program's own options: there is no context yet, in which to run.
+            print_error(_refused(error))
+            answered.fail(_refused(error), typed)
+            answered.print()
             sys.exit(error.exit_code)
         sys.exit(result if isinstance(result, int) else 0)
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command."""
+    def invoke(self, ctx: click.Context) -> int:
+        """Run a command; return its exit code."""
         earlier = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            return super().invoke(ctx)
-        except StoppedError as error:
-            click.echo(str(error), err=True)
-            ctx.exit(error.exit_code)
-        except FeatstoreError as error:
-            print_error(error)
-            ctx.exit(error.exit_code)
+            code = self._reported(ctx)
         except BrokenPipeError:
             # The reader of our output has seen enough; click leaves quietly.
             raise
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            print_error(f"{where}{error.strerror or error}")
-            ctx.exit(1)
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("stopped; what was published is kept, the same command goes on", err=True)
-            ctx.exit(130)
+        except Exception as error:
+            # A defect of ours: its traceback is shown, and a program is told too.
+            fail(_unexpected(error), typed)
+            ctx.obj.print()
+            raise
         finally:
             signal.signal(signal.SIGTERM, earlier)
+        ctx.obj.print()
+        return code
+
+    def _reported(self, ctx: click.Context) -> int:
+        """Run a command; report the errors that are expected."""
+        try:
+            super().invoke(ctx)
+        except click.exceptions.Exit as end:
+            return end.exit_code
+        except click.ClickException as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and later
+                error.show()
+            else:
+                print_error(_refused(error))
+            return error.exit_code
+        except StoppedError as error:
+            return _stopped(error)
+        except FeatstoreError as error:
+            print_error(error)
+            return error.exit_code
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            print_error(FeatstoreError(f"{where}{error.strerror or error}"))
+            return FeatstoreError.exit_code
+        except (KeyboardInterrupt, click.Abort):
+            return _stopped(
+                StoppedError("stopped; what was published is kept, the same command goes on")
+            )
+        return 0
+
+
+def _stopped(error: StoppedError) -> int:
+    click.echo(error.shown(quoted), err=True)
+    fail(error, typed)
+    return error.exit_code
+
+
+def _unexpected(error: Exception) -> FeatstoreError:
+    return FeatstoreError(f"unexpected {type(error).__name__}: {error}")
 
 
 def settings(*sections: str) -> Callable[[Function], Function]:
@@ -157,25 +208,13 @@ def settings(*sections: str) -> Callable[[Function], Function]:
 
     def add(command: Function) -> Function:
         for name in reversed(sections):
-            section = SECTIONS[name]
-            types = hints(section)
-            for field in reversed(dataclasses.fields(section)):
-                meta, kind = field.metadata, types[field.name]
-                option_type: Any = kind if kind in (int, float) else str
-                if meta["choices"]:
-                    option_type = click.Choice(meta["choices"])
-                flag = f"--{field.name.replace('_', '-')}"
-                if kind is bool:
-                    option_type, flag = bool, f"{flag}/--no-{flag[2:]}"
-                command = click.option(
-                    flag,
-                    f"{name}__{field.name}",
-                    type=option_type,
-                    default=None,
-                    help=f"{meta['help']}  [{name}]",
-                )(command)
+            for field in reversed(dataclasses.fields(SECTIONS[name])):
+                command = setting_option(name, SECTIONS[name], field.name)(command)
         return click.option(
-            "--config", "config_file", type=click.Path(), help=f"settings  [{DEFAULT_FILE}]"
+            "--config",
+            "config_file",
+            type=PATH,
+            help=f"Settings file; flags win over it.  [default: {DEFAULT_FILE}, if it is there]",
         )(command)
 
     return add
@@ -231,13 +270,12 @@ def open_project(config_file: str | None, flags: dict[str, Any], save: bool = Tr
 def split_option(*choices: str) -> Callable[[Function], Function]:
     """Give a command `--split`; the first choice is what it is without."""
     return click.option(
-        "--split", type=click.Choice(choices), default=choices[0], show_default=True
+        "--split",
+        type=click.Choice(choices),
+        default=choices[0],
+        show_default=True,
+        help="Rows of which split.",
     )
-
-
-def json_option(command: Function) -> Function:
-    """Give a command `--json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
 
 
 def encoding_option(command: Function) -> Function:
@@ -254,6 +292,7 @@ def runs_option(command: Function) -> Function:
     return click.option(
         "--runs",
         "runs",
+        type=PATH,
         default="runs",
         show_default=True,
         callback=_remember_place,
@@ -291,9 +330,9 @@ def print_rows(dataset: Any) -> None:
     ):
         if reasons:
             found = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
-            click.echo(f"rows {title}: {found} (named in {dataset.report})", err=True)
+            warn(f"rows {title}: {found} (named in {dataset.report})")
     for line in dataset.notes():
-        click.echo(line, err=True)
+        warn(line)
 
 
 def open_run(name: str, runs: str) -> Run:
@@ -311,7 +350,7 @@ def print_metrics(result: dict[str, Any]) -> None:
     at, half = result["at_threshold"], result["at_half"]
     auc = "undefined" if result["auc"] is None else f"{result['auc']:.4f}"
     click.echo(
-        f"{result['split']}: {result['rows']} rows ({result['entailment']} entailment,"
+        f"{result['split']}: {counted(result['rows'], 'row')} ({result['entailment']} entailment,"
         f" {result['contradiction']} contradiction), loss {result['loss']:.4f}, AUC {auc}"
     )
     click.echo(f"{'threshold':>16} {'accuracy':>9} {'macro-F1':>9}   tp    fp    fn    tn")

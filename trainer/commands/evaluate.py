@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import click
 
-from featstore.errors import UsageError
+from featstore.errors import UsageError, counted
 from featstore.progress import SHOWN
+from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     encoding_option,
-    json_option,
     open_run,
     quoted,
     runs_option,
     split_option,
     stop_request,
 )
+from trainer.commands.help import PATH, command
 from trainer.config import CONTROLS
 
 SHOWN_BUCKET_ROWS = 20
@@ -27,8 +27,7 @@ SHOWN_BUCKET_ROWS = 20
 
 def _print_result(result: dict[str, Any]) -> None:
     """Print a screenful: figures, controls, calibration, buckets, errors."""
-    from trainer.results.controls import NO_BLIND
-    from trainer.results.summary import between, number, seen_lines, title, train_controls
+    from trainer.results.summary import between, number, title
 
     def with_interval(value: float, name: str) -> str:
         return f"{value:.2%} ({between(result['intervals'][name])})"
@@ -36,7 +35,8 @@ def _print_result(result: dict[str, Any]) -> None:
     if result["control"] != "none":
         click.echo(f"control: {result['control']}")
     click.echo(
-        f"{result['run']} on {title(result)}: {result['rows']} rows of {result['images']} photos"
+        f"{result['run']} on {title(result)}: {counted(result['rows'], 'row')} of"
+        f" {counted(result['images'], 'photo')}"
         f" ({result['entailment']} entailment, {result['contradiction']} contradiction)"
     )
     click.echo(
@@ -71,19 +71,26 @@ def _print_result(result: dict[str, Any]) -> None:
     click.echo(line)
     _print_controls(result)
     _print_extremes(result)
+
+
+def _warn(result: dict[str, Any]) -> None:
+    """Say what was not measured, and what the figures are not good for."""
+    from trainer.results.controls import NO_BLIND
+    from trainer.results.summary import seen_lines, train_controls
+
     for key, reason in result.get("controls_missing", {}).items():
         mend = f"; {quoted(train_controls(result))} trains it" if reason == NO_BLIND else ""
-        click.echo(f"control {key}: {reason}{mend}", err=True)
+        warn(f"control {key}: {reason}{mend}")
     lost = result["rows_of_split"] - result["rows"]
     if lost and "rows_left_out" not in result:
-        click.echo(f"{lost} rows left out: their photos could not be read", err=True)
+        warn(f"{counted(lost, 'row')} left out: the photo could not be read")
     elif lost:
         reasons = [f"{count} {reason}" for reason, count in result["rows_left_out"].items()]
         unread = lost - sum(result["rows_left_out"].values())
         reasons += [f"{unread} photo could not be read"] if unread else []
-        click.echo(f"{lost} rows left out: {', '.join(reasons)}", err=True)
+        warn(f"{counted(lost, 'row')} left out: {', '.join(reasons)}")
     for line in seen_lines(result):
-        click.echo(f"warning: {line}", err=True)
+        warn(line, "warning: ")
 
 
 def _print_controls(result: dict[str, Any]) -> None:
@@ -122,20 +129,22 @@ def _print_extremes(result: dict[str, Any]) -> None:
         )
 
 
-@click.command()
+@command()
 @click.argument("run")
 @split_option("test", "val", "train")
-@click.option("--rows", type=click.Path(), help="Labelled rows in place of a split's.")
-@click.option("--images", type=click.Path(), help="Folder of their photos.  [default: the run's]")
+@click.option("--rows", type=PATH, help="Labelled rows in place of a split's.")
+@click.option("--images", type=PATH, help="Folder of their photos.  [default: the run's]")
 @encoding_option
 @click.option("--no-cache", is_flag=True, help="Do not keep the features of --rows in the store.")
 @click.option(
-    "--control", type=click.Choice(CONTROLS), help="What to show it.  [default: as in training]"
+    "--control",
+    type=click.Choice(CONTROLS),
+    help="Control that it is measured with.  [default: as in training]",
 )
 @click.option(
     "--with-controls", is_flag=True, help="Train the same run on the sentence alone, if missing."
 )
-@click.option("--buckets", type=click.Path(), help="Bucket file.  [default: the study's ten]")
+@click.option("--buckets", type=PATH, help="Bucket file.  [default: the study's ten]")
 @runs_option
 @json_option
 @click.pass_context
@@ -184,8 +193,11 @@ def evaluate(
         encoding=encoding,
     )
     if as_json:
-        click.echo(json.dumps(result))
+        answer(result)
+    else:
+        _print_result(result)
+    _warn(result)
+    if as_json:
         return
-    _print_result(result)
     for path in result["files"].values():
         click.echo(f"{found.folder / path}", err=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
-from trainer.commands.console import json_option, open_run, runs_option, split_option
+from featstore.errors import counted
+from trainer.commands.answer import answer, json_option
+from trainer.commands.console import open_run, runs_option, split_option
+from trainer.commands.help import PATH, command
 
 
 def _print_export(result: dict[str, Any]) -> None:
@@ -20,7 +22,9 @@ def _print_export(result: dict[str, Any]) -> None:
         "end_to_end": "from the end-to-end model",
         "serve_bytes": "of serve_bytes, from the photos' bytes",
     }
-    click.echo(f"largest difference of a logit over {check['rows']} {check['split']} rows:")
+    click.echo(
+        f"largest difference of a logit over {counted(check['rows'], check['split'] + ' row')}:"
+    )
     for name, title in titles.items():
         if name in check:
             found = check[name]
@@ -37,21 +41,21 @@ def _print_export(result: dict[str, Any]) -> None:
         )
 
 
-@click.command()
+@command()
 @click.argument("run")
-@click.argument("target", metavar="FILE")
+@click.argument("target", metavar="FILE", type=PATH)
 @click.option(
     "--format",
     "format",
     type=click.Choice(["keras", "saved_model", "onnx", "weights"]),
-    help="Of the model; by default as FILE's name says.",
+    help="Format of the model.  [default: as FILE's name says]",
 )
 @click.option(
     "--rows",
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Real rows that it is checked on.",
+    help="Real rows that the model is checked on.",
 )
 @split_option("test", "val", "train")
 @click.option("--force", is_flag=True, help="Replace what is there.")
@@ -75,4 +79,4 @@ def export(
     """
     found = open_run(run, runs)
     result = found.export(target, format, split=split, rows=rows, force=force)
-    click.echo(json.dumps(result)) if as_json else _print_export(result)
+    answer(result) if as_json else _print_export(result)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 import click
 
 from featstore.config import SPLITS
-from featstore.errors import DataError, UsageError
+from featstore.errors import DataError, UsageError, counted
 from featstore.progress import SHOWN
+from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     Function,
     import_framework,
-    json_option,
     open_project,
     settings,
     split_option,
 )
+from trainer.commands.help import command, setting_option
+from trainer.config import TrainConfig
 
 
 def _print_plan(plan: Any, rate: float, as_json: bool) -> None:
@@ -27,14 +28,16 @@ def _print_plan(plan: Any, rate: float, as_json: bool) -> None:
     seconds = found["todo"] / rate if found["todo"] else 0.0
     found |= {"rows_per_second": round(rate, 2), "estimated_seconds": round(seconds, 1)}
     if as_json:
-        click.echo(json.dumps(found))
+        answer(found)
         return
     click.echo(f"features     {found['folder']}")
     click.echo(f"asked for    {found['requested']}")
     changed = f" ({found['changed']} because the photo changed)" if found["changed"] else ""
     click.echo(f"stored       {found['cached']}")
     click.echo(f"quarantined  {found['quarantined']}")
-    click.echo(f"to do        {found['todo']}, {found['planned_shards']} shards{changed}")
+    click.echo(
+        f"to do        {found['todo']}, {counted(found['planned_shards'], 'shard')}{changed}"
+    )
     free = found["free_bytes"] / 1e9
     click.echo(f"disk         {found['todo_bytes'] / 1e6:.1f} MB of {free:.1f} GB free")
     if found["todo"]:
@@ -47,8 +50,8 @@ def _print_summary(plan: Any, summary: Any, as_json: bool) -> None:
     if unread and unread == plan.requested:
         reason = next(iter(summary.failed.values()), "they failed before")
         raise DataError(
-            f"{plan.folder}: none of the {unread} {unit} has features ({reason}); reasons in"
-            f" {quarantine}: mend the inputs, then run the command again"
+            f"{plan.folder}: no features of any of {counted(unread, unit.removesuffix('s'))}"
+            f" ({reason}); reasons in {quarantine}: mend the inputs, then run the command again"
         )
     if as_json:
         result = {
@@ -60,17 +63,23 @@ def _print_summary(plan: Any, summary: Any, as_json: bool) -> None:
             "batch_size": summary.batch_size,
             "cut_sentences": summary.cut and summary.cut.to_dict(),
         }
-        click.echo(json.dumps(result))
-        return
-    done = f"{summary.extracted} {unit} extracted" if plan.keys else f"nothing to do: {unit}"
+        answer(result)
+    else:
+        _print_extracted(plan, summary)
+    for key, reason in list(summary.failed.items())[:5]:
+        warn(f"quarantined {key}: {reason}")
+    if unread:
+        warn(f"{unread} quarantined; reasons in {quarantine}")
+
+
+def _print_extracted(plan: Any, summary: Any) -> None:
+    unit = plan.job.unit
+    done = counted(summary.extracted, unit.removesuffix("s"))
+    done = f"{done} extracted" if plan.keys else f"nothing to do: {unit}"
     speed = f" in {summary.seconds:.1f} s ({summary.rows_per_second:.1f}/s)" if plan.keys else ""
     click.echo(f"{done}{speed}, {plan.cached} were stored already; {plan.folder}")
-    for key, reason in list(summary.failed.items())[:5]:
-        click.echo(f"quarantined {key}: {reason}", err=True)
-    if unread:
-        click.echo(f"{unread} quarantined; reasons in {quarantine}", err=True)
     if summary.cut and (line := summary.cut.line()):
-        click.echo(line, err=True)
+        warn(line)
 
 
 def _shard_range(value: str | None) -> range:
@@ -95,20 +104,22 @@ def _extraction(command: Function) -> Function:
         click.option(
             "--return-shards",
             is_flag=True,
-            help="Ray: send shards here, not to the shared folder.",
+            help="With --ray, send shards here, not to the shared folder.",
         ),
         click.option(
             "--num-cpus",
             type=click.FloatRange(0),
-            help="Ray: CPUs of an actor.  [2; all without GPU]",
+            help="CPUs of an actor of --ray.  [default: 2; all without GPU]",
         ),
         click.option(
             "--num-gpus",
             type=click.FloatRange(0),
-            help="Ray: GPUs of an actor.  [1 if there are any]",
+            help="GPUs of an actor of --ray.  [default: 1 if there are any]",
         ),
         click.option(
-            "--actors", type=click.IntRange(1), help="Ray: encoders at work.  [all that fit]"
+            "--actors",
+            type=click.IntRange(1),
+            help="Actors of --ray, an encoder each.  [default: all that fit]",
         ),
         click.option(
             "--ray",
@@ -159,7 +170,7 @@ def _extract(
     _print_summary(*found, as_json)
 
 
-@click.command("extract-vit")
+@command("extract-vit")
 @click.option(
     "--source",
     type=click.Choice(["times", "bytes"]),
@@ -173,8 +184,8 @@ def extract_vit(**options: Any) -> None:
     _extract("vit", **options)
 
 
-@click.command("extract-text")
-@click.option("--k-txt", "train__k_txt", type=int, help="last text layers that will train")
+@command("extract-text")
+@setting_option("train", TrainConfig, "k_txt")
 @_extraction
 def extract_text(**options: Any) -> None:
     """Run the frozen text layers once for each sentence of a split."""

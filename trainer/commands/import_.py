@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import click
 
 from featstore.progress import SHOWN
+from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     import_framework,
-    json_option,
     open_project,
     print_metrics,
     runs_option,
     settings,
 )
+from trainer.commands.help import PATH, command
 
 
-@click.command("import")
-@click.argument("file")
+@command("import")
+@click.argument("file", type=PATH)
 @click.option("--as", "name", required=True, help="Name of the run.")
 @click.option(
     "--labels",
-    help="contradiction=1: the file's positive class is contradiction.  [default: entailment=1]",
+    help="Positive class of the file: entailment=1 or contradiction=1.  [default: entailment=1]",
 )
-@click.option("--threshold", type=float, help="τ.  [default: the export's own, or swept on val]")
+@click.option(
+    "--threshold", type=float, help="The run's τ.  [default: the export's own, or swept on val]"
+)
 @runs_option
 @json_option
 @settings("data", "encoders", "store", "train")
@@ -60,7 +62,7 @@ def import_weights(
     )
     imported = run.manifest["imported"]
     if as_json:
-        click.echo(json.dumps({"run": str(run.folder), "imported": imported, **run.metrics}))
+        answer({"run": str(run.folder), "imported": imported, **run.metrics})
         return
     click.echo(f"{run.folder}: {', '.join(imported['layers'])} ({imported['labels']})")
     print_metrics(run.metrics)

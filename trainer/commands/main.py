@@ -13,11 +13,13 @@ import click
 from featstore.config import DEFAULT_FILE
 from featstore.errors import Command, UsageError
 from featstore.publish import program
+from trainer.commands.answer import answer, json_option
 from trainer.commands.compare import compare
 from trainer.commands.console import Commands, quoted
 from trainer.commands.evaluate import evaluate
 from trainer.commands.export import export
 from trainer.commands.extract import extract_text, extract_vit
+from trainer.commands.help import PATH
 from trainer.commands.import_ import import_weights
 from trainer.commands.parity import parity
 from trainer.commands.predict import predict
@@ -33,23 +35,37 @@ os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(package_name="featstore", message="%(package)s %(version)s")
 def cli() -> None:
     """Pay for the frozen encoders once, then search fast on their features."""
 
 
 @cli.command()
-@click.option("--config", "config_file", default=DEFAULT_FILE, show_default=True)
+@click.option(
+    "--config",
+    "config_file",
+    type=PATH,
+    default=DEFAULT_FILE,
+    show_default=True,
+    help="File to write.",
+)
 @click.option("--force", is_flag=True, help="Replace the file if there is one.")
-def init(config_file: str, force: bool) -> None:
-    """Write a commented settings file."""
+@json_option
+def init(config_file: str, force: bool, as_json: bool) -> None:
+    """Write a commented settings file for your own data."""
     from featstore.publish import write_text
 
     path = Path(config_file)
     if path.exists() and not force:
         raise UsageError(f"{path}: there already; --force replaces it")
     write_text(path, render_config(Config(), comments=True, defaults=False))
+    if as_json:
+        answer({"config": str(path)})
+        return
     shown = click.format_filename(path)
     click.echo(f"{shown}: set rows and images in [data], then run {quoted(Command('extract-vit'))}")
 

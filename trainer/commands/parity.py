@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
+from featstore.errors import counted
 from featstore.progress import SHOWN
-from trainer.commands.console import json_option, open_run, runs_option, split_option
+from trainer.commands.answer import answer, json_option
+from trainer.commands.console import open_run, runs_option, split_option
+from trainer.commands.help import command
 
 
 def _print_parity(result: dict[str, Any]) -> None:
     click.echo(
-        f"{result['split']}: {result['rows']} of {result['rows_of_split']} rows, stored in"
-        f" {result['stored_dtype']}"
+        f"{result['split']}: {result['rows']} of {counted(result['rows_of_split'], 'row')},"
+        f" stored in {result['stored_dtype']}"
     )
 
     def shown(value: float | None) -> str:
@@ -32,7 +34,7 @@ def _print_parity(result: dict[str, Any]) -> None:
     loss = "not finite" if recorded["found"] is None else f"{recorded['found']:.6f}"
     click.echo(
         f"{recorded['name']:>20} {recorded['expected']:.6f}, now {loss}"
-        f" over {recorded['rows']} rows; {'met' if recorded['met'] else 'NOT met'}"
+        f" over {counted(recorded['rows'], 'row')}; {'met' if recorded['met'] else 'NOT met'}"
         f" ({recorded['tolerance']:.1e})"
     )
     click.echo(f"{'predictions':>20} {len(differing)} differ at τ = {result['threshold']:.2f}")
@@ -50,7 +52,7 @@ def _print_parity(result: dict[str, Any]) -> None:
         click.echo(f"note: {note}")
 
 
-@click.command()
+@command()
 @click.argument("run")
 @click.option(
     "--rows",
@@ -61,7 +63,11 @@ def _print_parity(result: dict[str, Any]) -> None:
     help="Rows drawn from the split.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides which rows."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed that decides which rows.",
 )
 @split_option("test", "val", "train")
 @runs_option
@@ -73,7 +79,7 @@ def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool
 
     result, failure = check_parity(found, split, count, seed, SHOWN)
     if as_json:
-        click.echo(json.dumps(result))
+        answer(result)
     else:
         _print_parity(result)
     if failure is not None:

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from featstore.errors import UsageError
-from trainer.commands.console import encoding_option, json_option, open_run, runs_option
+from featstore.errors import UsageError, counted
+from trainer.commands.answer import answer, json_option, warn
+from trainer.commands.console import encoding_option, open_run, runs_option
+from trainer.commands.help import PATH, command
 
 FORMATS = ("csv", "jsonl", "parquet")
 STREAM = "-"
 
 
-@click.command()
+@command()
 @click.argument("run")
-@click.option("--rows", help="Row file, JSONL or CSV, labelled or not; - is standard input.")
-@click.option("--images", help="Folder of the photos.  [default: the run's own]")
+@click.option(
+    "--rows", type=PATH, help="Row file, JSONL or CSV, labelled or not; - is standard input."
+)
+@click.option("--images", type=PATH, help="Folder of the photos.  [default: the run's own]")
 @encoding_option
-@click.option("--out", default=STREAM, show_default=True, help="File; - is standard output.")
+@click.option(
+    "--out",
+    type=PATH,
+    default=STREAM,
+    show_default=True,
+    help="File to write; - is standard output.",
+)
 @click.option(
     "--format",
     "format_name",
     type=click.Choice(FORMATS),
-    help="[default: by the name of --out; else csv]",
+    help="Format of the file.  [default: by the name of --out; else csv]",
 )
 @click.option(
     "--cache/--no-cache",
     default=True,
     help="Keep the features that were missing in the store, or write nothing there.  [--cache]",
 )
-@click.option("--image", help="One photo, in place of --rows.")
+@click.option("--image", type=PATH, help="One photo, in place of --rows.")
 @click.option("--text", help="The sentence about --image.")
 @runs_option
 @json_option
@@ -72,15 +81,22 @@ def predict(
         click.echo(line, err=True)
     summary = {"run": found.name, "out": out, "format": format_name, **predictions.summary()}
     if as_json:
-        click.echo(json.dumps(summary))
+        answer(summary)
     else:
         _print_summary(summary, to_stream)
+    for title, reasons in (
+        ("without a prediction", summary["not_predicted"]),
+        ("with a warning", summary["kept_with_warning"]),
+    ):
+        if reasons:
+            listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            warn(f"rows {title}: {listed}")
 
 
 def _predict_pair(run: str, runs: str, image: str, text: str, as_json: bool) -> None:
     result = open_run(run, runs).predict_pair(image, text)
     if as_json:
-        click.echo(json.dumps(result))
+        answer(result)
         return
     click.echo(
         f"{result['label']} (confidence {result['confidence']:.2%}; probability of entailment"
@@ -89,25 +105,18 @@ def _predict_pair(run: str, runs: str, image: str, text: str, as_json: bool) -> 
 
 
 def _print_summary(summary: dict[str, Any], err: bool) -> None:
-    """Print what was predicted, what was not and why, and the figures of labelled rows."""
+    """Print what was predicted, and the figures of labelled rows."""
     said = ", ".join(f"{count} {label}" for label, count in summary["labels"].items())
     click.echo(
-        f"{summary['predicted']} of {summary['rows']} rows predicted at τ ="
+        f"{summary['predicted']} of {counted(summary['rows'], 'row')} predicted at τ ="
         f" {summary['threshold']:.2f} ({said}), {summary['rows_per_second']:.3g} rows/s",
         err=err,
     )
-    for title, reasons in (
-        ("without a prediction", summary["not_predicted"]),
-        ("with a warning", summary["kept_with_warning"]),
-    ):
-        if reasons:
-            found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-            click.echo(f"rows {title}: {found}", err=err)
     if metrics := summary["metrics"]:
         at = metrics["at_threshold"]
         auc = "undefined" if metrics["auc"] is None else f"{metrics['auc']:.4f}"
         click.echo(
-            f"{metrics['rows']} labelled rows: accuracy {at['accuracy']:.2%}, macro-F1"
+            f"{counted(metrics['rows'], 'labelled row')}: accuracy {at['accuracy']:.2%}, macro-F1"
             f" {at['macro_f1']:.2%}, AUC {auc}; tp {at['tp']}, fp {at['fp']}, fn {at['fn']},"
             f" tn {at['tn']}",
             err=err,

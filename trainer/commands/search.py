@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from featstore.errors import Command, RunError, UsageError
+from featstore.errors import Command, RunError, UsageError, counted
 from featstore.progress import SHOWN
-from featstore.settings import hints
+from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     Function,
     import_framework,
-    json_option,
     print_rows,
     quoted,
     read_config,
@@ -25,20 +23,16 @@ from trainer.commands.console import (
     split_option,
     stop_request,
 )
+from trainer.commands.help import PATH, SectionedGroup, setting_option
 from trainer.tuning.space import SearchConfig
 
 
 def _search_options(command: Function) -> Function:
     """Give a command one flag for each setting of `[search]`."""
-    types = hints(SearchConfig)
     for field in reversed(dataclasses.fields(SearchConfig)):
-        meta = field.metadata
-        kind: Any = click.Choice(meta["choices"]) if meta["choices"] else types[field.name]
         # `--seed` is a run's.
-        name = "search-seed" if field.name == "seed" else field.name
-        flag = f"--{name}"
-        option = click.option(flag, f"search__{field.name}", type=kind, help=meta["help"])
-        command = option(command)
+        flag = "--search-seed" if field.name == "seed" else None
+        command = setting_option("search", SearchConfig, field.name, flag)(command)
     return command
 
 
@@ -54,13 +48,13 @@ def _flag_sections(flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
 RAY_HELP = "Run the trials on a Ray cluster: host:port, auto, or local."
 
 
-@click.group("search", invoke_without_command=True)
-@click.option("--space", "space_file", type=click.Path(), help="What to vary (TOML).")
+@click.group("search", cls=SectionedGroup, invoke_without_command=True)
+@click.option("--space", "space_file", type=PATH, help="TOML file of what to vary.")
 @click.option("--name", help="Name of the search; one of that name goes on.")
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Trials at once; default: 1, with --ray as many as fit.",
+    help="Trials at once.  [default: 1; with --ray as many as fit]",
 )
 @click.option(
     "--timeout",
@@ -126,8 +120,13 @@ def search_group(
     project, space = what.project, what.space
     print_rows(project.dataset)
     if dry_run:
-        drive.plan_features(project, space.feature_configs(what.base), SHOWN)
-        click.echo(f"{space.trials} trials of {', '.join(p.name for p in space.parameters)}")
+        plans = drive.plan_features(project, space.feature_configs(what.base), SHOWN)
+        names = [parameter.name for parameter in space.parameters]
+        if as_json:
+            missing = [plan.to_dict() for plan in plans]
+            answer({"trials": space.trials, "parameters": names, "to_extract": missing})
+        else:
+            click.echo(f"{counted(space.trials, 'trial')} of {', '.join(names)}")
         return
     project.dataset.save()
     # Before the extraction, so that a wrong name or storage does not wait for its end.
@@ -148,7 +147,7 @@ def search_group(
             "peak_memory_bytes": watched.peak_bytes,
             "worker_deaths": watched.deaths,
         }
-        click.echo(json.dumps(found))
+        answer(found)
     else:
         _print_leaderboard(search, rows)
         click.echo(f"{', '.join(str(path) for path in files)}")
@@ -160,7 +159,7 @@ def search_group(
         if search.unfinished:
             ended = sum(row["state"] != "running" for row in rows)
             click.echo(
-                f"{ended} of {space.trials} trials ended;"
+                f"{ended} of {counted(space.trials, 'trial')} ended;"
                 f" {quoted(Command('search', name=name, bare=True))} goes on with the rest",
                 err=True,
             )
@@ -211,7 +210,7 @@ def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> Non
             row["state"] = "stopped"
     files = write_leaderboard(search)
     if as_json:
-        click.echo(json.dumps({"search": name, "trials": ranked(search, rows)}))
+        answer({"search": name, "trials": ranked(search, rows)})
         return
     _print_leaderboard(search, rows)
     click.echo(", ".join(str(path) for path in files))
@@ -246,7 +245,7 @@ def search_best(
         raise RunError(f"{search.folder}: no trial is complete yet")
     if epochs is None and seeds is None:
         if as_json:
-            click.echo(json.dumps(best))
+            answer(best)
             return
         params = ", ".join(f"{key} {shown(value)}" for key, value in best["params"].items())
         click.echo(f"{search.run_of(best['trial']).folder}: {params}")
@@ -262,7 +261,7 @@ def search_best(
         reporter = dataclasses.replace(SHOWN_REPORTER, stopping=stopping)
         found = results.retrain(epochs, seeds or 1, split, reporter)
     if as_json:
-        click.echo(json.dumps(found))
+        answer(found)
         return
     for run in found["runs"]:
         click.echo(f"{run['run']}: accuracy {run['accuracy']:.2%}, macro-F1 {run['macro_f1']:.2%}")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from featstore.config import SPLITS
-from featstore.errors import shown
+from featstore.errors import StoreError, counted, shown
+from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     Function,
     import_framework,
-    json_option,
     print_error,
     read_config,
     runs_option,
@@ -21,23 +20,31 @@ from trainer.commands.console import (
     split_option,
     typed,
 )
+from trainer.commands.help import PATH, SectionedGroup, setting_option
+from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
     from featstore.api import Project
 
 
-@click.group("store")
+@click.group("store", cls=SectionedGroup)
 def store_group() -> None:
     """Look after the stored features: what is there, is it whole, what can go."""
 
 
 def _store_options(command: Function) -> Function:
-    k_txt = click.option("--k-txt", "train__k_txt", type=int, help="last text layers that train")
-    return json_option(k_txt(settings("data", "encoders", "store")(command)))
+    k_txt = setting_option("train", TrainConfig, "k_txt")
+    return json_option(settings("data", "encoders", "store")(k_txt(command)))
 
 
 def _kind_option(*choices: str) -> Callable[[Function], Function]:
-    return click.option("--kind", type=click.Choice(choices), default=choices[0], show_default=True)
+    return click.option(
+        "--kind",
+        type=click.Choice(choices),
+        default=choices[0],
+        show_default=True,
+        help="Features of which encoder.",
+    )
 
 
 def _project(config_file: str | None, flags: dict[str, Any]) -> Project:
@@ -67,17 +74,18 @@ def _print_info(found: dict[str, Any]) -> None:
         names = ", ".join(entry["names"]) or "unknown preset"
         click.echo(f"{entry['kind']:4} {entry['fingerprint']}  {names}{mark}")
         if entry["shards"] is not None:
-            click.echo(f"     {_megabytes(entry['bytes'])} in {entry['shards']} shards")
+            click.echo(f"     {_megabytes(entry['bytes'])} in {counted(entry['shards'], 'shard')}")
         if entry["damaged"]:
             click.echo(f"     damaged: {entry['damaged']}")
             continue
-        unit = f"{entry['tokens']} tokens" + (" in all" if entry["kind"] == "text" else " a row")
+        unit = counted(entry["tokens"], "token")
+        unit += " in all" if entry["kind"] == "text" else " a row"
         click.echo(
             f"     boundary {entry['boundary']} of {entry['layers']}, {unit} × {entry['width']}"
             f" {entry['dtype']}"
         )
         click.echo(
-            f"     {entry['rows']} rows, {entry['superseded_rows']} superseded,"
+            f"     {counted(entry['rows'], 'row')}, {entry['superseded_rows']} superseded,"
             f" {entry['stale_rows']} stale, {entry['quarantined']} quarantined"
         )
         if (cut := entry["cut"]) and (cut["cut"] or cut["uncounted"]):
@@ -89,15 +97,14 @@ def _print_info(found: dict[str, Any]) -> None:
             )
     for split, counts in (found["coverage"] or {}).items():
         parts = [
-            f"{counts[f'{what}_with_features']} of {counts[what]} {what}"
-            for what in ("images", "sentences")
-            if what in counts
+            f"{counts[f'{what}s_with_features']} of {counted(counts[f'{what}s'], what)}"
+            for what in ("image", "sentence")
+            if f"{what}s" in counts
         ]
-        click.echo(f"{split:5} {', '.join(parts)} have features")
+        click.echo(f"{split:5} with features: {', '.join(parts)}")
     for name in ("splits", "reports"):
-        click.echo(f"{name}: {found[name]['files']} files, {_megabytes(found[name]['bytes'])}")
-    for problem in found["problems"]:
-        click.echo(f"note: {problem}", err=True)
+        files = counted(found[name]["files"], "file")
+        click.echo(f"{name}: {files}, {_megabytes(found[name]['bytes'])}")
 
 
 @store_group.command("info")
@@ -105,7 +112,12 @@ def _print_info(found: dict[str, Any]) -> None:
 def store_info(as_json: bool, config_file: str | None, **flags: Any) -> None:
     """Show what is stored, and what of it the configuration asks for."""
     found = _project(config_file, flags).info()
-    click.echo(json.dumps(found)) if as_json else _print_info(found)
+    if as_json:
+        answer(found)
+    else:
+        _print_info(found)
+    for problem in found["problems"]:
+        warn(problem, "note: ")
 
 
 @store_group.command("verify")
@@ -128,18 +140,18 @@ def store_verify(
     """Check every byte of the stored features; exit 1 if any is not as it was written."""
     project = _project(config_file, flags)
     reports = project.verify(kinds=_kinds(kind), mine=mine, sample=sample, photos=photos)
+    problems = sum(len(report.problems) for report in reports)
     if as_json:
-        sound = not any(report.problems for report in reports)
         found = [report.to_dict(typed) for report in reports]
-        click.echo(json.dumps({"sound": sound, "sample": sample, "folders": found}))
+        answer({"sound": not problems, "sample": sample, "folders": found})
     else:
         for report in reports:
             count = len(report.problems)
-            verdict = f"{count} problem{'s' * (count > 1)}" if count else "sound"
-            share = f"{report.checked_rows} of {report.rows} rows checked"
+            verdict = counted(count, "problem") if count else "sound"
+            share = f"{report.checked_rows} of {counted(report.rows, 'row')} checked"
             if sample is not None:
                 share += " (a sample; without --sample every byte is)"
-            click.echo(f"{report.folder}: {verdict}; {report.shards} shards, {share}")
+            click.echo(f"{report.folder}: {verdict}; {counted(report.shards, 'shard')}, {share}")
             for problem in report.problems:
                 click.echo(f"  {problem.path}: {problem.what}: {problem.detail}")
                 _print_keys(list(problem.keys))
@@ -148,8 +160,12 @@ def store_verify(
                 click.echo(f"  note: {shown(note, typed)}")
         if not reports:
             click.echo("no features are stored")
-    if any(report.problems for report in reports):
-        click.get_current_context().exit(1)
+    if problems:
+        damaged = sum(bool(report.problems) for report in reports)
+        raise StoreError(
+            f"{counted(problems, 'problem')} in {damaged} of"
+            f" {counted(len(reports), 'folder')} of features"
+        )
 
 
 @store_group.command("repair")
@@ -166,20 +182,22 @@ def store_repair(
     reports = project.repair(kinds=_kinds(kind), dry_run=dry_run)
     if as_json:
         found = [report.to_dict() for report in reports]
-        click.echo(json.dumps({"dry_run": dry_run, "folders": found}))
+        answer({"dry_run": dry_run, "folders": found})
     for report in reports if not as_json else []:
         for action in report.actions:
             click.echo(action)
         if report.restored:
             click.echo(
-                f"{report.folder}: {report.restored} rows computed again, {report.identical} with"
-                " the bits that they had"
+                f"{report.folder}: {counted(report.restored, 'row')} computed again,"
+                f" {report.identical} with the bits that they had"
             )
         if report.dropped:
-            click.echo(f"{report.folder}: {len(report.dropped)} known rows could not be kept")
+            click.echo(
+                f"{report.folder}: {counted(len(report.dropped), 'known row')} could not be kept"
+            )
             _print_keys(report.dropped)
         if report.extracted:
-            click.echo(f"{report.folder}: {report.extracted} rows extracted")
+            click.echo(f"{report.folder}: {counted(report.extracted, 'row')} extracted")
         for key, reason in list(report.failed.items())[:5]:
             click.echo(f"quarantined {key}: {reason}", err=True)
     if not as_json and not any(report.actions or report.left for report in reports):
@@ -199,7 +217,7 @@ def store_gc(yes: bool, runs: str, as_json: bool, config_file: str | None, **fla
     """List what neither the configuration nor a run needs; delete it with --yes."""
     found = _project(config_file, flags).garbage(runs, delete=yes)
     if as_json:
-        click.echo(json.dumps(found.to_dict()))
+        answer(found.to_dict())
         return
     for item in found.garbage:
         click.echo(f"{_megabytes(item.bytes):>12}  {item.what}: {item.path} ({item.detail})")
@@ -212,7 +230,7 @@ def store_gc(yes: bool, runs: str, as_json: bool, config_file: str | None, **fla
 
 
 @store_group.command("export")
-@click.option("--out", required=True, help="FILE.npy or FILE.parquet.")
+@click.option("--out", type=PATH, required=True, help="File to write, .npy or .parquet.")
 @_kind_option("vit", "text")
 @split_option("stored", "all", *SPLITS)
 @_store_options
@@ -222,12 +240,12 @@ def store_export(
     """Write the configuration's features to one file for other tools."""
     found = _project(config_file, flags).dump(out, kind, split=split)
     if as_json:
-        click.echo(json.dumps(found))
+        answer(found)
         return
     shape = " × ".join(map(str, found["shape"]))
     click.echo(
-        f"{', '.join(found['files'])}: {found['rows']} rows, {shape} {found['dtype']},"
+        f"{', '.join(found['files'])}: {counted(found['rows'], 'row')}, {shape} {found['dtype']},"
         f" {_megabytes(found['bytes'])}"
     )
     if found["quarantined"]:
-        click.echo(f"{found['quarantined']} quarantined inputs left out", err=True)
+        click.echo(f"{counted(found['quarantined'], 'quarantined input')} left out", err=True)

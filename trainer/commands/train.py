@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from featstore.progress import SHOWN
+from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     import_framework,
-    json_option,
     open_project,
     print_metrics,
     remember_settings,
@@ -20,9 +19,10 @@ from trainer.commands.console import (
     settings,
     stop_request,
 )
+from trainer.commands.help import command
 
 
-@click.command()
+@command()
 @click.option(
     "--name",
     help="Name of the run. With no other settings a run of that name goes on with its own; a"
@@ -30,7 +30,9 @@ from trainer.commands.console import (
 )
 @click.option("--init-from", help="Run to take the head and shared text layers from.")
 @click.option("--extract", is_flag=True, help="Extract missing features first.")
-@click.option("--plain", is_flag=True, help="As --no-fast-path: slow, same numbers.")
+@click.option(
+    "--plain", is_flag=True, help="Train as --no-fast-path does: slowly, to the same numbers."
+)
 @runs_option
 @json_option
 @settings("data", "encoders", "store", "train")
@@ -78,9 +80,9 @@ def train(
     metrics, control = run.metrics, run.config.train.control
     if as_json:
         data = run.manifest["data"]
-        counted = {name: data[name] for name in ("counts", "rows_left_out", "cut_sentences")}
+        read = {name: data[name] for name in ("counts", "rows_left_out", "cut_sentences")}
         ran = {"epochs": len(run.history), "ended": run.manifest["ended"]}
-        click.echo(json.dumps({"run": str(run.folder), **metrics, **counted, **ran}))
+        answer({"run": str(run.folder), **metrics, **read, **ran})
         return
     click.echo(f"best epoch {metrics['epoch']} by {metrics['monitor']}; {run.folder}")
     print_metrics(metrics)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.labels import LABELS
-from featstore.errors import UsageError
+from featstore.errors import UsageError, counted
 from featstore.progress import SILENT, Show
 from featstore.publish import command_line, package_versions
 from trainer.buckets import bucket_rows, load_buckets
@@ -250,7 +250,7 @@ def _notes(judged: Sequence[Judged], split: str, rows: RowSource | None) -> list
         elif one.seen and one.seen["photos"]:
             notes.append(
                 f"{one.label} was trained on {one.seen['photos']} of these photos"
-                f" ({one.seen['rows']} rows): they flatter it"
+                f" ({counted(one.seen['rows'], 'row')}): they flatter it"
             )
     if rows is None and split == "val":
         notes.append("val chose each run's epoch and threshold: its figures flatter all of them")

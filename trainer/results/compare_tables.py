@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from featstore.errors import counted
 from trainer.results.compare import figures_of
 
 # Key, title, and whether it is a share, shown in per cent.
@@ -102,11 +103,12 @@ def verdicts(result: dict[str, Any]) -> list[str]:
 def _headline(result: dict[str, Any]) -> str:
     classes = f"{result['entailment']} entailment, {result['contradiction']} contradiction"
     lines = [
-        f"{result['split']}: {result['rows']} rows of {result['images']} images ({classes});"
+        f"{result['split']}: {counted(result['rows'], 'row')} of"
+        f" {counted(result['images'], 'image')} ({classes});"
         f" {result['level']:.0%} intervals by image, {result['draws']} draws"
     ]
     for reason, count in result["left_out"].items():
-        lines.append(f"left out: {count} of {result['rows_of_split']} rows, {reason}")
+        lines.append(f"left out: {count} of {counted(result['rows_of_split'], 'row')}, {reason}")
     return "\n".join(lines)
 
 

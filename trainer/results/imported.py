@@ -22,6 +22,7 @@ from featstore.errors import UsageError
 from featstore.progress import SILENT, Show
 from featstore.project import Project
 from featstore.publish import write_json, write_text
+from featstore.settings import plain_path
 from trainer.config import Config, render_config
 from trainer.features import cached_rows
 from trainer.metrics import evaluate_logits
@@ -131,7 +132,7 @@ def import_run(
         **new_manifest(run.name, project, train, model, row_shape, ["val"]),
         "status": "finished",
         "imported": {
-            "file": str(file.absolute()),
+            "file": plain_path(str(file.absolute())),
             "xxh3_128": Digests().of([file]),
             "kind": kind,
             "labels": "contradiction=1" if inverted else "entailment=1",

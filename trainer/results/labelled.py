@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from featstore.config import SPLITS
 from featstore.data.dataset import Dataset, rows_to_predict
 from featstore.data.labels import UNLABELLED
-from featstore.errors import Advice, Command, DataError, RunError
+from featstore.errors import Advice, Command, DataError, RunError, counted
 from featstore.progress import Show
 from featstore.project import Project
 from trainer.config import CONTROLS
@@ -126,7 +126,8 @@ class UnseenRows:
         labels = self.dataset.examples.labels
         if (labels == UNLABELLED).all():
             raise DataError(
-                f"{self.file or 'the rows'}: none of {len(labels)} rows has a label to measure by;"
+                f"{self.file or 'the rows'}: none of {counted(len(labels), 'row')} has a label to"
+                " measure by;"
                 " expected a column Label with entailment or contradiction",
                 Advice(
                     "to predict them, run ", Command("predict", run.name, rows=self.file or "FILE")

@@ -24,7 +24,7 @@ from featstore.data.images import decode_image, read_bytes
 from featstore.encoders.framework import pinned_framework
 from featstore.encoders.spec import QUANTISED
 from featstore.encoders.tower import TextEncoder, VisionEncoder
-from featstore.errors import Advice, Command, ImageError, RunError
+from featstore.errors import Advice, Command, ImageError, RunError, counted
 from featstore.progress import SILENT, Show
 from featstore.publish import command_line, package_versions, write_json
 from featstore.store.numbers import Numbers
@@ -304,7 +304,7 @@ def _failure(
         times = "beyond any" if over is None else f"{over:.3g} times the"
         return RunError(
             f"{run.folder}: {figures['name']} of the cached and the end-to-end model differ in"
-            f" {figures['rows_beyond']} of {result['rows']} rows; worst: image"
+            f" {figures['rows_beyond']} of {counted(result['rows'], 'row')}; worst: image"
             f" {worst['image_id']!r}, hypothesis {worst['hypothesis']!r}: expected"
             f" {_shown(worst['expected'])}, found {_shown(worst['found'])}, {times} tolerance",
             mend,

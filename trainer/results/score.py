@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.examples import NO_PHOTO
-from featstore.errors import RunError
+from featstore.errors import RunError, counted
 from featstore.progress import SILENT, Show
 from featstore.project import Project
 from trainer.batches import CachedRows
@@ -150,7 +150,7 @@ def _refuse_lost_photos(run: Run, project: Project) -> None:
     gone = [image_id for image_id, was in zip(absent, extracted, strict=True) if was]
     if gone:
         raise RunError(
-            f"{run.folder}: {len(gone)} photos are gone since their features were extracted"
+            f"{run.folder}: {counted(len(gone), 'photo')} gone since the features were extracted"
             f" ({some(gone)}), so the rows are not the run's; put them back in"
             f" {project.dataset.images.folder}"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.data.labels import LABELS
-from featstore.errors import Command
+from featstore.errors import Command, counted
 from trainer.config import Config
 from trainer.results.controls import NO_BLIND
 
@@ -133,11 +133,12 @@ def _headline(result: dict[str, Any], manifest: dict[str, Any]) -> str:
         if "verdict" in result
         else f"Measured with the control `{result['control']}`: this run was trained so.",
         table(head, rows),
-        f"{result['rows']:,} rows of {result['images']:,} photos ({result['entailment']:,}"
-        f" entailment, {result['contradiction']:,} contradiction), at τ = {result['threshold']:.2f}"
-        " on the probability of entailment, the positive class. Intervals are bootstrapped over"
-        f" photos ({result['bootstrap']['draws']:,} draws): they hold for these weights, not for"
-        " another seed of training.",
+        f"{counted(result['rows'], 'row', ',')} of {counted(result['images'], 'photo', ',')}"
+        f" ({result['entailment']:,} entailment, {result['contradiction']:,} contradiction),"
+        f" at τ = {result['threshold']:.2f} on the probability of entailment, the positive class."
+        f" Intervals are bootstrapped over photos"
+        f" ({counted(result['bootstrap']['draws'], 'draw', ',')}): they hold for these weights, not"
+        " for another seed of training.",
         *_notes(result, manifest),
     ]
     return "\n\n".join(lines)
@@ -159,9 +160,10 @@ def _notes(result: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
     if lost:
         why = dict(result.get("rows_left_out", {}))
         if photos := len(result["quarantined_photos"]):
-            why[f"of {photos} photos that could not be read"] = lost - sum(why.values())
+            why[f"of {counted(photos, 'photo')} that could not be read"] = lost - sum(why.values())
         reasons = ", ".join(f"{count} {escaped(reason)}" for reason, count in why.items())
-        notes.append(f"{lost:,} of {result['rows_of_split']:,} rows were left out: {reasons}.")
+        whole = counted(result["rows_of_split"], "row", ",")
+        notes.append(f"Left out: {lost:,} of {whole} ({reasons}).")
     notes += [f"**{line}.**" for line in seen_lines(result)]
     return notes
 
@@ -187,8 +189,8 @@ def seen_lines(result: dict[str, Any]) -> list[str]:
     if result["seen_photos"] is None:
         return ["The run's own rows cannot be read: it may have been trained on these photos"]
     return [
-        f"{found['photos']:,} photos of {found['rows']:,} of these rows are in the run's {split}"
-        " split: the figures are too good for those"
+        f"The run's {split} split has {counted(found['photos'], 'photo', ',')} of"
+        f" {found['rows']:,} of these rows: the figures are too good for those"
         for split, found in result["seen_photos"].items()
         if found["rows"]
     ]

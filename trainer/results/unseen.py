@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.dataset import Dataset, rows_to_predict
-from featstore.errors import Advice, DataError
+from featstore.errors import Advice, DataError, counted
 from featstore.extract.held import HeldImages, HeldSentences, Holder
 from featstore.progress import SILENT, Show
 from featstore.project import Project
@@ -167,8 +167,8 @@ class _Stored:
         if plan.changed:
             # Extracted, they would take the place of the photos that the run is measured on.
             raise DataError(
-                f"{project.dataset.images.folder}: {plan.changed} photos have the ids of others"
-                f" whose features the run's store {project.root} has",
+                f"{project.dataset.images.folder}: {counted(plan.changed, 'photo')} with the id of"
+                f" another, whose features the run's store {project.root} has",
                 Advice("give them other ids, or predict them without keeping them (`--no-cache`)"),
             )
         if plan.keys:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.encoders.framework import pinned_framework
-from featstore.errors import RunError
+from featstore.errors import RunError, counted
 from featstore.project import Project
 from featstore.publish import check_space, write_json, write_text
 from trainer.config import Config, TrainConfig, render_config
@@ -89,10 +89,6 @@ def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
 
 def _num_bytes(variable: Any) -> int:
     return math.prod(variable.shape) * int(np.dtype(variable.dtype).itemsize)
-
-
-def _epochs(count: int) -> str:
-    return f"{count} epoch{'' if count == 1 else 's'}"
 
 
 def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, bool]:
@@ -243,7 +239,7 @@ class Training:
     def _where_it_goes_on(self) -> str:
         progress, train = self.progress, self.train_config
         if self.finished:
-            return f"all of it was trained, {_epochs(progress.epoch)}"
+            return f"all of it was trained, {counted(progress.epoch, 'epoch')}"
         after = f" after step {progress.step}" if progress.step else ""
         return f"goes on with epoch {progress.epoch + 1} of {train.epochs}{after}"
 
@@ -257,7 +253,7 @@ class Training:
             if progress.ended(train) == "early stop" and progress.epoch < train.epochs:
                 self.reporter.note(
                     f"early stop after epoch {progress.epoch} of {train.epochs}: {train.monitor}"
-                    f" has not improved for {_epochs(progress.waited)}, since epoch"
+                    f" has not improved for {counted(progress.waited, 'epoch')}, since epoch"
                     f" {progress.best_epoch + 1}"
                 )
         self._write_manifest(status)

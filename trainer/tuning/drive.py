@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featstore.errors import RunError
+from featstore.errors import RunError, counted
 from featstore.extract.extract import extract
 from featstore.extract.plan import Plan
 from featstore.progress import SHOWN, SILENT, Show
@@ -163,7 +163,8 @@ class SearchResults:
             params = ", ".join(f"{key} {shown(value)}" for key, value in best["params"].items())
             metric = self.search.space.search.metric
             found = f", best {metric} {best['value']:.4f} ({best['run']}: {params})"
-        return f"<Search {str(self.folder)!r}: {ended} of {self.search.space.trials} trials{found}>"
+        trials = counted(self.search.space.trials, "trial")
+        return f"<Search {str(self.folder)!r}: {ended} of {trials}{found}>"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return what is known of each trial, the best first; see `trainer.tuning.table`."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from featstore.errors import counted
 from trainer.tuning.space import shown
 from trainer.tuning.study import Search
 from trainer.tuning.table import best_row, epochs_of, seconds_left, trial_rows
@@ -33,7 +34,7 @@ def _minutes(seconds: float | None) -> str:
 def _summary(search: Search, rows: list[dict[str, Any]], watched: Watched, started: float) -> str:
     best = best_row(search, rows)
     ended = sum(row["state"] != "running" for row in rows)
-    parts = [f"{ended} of {search.space.trials} trials ended"]
+    parts = [f"{ended} of {counted(search.space.trials, 'trial')} ended"]
     if best is not None:
         parts.append(f"best {search.space.search.metric} {best['value']:.4f} ({best['run']})")
     parts.append(f"{_minutes(time.time() - started)} gone")

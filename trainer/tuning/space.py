@@ -47,7 +47,7 @@ class SearchConfig:
     )
     together: int = setting(
         0,
-        "k_txt 0 trials that share each pass over the store; 0: 8 with random and grid, else 1",
+        "trials of k_txt 0 that share each pass over the store; 0: 8 with random and grid, else 1",
         minimum=0,
     )
     metric: str = setting(

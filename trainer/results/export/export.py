@@ -26,7 +26,7 @@ from featstore.data.labels import LABELS
 from featstore.encoders.framework import pinned_framework
 from featstore.encoders.spec import FeatureSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
-from featstore.errors import RunError, UsageError
+from featstore.errors import RunError, UsageError, counted
 from featstore.progress import SILENT, Show
 from featstore.publish import command_line, package_versions
 from trainer.features import prepare
@@ -249,16 +249,14 @@ def _read_again(
     exported: _Exported, target: Target, stage: Path, sample: Sample, show: Show
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, float]]:
     """Return the logits of what was written, read again, and the times of that."""
+    rows = counted(len(sample), "real row")
     if target.format == "weights":
-        show.note(f"reading the weights back into an emptied model; {len(sample)} real rows")
+        show.note(f"reading the weights back into an emptied model; {rows}")
         _, *names = target.names
         read_weights_back(exported.model, exported.trained, stage, (names[0], names[1]))
         found = exported.model.predict(sample.inputs, batch_size=fresh.BATCH, verbose=0)
         return {"logits": found[:, 0]}, {}
-    show.note(
-        f"loading it in a fresh process without this project; {len(sample)} real rows, then the"
-        " times"
-    )
+    show.note(f"loading it in a fresh process without this project; {rows}, then the times")
     sample.save(stage / "inputs.npz")
     # Isolated: no PYTHONPATH, no working folder, so that nothing of a checkout is found.
     command = [sys.executable, "-I", fresh.__file__, target.format, target.model, "."]

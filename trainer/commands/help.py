@@ -1,0 +1,148 @@
+"""`--help`: whole sentences, the settings under their sections, each with its default."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from featstore.settings import hints, plain_path
+
+_hints = functools.cache(hints)
+# Sections of other files than `featstore.toml`.
+FILES = {"search": "the --space file"}
+
+
+class PathType(click.Path):
+    """A path as typed, but for `..` inside it and double slashes."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        """Return the path's plain form; nothing stays nothing."""
+        found = super().convert(value, param, context)
+        return plain_path(os.fsdecode(found)) if found else found
+
+
+PATH = PathType()
+
+
+class SettingOption(click.Option):
+    """One setting as a flag.
+
+    Args:
+        section: Its section.
+        field: What declares it.
+        hint: Its type.
+        flag: Its flag, where it is not the setting's name.
+    """
+
+    def __init__(
+        self,
+        declarations: Sequence[str],
+        *,
+        section: str,
+        field: dataclasses.Field[Any],
+        hint: Any,
+        **options: Any,
+    ) -> None:
+        self.section, self.field = section, field
+        meta = field.metadata
+        if meta["choices"]:
+            options["type"] = click.Choice(meta["choices"])
+        elif meta["path"]:
+            options["type"] = PATH
+        else:
+            options["type"] = hint if hint in (int, float, bool) else str
+        text = meta["help"]
+        options |= {"default": None, "help": f"{text[0].upper()}{text[1:]}."}
+        super().__init__(declarations, **options)
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """Return what stands in brackets: the default, the demo's own, the bounds."""
+        # Here, since `demo` is above the settings that every command declares.
+        from featstore import demo
+
+        extra = super().get_help_extra(ctx)
+        default, meta = self.field.default, self.field.metadata
+        extra["default"] = self._typed(default)
+        own = demo.SETTINGS.get(self.section, {}).get(self.field.name, default)
+        if own != default:
+            extra["default"] += f"; the demo's: {'its own' if meta['preset'] else self._typed(own)}"
+        low, above, high = meta["minimum"], meta["above"], meta["maximum"]
+        if high is not None:
+            extra["range"] = f"{above}<x<={high}" if low is None else f"{low}<=x<={high}"
+        elif low is not None:
+            extra["range"] = f"x>={low}"
+        elif above is not None:
+            extra["range"] = f"x>{above}"
+        return extra
+
+    def _typed(self, value: Any) -> str:
+        """Return a value as it is given with the flag."""
+        if isinstance(value, bool):
+            return (self.opts if value else self.secondary_opts)[0].lstrip("-")
+        if isinstance(value, tuple):
+            return ",".join(map(self._typed, value))
+        return f"{value:g}" if isinstance(value, float) else str(value) or "none"
+
+
+def setting_option(
+    section: str, kind: type, name: str, flag: str | None = None
+) -> Callable[[Any], Any]:
+    """Return the decorator that gives a command one setting as a flag.
+
+    Args:
+        section: Its section.
+        kind: The section's dataclass.
+        name: The setting; the command gets it as `section__name`.
+        flag: Its flag, where it is not the setting's name.
+    """
+    (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
+    hint = _hints(kind)[name]
+    flag = flag or f"--{name.replace('_', '-')}"
+    if hint is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+    return click.option(
+        flag, f"{section}__{name}", cls=SettingOption, section=section, field=field, hint=hint
+    )
+
+
+class Sectioned(click.Command):
+    """A command whose help has its own options first, then the settings by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, a block for each section."""
+        blocks: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            title = "Options"
+            if isinstance(param, SettingOption):
+                file = FILES.get(param.section, "featstore.toml")
+                title = f"Settings, [{param.section}] of {file}"
+            record = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
+            if record is not None:
+                blocks.setdefault(title, []).append(record)
+        for title, records in blocks.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+        if isinstance(self, click.Group):
+            self.format_commands(ctx, formatter)
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """Return the whole first sentence; it is broken into lines, not cut."""
+        return super().get_short_help_str(1000)
+
+
+class SectionedGroup(Sectioned, click.Group):
+    """A group of such commands."""
+
+    command_class = Sectioned
+
+
+def command(name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+    """Make a command with such help; as `click.command`."""
+    return click.command(name, cls=Sectioned, **options)
