@@ -148,7 +148,7 @@ def _anchor(value: Any, folder: Path) -> Any:
         return value
     if value.startswith("~"):
         return os.path.expanduser(value)
-    return str(folder / value)
+    return os.path.normpath(folder / value)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from featstore.errors import UsageError
-from trainer.commands.console import json_option, open_run, runs_option, split_option
+from trainer.commands.console import json_option, open_run, run_options, split_option
 
 SUFFIXES = (".md", ".json")
 
@@ -30,7 +30,7 @@ SUFFIXES = (".md", ".json")
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws."
 )
 @click.option("--out", type=click.Path(), help="Write a page (.md) or the figures (.json).")
-@runs_option
+@run_options
 @json_option
 def compare(
     run: tuple[str, ...],
@@ -53,7 +53,9 @@ def compare(
     if target is not None and target.suffix not in SUFFIXES:
         raise UsageError(f"--out {out}: expected a name that ends with .md or .json")
     if images is not None and rows is None:
-        raise UsageError("--images: the photos of --rows; a split has the run's own")
+        raise UsageError(
+            "--images: the photos of --rows; a split has the run's own, which are --data-images"
+        )
     base, *others = [open_run(name, runs) for name in run]
     from featstore.publish import write_json, write_text
     from trainer.results.compare_tables import as_markdown, as_text

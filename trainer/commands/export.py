@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from trainer.commands.console import json_option, open_run, runs_option, split_option
+from trainer.commands.console import json_option, open_run, run_options, split_option
 
 
 def _print_export(result: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def _print_export(result: dict[str, Any]) -> None:
 )
 @split_option("test", "val", "train")
 @click.option("--force", is_flag=True, help="Replace what is there.")
-@runs_option
+@run_options
 @json_option
 def export(
     run: str,

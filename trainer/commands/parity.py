@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from featstore.progress import SHOWN
-from trainer.commands.console import json_option, open_run, runs_option, split_option
+from trainer.commands.console import json_option, open_run, run_options, split_option
 
 
 def _print_parity(result: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ def _print_parity(result: dict[str, Any]) -> None:
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides which rows."
 )
 @split_option("test", "val", "train")
-@runs_option
+@run_options
 @json_option
 def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool) -> None:
     """Prove that a run equals the end-to-end model, from the photos' bytes on."""

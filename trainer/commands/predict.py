@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from featstore.errors import UsageError
-from trainer.commands.console import json_option, open_run, runs_option
+from trainer.commands.console import json_option, open_run, run_options
 
 FORMATS = ("csv", "jsonl", "parquet")
 STREAM = "-"
@@ -34,7 +34,7 @@ STREAM = "-"
 )
 @click.option("--image", help="One photo, in place of --rows.")
 @click.option("--text", help="The sentence about --image.")
-@runs_option
+@run_options
 @json_option
 def predict(
     run: str,

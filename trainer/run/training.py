@@ -21,7 +21,7 @@ from featstore.encoders.framework import pinned_framework
 from featstore.errors import RunError
 from featstore.project import Project
 from featstore.publish import write_json, write_text
-from trainer.config import Config, TrainConfig, render_config
+from trainer.config import Config, TrainConfig
 from trainer.features import cached_rows
 from trainer.metrics import evaluate_logits
 from trainer.model.weights import seeded
@@ -152,6 +152,7 @@ class Training:
         self.optimizer.build(self.model.trainable_variables)
         self.progress = Progress()
         self.manifest = self._manifest(row_shape, init_from)
+        self._source = None if init_from is None else str(init_from.folder.resolve())
         if run.checkpoint_path.exists():
             self._check_same_start()
             self.progress = load_state(run.checkpoint_path, self.model, self.optimizer)
@@ -174,7 +175,7 @@ class Training:
             ("rows", found["data"]["rows_digest"], expected["data"]["rows_digest"]),
             ("split", found["data"]["splits_digest"], expected["data"]["splits_digest"]),
             ("features", found["features"], expected["features"]),
-            ("--init-from", found["init_from"], expected["init_from"]),
+            ("--init-from", self._source, self.run.source),
             ("Keras backend", found["backend"], expected["backend"]),
         ):
             if ours != theirs:
@@ -197,8 +198,9 @@ class Training:
 
     def begin(self) -> None:
         """Write what a run's folder holds from the start."""
-        self.run.write_config(render_config(self.config))
+        self.run.write_config(self.config)
         self._write_manifest("running")
+        self.run.record_use(self.project.root)
         if self.hparams is not None:
             self._events.hparams(self.hparams, self.run.name)
         if self.progress.history:
