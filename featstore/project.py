@@ -35,6 +35,7 @@ from featstore.errors import (
 from featstore.extract.encode import Encoder, load_encoder
 from featstore.extract.extract import ALL, Summary, estimate, extract
 from featstore.extract.plan import KINDS, Job, Plan, make_plan
+from featstore.extract.speed import record_speed
 from featstore.features import FeatureRows
 from featstore.progress import SHOWN, Show
 from featstore.ray_cluster import Actors
@@ -386,7 +387,9 @@ class Project:
             digests += [dataset.splits.digest(), dataset.examples.digest()]
         record_use(self.root, self.user, digests)
         if ray is None:
-            return extract(job, show, shards)
+            plan, summary = extract(job, show, shards)
+            record_speed(self.root, job.spec, summary.extracted, summary.rows_per_second)
+            return plan, summary
         from featstore.extract.ray import extract_on_ray
 
         return extract_on_ray(job, ray, actors, show, shards)

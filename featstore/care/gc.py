@@ -30,6 +30,7 @@ from featstore.errors import Advice, Command, RunError, StoreError, UsageError
 from featstore.extract.claims import CLAIM, writing
 from featstore.extract.plan import KINDS
 from featstore.extract.publisher import PLAN
+from featstore.extract.speed import SPEEDS_FILE
 from featstore.project import Project
 from featstore.publish import TEMPORARY, read_json
 from featstore.store.folder import (
@@ -56,7 +57,7 @@ DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
 LISTS = ("quarantine.json", "spec.json", PLAN, ".lock")
 ROOT_ENTRIES = (
     *(*KINDS, "splits", "reports", FOLDER, "demo"),
-    *(DIGESTS_FILE, "README.md", ".gitignore"),
+    *(DIGESTS_FILE, SPEEDS_FILE, "README.md", ".gitignore"),
 )
 # Splits and reports are written without a lock: a younger file may be in the making.
 TEMPORARY_SECONDS = 3600.0
@@ -278,14 +279,17 @@ def _needs_of(user: User, uses: Iterable[Use]) -> tuple[set[str], bool]:
 def _why_kept(user: User, is_here: bool, features: list[str], runs: Path) -> Advice:
     """Say whose features are kept, and what to do where the user cannot be found."""
     kept = f"{', '.join(features)}: used by {user}"
-    if is_here and user.what == CONFIGURATION:
-        return Advice(f"{kept}; only ", Command("store", "gc", config=user.path), " gives it up")
-    if is_here:
+    mend = Command("store", "gc", forget=user.path)
+    if is_here and user.what == RUNS:
         return Advice(kept)
+    if is_here and Path(user.path).exists():
+        mend = Command("store", "gc", config=user.path)
+        return Advice(f"{kept}; where that needs it no more, ", mend, " gives it up")
+    if is_here:
+        return Advice(f"{kept}; if nobody needs it there, ", mend, " gives it up")
     another = "there is none, or another one, at that path now, or it cannot be read from here"
     if user.what == RUNS and User(RUNS, str(runs), user.identity).is_here:
         another = f"they were moved to {runs}, or copied"
-    mend = Command("store", "gc", forget=user.path)
     return Advice(f"{kept} ({another}); if that is gone for good, ", mend, " gives it up")
 
 

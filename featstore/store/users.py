@@ -55,13 +55,16 @@ class User:
     identity: str
 
     def __str__(self) -> str:
-        return self.path if self.what == CONFIGURATION else f"the runs in {self.path}"
+        if self.what == RUNS:
+            return f"the runs in {self.path}"
+        path = Path(self.path)
+        return self.path if path.exists() else f"settings without a file, typed in {path.parent}"
 
     @property
     def is_here(self) -> bool:
         """Whether it is still at its path, and can be looked at from here."""
         if self.what == CONFIGURATION:
-            return Path(self.path).is_file() and _inode(Path(self.path).parent) == self.identity
+            return _inode(Path(self.path).parent) == self.identity
         return bool(self.identity) and runs_id(Path(self.path)) == self.identity
 
 
