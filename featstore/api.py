@@ -42,14 +42,22 @@ class Project(project.Project):
         """Mend what `verify` finds; see `featstore.care.repair.repair_store`."""
         return repair_store(self, kinds, show, dry_run)
 
-    def garbage(self, runs: str | os.PathLike[str] = "runs", delete: bool = False) -> gc.Collection:
-        """List what neither the configuration nor a run needs; see `featstore.care.gc`.
+    def garbage(
+        self,
+        runs: str | os.PathLike[str] = "runs",
+        delete: bool = False,
+        forget: Sequence[str | os.PathLike[str]] = (),
+        unrecorded: bool = False,
+    ) -> gc.Collection:
+        """List what nobody needs who uses the store; see `featstore.care.gc`.
 
         Args:
             runs: Folder of the runs.
             delete: Delete it.
+            forget: Users that are gone for good, by their paths.
+            unrecorded: Features whose users were never recorded are garbage too.
         """
-        found = gc.find_garbage(self, Path(runs))
+        found = gc.find_garbage(self, Path(runs), forget, unrecorded)
         if delete:
             gc.delete(found)
         return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,9 @@ from featstore.settings import build_section, complete, hints, read_toml, settin
 DEFAULT_FILE = "featstore.toml"
 DEFAULT_K_TXT = 3
 # Of the file, read by the trainer.
-OTHER_SECTIONS = ("train",)
+OTHER_SECTIONS = ("train", "runs")
+# What a run and a search write of themselves into their folder.
+RECORDS = ("manifest.json", "search.json")
 SPLITS = ("train", "val", "test")
 STUDY_VIT = "vit_base_patch16_224_imagenet21k"
 STUDY_TEXT = "distil_bert_base_en_uncased"
@@ -91,6 +94,13 @@ class StoreConfig:
 
 
 @dataclass(frozen=True)
+class RunsConfig:
+    """Where runs are kept. Of a project, not of a run: no part of `Config`."""
+
+    folder: str = setting("runs", "folder of the runs", path=True)
+
+
+@dataclass(frozen=True)
 class FeatureConfig:
     """The sections that decide what is stored."""
 
@@ -105,6 +115,15 @@ class FeatureConfig:
 
 
 Composite = TypeVar("Composite", bound=FeatureConfig)
+PATHS, PRESETS = (
+    frozenset(
+        field.name
+        for section in (DataConfig, EncodersConfig, StoreConfig)
+        for field in dataclasses.fields(section)
+        if field.metadata[kind]
+    )
+    for kind in ("path", "preset")
+)
 
 
 def sections_of(kind: type[FeatureConfig]) -> dict[str, type]:
@@ -135,9 +154,86 @@ def by_section(kind: type[FeatureConfig], settings: Mapping[str, Any]) -> dict[s
     return found
 
 
+def runs_of(run: Path) -> Path:
+    """Return the folder of runs that a run, a search, or a search's trial is in."""
+    parent = Path(os.path.abspath(run)).parent
+    return parent.parent if (parent / "search.json").exists() else parent
+
+
+def home_of(file: str | os.PathLike[str] | None) -> Path:
+    """Return the folder that a configuration's relative paths are taken from.
+
+    Args:
+        file: A TOML file; None, or one that is not there: the working directory.
+    """
+    path = Path(os.path.abspath(file or DEFAULT_FILE))
+    return path.parent if path.is_file() else Path.cwd()
+
+
+def runs_folder(path: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder of the runs of a configuration: `[runs] folder`, or `runs` beside it.
+
+    Args:
+        path: Its file; that of a run or of a search stands for the folder which has
+            that one. None: `featstore.toml` of the working directory, if it is there.
+
+    Returns:
+        Relative where `path` is.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    file = Path(path or DEFAULT_FILE)
+    if path is None and not file.exists():
+        return Path(RunsConfig.folder)
+    if any((file.parent / name).exists() for name in RECORDS):
+        return Path(os.path.relpath(runs_of(file.parent)))
+    given = {"folder": RunsConfig.folder, **read_toml(file).get("runs", {})}
+    home = file.parent if file.is_file() else Path()
+    return Path(build_section("runs", RunsConfig, given, str(file), home).folder)
+
+
+def with_paths(config: Composite, change: Callable[[str], str]) -> Composite:
+    """Return settings with every path among them changed; presets given by name are none."""
+
+    def changed(value: Any, of_preset: bool) -> Any:
+        if isinstance(value, dict):
+            return {key: changed(inner, of_preset) for key, inner in value.items()}
+        return change(value) if value and (not of_preset or "/" in value) else value
+
+    sections = {}
+    for part in dataclasses.fields(config):
+        section = getattr(config, part.name)
+        sections[part.name] = dataclasses.replace(
+            section,
+            **{
+                field.name: changed(getattr(section, field.name), field.metadata["preset"])
+                for field in dataclasses.fields(section)
+                if field.metadata["path"] or field.metadata["preset"]
+            },
+        )
+    return dataclasses.replace(config, **sections)
+
+
+def without_paths(config: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return settings, as `dataclasses.asdict` gives them, without those that are paths.
+
+    Whether two runs are of the same rows, photos and encoders, digests and fingerprints tell,
+    wherever these are.
+    """
+    return {
+        name: {
+            key: value
+            for key, value in section.items()
+            if key not in PATHS and not (key in PRESETS and os.path.isabs(value))
+        }
+        for name, section in config.items()
+    }
+
+
 def load_sections(
     kind: type[Composite],
-    path: str | Path | None = None,
+    path: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     others: Iterable[str] = (),
     where: str = "command line",
@@ -152,7 +248,8 @@ def load_sections(
         path: A TOML file; None takes `featstore.toml` of the working directory
             where there is one.
         overrides: Section to key to value. Relative paths among them are taken
-            from the working directory.
+            from the working directory; those of the file, and the default root, from
+            the file's folder.
         others: Sections that the file may have and that are not read.
         where: What to call the overrides in an error.
 
@@ -185,6 +282,6 @@ def load_sections(
 
         for name in parts.keys() & demo.SETTINGS.keys():
             parts[name] = demo.SETTINGS[name] | parts[name]
-    root = Path(parts["store"].get("root", StoreConfig.root)).absolute()
-    parts["store"]["root"] = str(root)
+    parts["store"].setdefault("root", StoreConfig.root)
+    parts["store"]["root"] = os.path.abspath(home_of(file) / parts["store"]["root"])
     return kind(**{name: section(**parts[name]) for name, section in sections.items()})

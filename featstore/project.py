@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
@@ -23,17 +25,26 @@ from featstore.config import (
 from featstore.data.dataset import Dataset, load_dataset
 from featstore.encoders.presets import Digests
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, text_spec, vision_spec
-from featstore.errors import Command, DataError, MissingFeaturesError, UsageError, counted
+from featstore.errors import (
+    Command,
+    DataError,
+    FeatstoreError,
+    MissingFeaturesError,
+    UsageError,
+    counted,
+)
 from featstore.extract.encode import Encoder, load_encoder
 from featstore.extract.extract import ALL, Summary, estimate, extract
 from featstore.extract.lengths import Cut, find_cut
 from featstore.extract.plan import KINDS, Job, Plan, make_plan, refuse_replaced
+from featstore.extract.speed import record_speed
 from featstore.features import FeatureRows
 from featstore.progress import SHOWN, SILENT, Show
 from featstore.ray_cluster import Actors
 from featstore.settings import read_toml
 from featstore.store.folder import read_quarantine
 from featstore.store.store import TextStore, VisionStore, open_features_of
+from featstore.store.users import User, record_use, user_of
 
 Made = TypeVar("Made")
 # "train", "val", "test", "all", or some of them.
@@ -47,7 +58,9 @@ class Project:
 
     Args:
         config: The settings; None: `settings` under the defaults.
-        dry_run: Keep no note beside the store of what was computed on the way.
+        dry_run: Write nothing: no note beside the store of what was computed on the way, and
+            the demo's scenes, where they are not there yet, into a temporary folder.
+        file: Where the settings come from, so that the store knows its user.
         settings: Settings by their names, such as `rows="a2.jsonl"`,
             `images="photos"`, `vit="vit_base_patch16_224_imagenet21k"`,
             `text="distil_bert_base_en_uncased"`, `root="cache"`.
@@ -57,11 +70,17 @@ class Project:
     """
 
     def __init__(
-        self, config: FeatureConfig | None = None, *, dry_run: bool = False, **settings: Any
+        self,
+        config: FeatureConfig | None = None,
+        *,
+        dry_run: bool = False,
+        file: str | os.PathLike[str] | None = None,
+        **settings: Any,
     ) -> None:
         if config is not None and settings:
             raise TypeError("give a configuration or settings, not both")
-        self.file: Path | None = None
+        self.file = None if file is None else Path(file)
+        self.dry_run = dry_run
         if config is None:
             given = by_section(FeatureConfig, settings)
             config = load_sections(FeatureConfig, os.devnull, given, where="Project")
@@ -83,9 +102,7 @@ class Project:
         """
         overrides = by_section(FeatureConfig, settings)
         config = load_sections(FeatureConfig, Path(path), overrides, OTHER_SECTIONS, "Project.load")
-        project = cls(config)
-        project.file = Path(path)
-        return project
+        return cls(config, file=path)
 
     def __repr__(self) -> str:
         data, encoders, store = self.config.data, self.config.encoders, self.config.store
@@ -97,8 +114,8 @@ class Project:
 
     def with_config(self, config: FeatureConfig) -> Self:
         """Return a project of other settings that keeps what it has in common with this one."""
-        other = type(self)(config)
-        other.file, other._made = self.file, self._made
+        other = type(self)(config, file=self.file, dry_run=self.dry_run)
+        other._made = self._made
         other._digests = self._digests
         return other
 
@@ -108,6 +125,11 @@ class Project:
             self._made[key] = make()
         return cast(Made, self._made[key])
 
+    @functools.cached_property
+    def user(self) -> User:
+        """Who uses the store: the configuration, or the runs that the settings are of."""
+        return user_of(self.file)
+
     @property
     def dataset(self) -> Dataset:
         """The rows, photos and split; `dataset.save()` writes split and report.
@@ -116,7 +138,33 @@ class Project:
             ConfigError, RowError, DataError, SplitError: See `load_dataset`.
         """
         report = self._digests.write
-        return self.once(self._rows_key, lambda: load_dataset(self.config.data, self.root, report))
+        return self.once(
+            self._rows_key, lambda: load_dataset(self.config.data, self._data_root(), report)
+        )
+
+    def _data_root(self) -> Path:
+        """Return where the demo's scenes are; of a dry run that would make them, apart."""
+        if not self.dry_run or self.has_dataset:
+            return self.root
+        return Path(self.once("scenes", tempfile.TemporaryDirectory).name)
+
+    def save_dataset(self, elsewhere: Path | None = None) -> bool:
+        """Write the split and the report of the rows: below the root, where that allows it.
+
+        Args:
+            elsewhere: Where to write them if the root may not be written; None: nowhere.
+
+        Returns:
+            Whether they are below the root; `dataset` knows where else.
+        """
+        with contextlib.suppress(FeatstoreError):
+            self.dataset.save()
+            return self.dataset.root == self.root
+        if elsewhere is not None:
+            moved = dataclasses.replace(self.dataset, root=elsewhere)
+            moved.save()
+            self._made[self._rows_key] = moved
+        return False
 
     def with_dataset(self, dataset: Dataset) -> Self:
         """Return a project of the same encoders and store over other rows."""
@@ -382,9 +430,15 @@ class Project:
             PresetError: The encoder cannot be loaded.
         """
         job = self.job(kind, split, k_txt, source)
-        self.dataset.save()
+        self.save_dataset()
+        dataset, digests = self.dataset, [job.spec.fingerprint]
+        if dataset.splits.source != "none":
+            digests += [dataset.splits.digest(), dataset.examples.digest()]
+        record_use(self.root, self.user, digests)
         if ray is None:
-            return extract(job, show, shards)
+            plan, summary = extract(job, show, shards)
+            record_speed(self.root, job.spec, summary.extracted, summary.rows_per_second)
+            return plan, summary
         from featstore.extract.ray import extract_on_ray
 
         return extract_on_ray(job, ray, actors, show, shards)

@@ -109,7 +109,7 @@ def test_file_paths_are_from_its_folder_and_flags_from_the_working_directory(
     assert Path(config.store.root).resolve() == tmp_path / "s"
     assert config.data.split_file == str(here / "mine.csv")
     assert load(there, text, data={"rows": "x"}).data.rows == str(here / "x")
-    assert load(there, "").store.root == str(here / "cache")
+    assert load(there, "").store.root == str(there / "cache")
 
 
 def test_a_file_named_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,7 @@ def test_a_searchs_advice_goes_on_with_that_search(
         json.loads(study) | {"command": ""}
     )
     assert [path.name for path in elsewhere.iterdir()] == ["here"]
-    assert [path.name for path in Path("here").iterdir()] == ["s"]
+    assert [path.name for path in Path("here").glob("[!.]*")] == ["s"]
     absent = invoke("search", "show", "none", "--runs", "here", program=program)
     assert advised(absent) == [f"{program} search --name none --runs here"]
 

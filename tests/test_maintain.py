@@ -948,6 +948,11 @@ def test_gc_shows_first(own: Own) -> None:
     other = other_features(own)
     runs = ("--runs", str(own.folder / "runs"))
     result = invoke(own, "gc", *runs)
+    # Extracted by this process, with settings that no file has.
+    assert result.stdout == "0.0 MB can go; --yes deletes it\n"
+    assert f"kept: text/{other.name}: used by settings without a file" in result.stderr
+    runs = (*runs, "--forget", own.project.user.path)
+    result = invoke(own, "gc", *runs)
     assert f"features: {other}" in result.stdout
     assert "--yes deletes it" in result.stdout
     assert other.exists()

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featstore.config import runs_folder
 from featstore.errors import StoppedError, UsageError
 from featstore.progress import SHOWN, Show
 from featstore.project import Project
 from trainer.config import config_of
 from trainer.features import extract_missing, prepare, rows_line
-from trainer.results.score import Scorer, check_same_data
+from trainer.results.score import Scorer, check_same_data, opened
 from trainer.run import folder
 from trainer.run.fit import fit
 from trainer.run.folder import find_run, free_name, run_folder
@@ -57,7 +58,7 @@ class Run(folder.Run):
     @functools.cached_property
     def scorer(self) -> Scorer:
         """The run's best weights over its encoders and store, whose rows are not looked at."""
-        return Scorer(self, Project(self.config))
+        return Scorer(self, opened(self))
 
     @property
     def model(self) -> keras.Model:
@@ -108,10 +109,10 @@ class Run(folder.Run):
         if (own := self.config.train.control) != "none":
             raise UsageError(f"{self.folder}: trained with {own}; a control has no controls")
         if (blind := controls.find_blind(self)) is not None:
-            return Run(blind.folder)
+            return Run(blind.folder, self.elsewhere)
         runs, name = controls.blind_place(self)
         settings = vars(controls.blind_config(self).train)
-        source = controls.source_of(self)
+        source = self.source
         try:
             return train(
                 self.project,
@@ -217,20 +218,43 @@ class Run(folder.Run):
         return export(self.scorer, path, format, split=split, rows=rows, force=force, show=show)
 
 
-def load_run(name: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> Run:
+def load_run(
+    name: str | os.PathLike[str],
+    runs: str | os.PathLike[str] | None = None,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    root: str | os.PathLike[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
+    rows: str | os.PathLike[str] | None = None,
+    split_file: str | os.PathLike[str] | None = None,
+) -> Run:
     """Open a run by its folder, or by its name in the folder of the runs.
+
+    Where its data or its store are at another place than they were, name it: digests of the
+    rows and the split, and the features' fingerprints, tell whether they are the same.
+
+    Args:
+        name: The name, or the folder.
+        runs: Folder of the runs; None: the configuration's.
+        config: A configuration of the same data; None: what the run recorded.
+        root: Folder of the store.
+        images: Folder of the photos.
+        rows: Row file.
+        split_file: The user's own split.
 
     Raises:
         RunError: There is none; the message lists the nearest names.
+        ConfigError: The configuration cannot be read.
     """
-    return Run(find_run(Path(runs), os.fspath(name)).folder)
+    found = find_run(Path(runs or runs_folder(config)), os.fspath(name))
+    return Run(found.folder, folder.places(config, root, images, rows, split_file))
 
 
 def train(
     project: Project | None,
     *,
     name: str | None = None,
-    runs: str | os.PathLike[str] = "runs",
+    runs: str | os.PathLike[str] | None = None,
     init_from: str | None = None,
     extract: bool = False,
     reporter: Reporter | None = None,
@@ -248,7 +272,7 @@ def train(
         project: The rows and features; None goes on with the run of that name, with its
             own settings but for those that are given.
         name: Of the run; None: from `k_txt` and the time.
-        runs: Folder of the runs.
+        runs: Folder of the runs; None: the project's.
         init_from: Run to take the head, and shared text layers, from.
         extract: Extract missing features first.
         reporter: How the epochs are shown, and who may stop them; None: as the commands do.
@@ -266,19 +290,20 @@ def train(
         WriteError: A file cannot be written; the run goes on once it can.
         StoppedError: `reporter.stopping` said so; the state is saved.
     """
-    folders = Path(runs)
     if project is None:
         if name is None:
             raise UsageError("train: expected a project, or the name of a run to go on with")
-        known = load_run(name, folders)
-        project, init_from = known.scorer.project, init_from or known.manifest["init_from"]
+        known = load_run(name, runs)
+        project, init_from = known.scorer.project, init_from or known.source
+    folders = Path(runs or runs_folder(project.file))
     config = config_of(project, **settings)
     project = project.with_config(config)
     source = find_run(folders, init_from) if init_from else None
     name = free_name(folders, f"k{config.train.k_txt}") if name is None else name
     run = Run(run_folder(folders, name))
     check_resumable(run, config)
-    project.dataset.save()
+    if not project.save_dataset(run.folder):
+        show.note(f"{project.root}: may not be written; the split is kept in {run.folder}")
     project.forget_photos()
     if extract:
         extract_missing(project, config.train.k_txt, show)
@@ -302,7 +327,7 @@ def import_weights(
     project: Project,
     *,
     name: str,
-    runs: str | os.PathLike[str] = "runs",
+    runs: str | os.PathLike[str] | None = None,
     labels: str | None = None,
     k_txt: int | None = None,
     threshold: float | None = None,
@@ -315,7 +340,7 @@ def import_weights(
         file: A `.weights.h5` or `.keras` file of the reference study's model, or an export.
         project: The rows and features.
         name: Of the run.
-        runs: Folder of the runs.
+        runs: Folder of the runs; None: the project's.
         labels: "contradiction=1" where contradiction is the file's positive class.
         k_txt: Last text layers that were trained; None: those that are not the preset's.
         threshold: On the probability of entailment; None: the export's own, or swept on val.
@@ -330,7 +355,7 @@ def import_weights(
     from trainer.results.imported import import_run
 
     project = project.with_config(config_of(project, **settings))
-    run = Run(run_folder(Path(runs), name))
+    run = Run(run_folder(Path(runs or runs_folder(project.file)), name))
     import_run(run, project, Path(file), labels=labels, k_txt=k_txt, threshold=threshold, show=show)
     return run
 

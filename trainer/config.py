@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featstore.config import DEFAULT_K_TXT, FeatureConfig, load_sections, sections_of
+from featstore.config import (
+    DEFAULT_K_TXT,
+    OTHER_SECTIONS,
+    FeatureConfig,
+    RunsConfig,
+    load_sections,
+    runs_of,
+    sections_of,
+    with_paths,
+)
 from featstore.settings import build_section, render_toml, setting
 
 if TYPE_CHECKING:
@@ -81,19 +90,46 @@ class Config(FeatureConfig):
         return cls(features.data, features.encoders, features.store, train)
 
 
+@dataclass(frozen=True)
+class ProjectFile(Config):
+    """All sections that `featstore.toml` may have."""
+
+    runs: RunsConfig = field(default_factory=RunsConfig)
+
+
 SECTIONS = sections_of(Config)
 
 
 def load_config(
-    path: str | Path | None = None, overrides: Mapping[str, Mapping[str, Any]] | None = None
+    path: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
     """Read all settings; see `featstore.config.load_sections`."""
-    return load_sections(Config, path, overrides)
+    return load_sections(Config, path, overrides, OTHER_SECTIONS)
 
 
 def render_config(config: Config, comments: bool = False, defaults: bool = True) -> str:
     """Return the settings as TOML that `load_config` reads back; see `render_toml`."""
     return render_toml(config, comments, defaults)
+
+
+def beside_run(config: Config, folder: Path) -> Config:
+    """Return a run's settings with the paths below its project's folder relative to the run's.
+
+    So a project that is moved as a whole finds its store and data. Others stay absolute.
+
+    Args:
+        config: The settings; their paths are absolute.
+        folder: The run's, or the search's.
+    """
+    folder = Path(os.path.abspath(folder))
+    home = runs_of(folder).parent
+
+    def relative(value: str) -> str:
+        below = Path(value).is_absolute() and Path(value).is_relative_to(home)
+        return os.path.relpath(value, folder) if below and home != home.parent else value
+
+    return with_paths(config, relative)
 
 
 def config_of(project: Project, **settings: Any) -> Config:

@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from featstore.encoders.tower import VisionEncoder
 from featstore.extract.encode import Encoder, Encoding, Failed, Made, encoding_of, load_encoder
 from featstore.extract.lengths import Cut, count_cut
 from featstore.extract.plan import Job, Plan, make_plan
+from featstore.extract.speed import estimated_speed, has_gpu, recorded_speed
 from featstore.extract.worklist import PlannedShard, WorkList, alone, sharing
 from featstore.progress import SILENT, Progress, Show
 from featstore.store.folder import shard_paths
@@ -204,8 +206,12 @@ def estimate(job: Job) -> tuple[Plan, float]:
     """Say what `extract` would do, and how fast; change nothing.
 
     Returns:
-        The plan, and inputs a second of the real encoder on this machine (0
-        where there is nothing to do).
+        The plan, and inputs a second on this machine, see `speed.py` (0 where there is
+        nothing to do).
     """
     plan = make_plan(job)
-    return plan, rows_per_second(job) if plan.keys else 0.0
+    if not plan.keys:
+        return plan, 0.0
+    if (speed := recorded_speed(Path(job.store.root), job.spec)) is None:
+        speed = rows_per_second(job) if has_gpu() else estimated_speed(job.spec)
+    return plan, speed

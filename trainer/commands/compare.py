@@ -8,7 +8,7 @@ import click
 
 from featstore.errors import UsageError
 from trainer.commands.answer import answer, json_option
-from trainer.commands.console import encoding_option, open_run, runs_option, split_option
+from trainer.commands.console import encoding_option, open_run, run_options, split_option
 from trainer.commands.help import PATH, command
 
 SUFFIXES = (".md", ".json")
@@ -36,7 +36,7 @@ SUFFIXES = (".md", ".json")
     help="Seed of the draws.",
 )
 @click.option("--out", type=PATH, help="Write a page (.md) or the figures (.json).")
-@runs_option
+@run_options
 @json_option
 def compare(
     run: tuple[str, ...],
@@ -60,7 +60,9 @@ def compare(
     if target is not None and target.suffix not in SUFFIXES:
         raise UsageError(f"--out {out}: expected a name that ends with .md or .json")
     if (images is not None or encoding) and rows is None:
-        raise UsageError("--images and --encoding belong to --rows; a split has the run's own")
+        raise UsageError(
+            "--images and --encoding belong to --rows; the runs' own photos are --data-images"
+        )
     base, *others = [open_run(name, runs) for name in run]
     from featstore.publish import write_json, write_text
     from trainer.results.compare_tables import as_markdown, as_text

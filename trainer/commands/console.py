@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featstore.config import DEFAULT_FILE
+from featstore.config import DEFAULT_FILE, runs_folder
 from featstore.errors import (
     Advice,
     Command,
@@ -35,6 +35,17 @@ Function = Callable[..., Any]
 
 # Keys of what a command that a message names is typed with.
 SETTINGS, PLACES = "featstore.settings", "featstore.places"
+# Of where a run's data are now, by the names of `load_run` and by flag.
+ELSEWHERE, GIVEN, CONFIG = "featstore.elsewhere", "featstore.given", "featstore.config"
+ELSEWHERE_FLAGS = (
+    ("--config", "config", "Settings that say where the run's data and store are now."),
+    ("--root", "root", "Folder of the run's store."),
+    ("--data-rows", "rows", "The run's own row file."),
+    ("--data-images", "images", "Folder of the run's own photos."),
+    ("--split-file", "split_file", "The run's own split file."),
+)
+# What a setting of `extract-vit` and others is called.
+SETTING_FLAGS = {"--data-rows": "--rows", "--data-images": "--images"}
 
 
 def import_framework() -> None:
@@ -99,8 +110,15 @@ def typed(command: Command) -> str:
             target = target.commands.get(word, target)
     known = {flag for option in target.params for flag in option.opts} - {*command.without}
     force = context.meta.get(PLACES, ())
-    force = force if command.bare else (*context.meta.get(SETTINGS, ()), *force)
+    # A command that reads a run has its settings; another place of its data is still another.
+    settings = context.meta.get(GIVEN if reads_run(target) else SETTINGS, ())
+    force = force if command.bare else (*settings, *force)
     return command.line(str(root.info_name), *(pair for pair in force if pair[0] in known))
+
+
+def reads_run(command: click.Command) -> bool:
+    """Tell whether a command has `run_options`."""
+    return any(str(option.name) == "elsewhere_root" for option in command.params)
 
 
 def quoted(command: Command) -> str:
@@ -214,6 +232,8 @@ def settings(*sections: str) -> Callable[[Function], Function]:
             "--config",
             "config_file",
             type=PATH,
+            # Before --runs, whose default is in it.
+            is_eager=True,
             help=f"Settings file; flags win over it.  [default: {DEFAULT_FILE}, if it is there]",
         )(command)
 
@@ -259,11 +279,8 @@ def open_project(config_file: str | None, flags: dict[str, Any], save: bool = Tr
     config = read_config(config_file, flags)
     from featstore.project import Project
 
-    project = Project(config, dry_run=not save)
-    dataset = project.dataset
-    if save:
-        dataset.save()
-    print_rows(dataset)
+    project = Project(config, dry_run=not save, file=config_file)
+    print_rows(project.dataset, named=save and project.save_dataset())
     return project
 
 
@@ -293,11 +310,47 @@ def runs_option(command: Function) -> Function:
         "--runs",
         "runs",
         type=PATH,
-        default="runs",
-        show_default=True,
-        callback=_remember_place,
-        help="Folder of the runs.",
+        callback=_runs,
+        help="Folder of the runs.  [default: [runs] folder of the settings, else runs beside them]",
     )(command)
+
+
+def _runs(context: click.Context, option: click.Parameter, value: str | None) -> str:
+    """Return the folder of the runs; one that was given is kept for what people type next."""
+    if value is not None:
+        return str(_remember_place(context, option, value))
+    return str(runs_folder(context.params.get("config_file") or context.meta.get(CONFIG)))
+
+
+def run_options(command: Function) -> Function:
+    """Give a command that reads a run `--runs`, and where the run's data are now.
+
+    `open_run` takes them.
+    """
+    for flag, place, what in reversed(ELSEWHERE_FLAGS):
+        command = click.option(
+            flag,
+            f"elsewhere_{place}",
+            type=PATH,
+            expose_value=False,
+            is_eager=place == "config",
+            callback=_remember_elsewhere,
+            help=f"{what}  [default: as recorded by the run]",
+        )(command)
+    return runs_option(command)
+
+
+def _remember_elsewhere(context: click.Context, option: click.Parameter, value: Any) -> None:
+    if value is not None:
+        place = str(option.name).removeprefix("elsewhere_")
+        context.meta.setdefault(ELSEWHERE, {})[place] = value
+        if place == "config":
+            context.meta[CONFIG] = value
+
+
+def elsewhere() -> dict[str, Any]:
+    """Return where this command's runs have their data now, as `trainer.load_run` takes it."""
+    return dict(click.get_current_context().meta.get(ELSEWHERE, {}))
 
 
 @contextlib.contextmanager
@@ -319,8 +372,13 @@ def stop_request() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def print_rows(dataset: Any) -> None:
-    """Print how many rows each split has, and which rows were left out."""
+def print_rows(dataset: Any, named: bool = True) -> None:
+    """Print how many rows each split has, and which rows were left out.
+
+    Args:
+        dataset: The rows.
+        named: Whether its report was written.
+    """
     counts = dataset.counts()
     rows = ", ".join(f"{split} {n}" for split, n in counts["rows"].items())
     click.echo(f"rows: {rows}", err=True)
@@ -330,7 +388,8 @@ def print_rows(dataset: Any) -> None:
     ):
         if reasons:
             found = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
-            warn(f"rows {title}: {found} (named in {dataset.report})")
+            where = f" (named in {dataset.report})" if named else ""
+            warn(f"rows {title}: {found}{where}")
     for line in dataset.notes():
         warn(line)
 
@@ -339,11 +398,16 @@ def open_run(name: str, runs: str) -> Run:
     """Open a run; what is typed next is typed with its settings."""
     from trainer.run.folder import find_run
 
-    remember_settings(("--config", find_run(Path(runs), name).config_path))
+    where = elsewhere()
+    given = [(flag, where[place]) for flag, place, _ in ELSEWHERE_FLAGS if place in where]
+    # What makes features takes the run's own settings, with the places under its own flags.
+    own = [(SETTING_FLAGS.get(flag, flag), value) for flag, value in given if flag != "--config"]
+    remember_settings(("--config", find_run(Path(runs), name).config_path), *own)
+    click.get_current_context().meta[GIVEN] = given
     import_framework()
     from trainer.api import load_run
 
-    return load_run(name, runs)
+    return load_run(name, runs, **where)
 
 
 def print_metrics(result: dict[str, Any]) -> None:

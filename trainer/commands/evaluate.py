@@ -14,7 +14,7 @@ from trainer.commands.console import (
     encoding_option,
     open_run,
     quoted,
-    runs_option,
+    run_options,
     split_option,
     stop_request,
 )
@@ -145,7 +145,7 @@ def _print_extremes(result: dict[str, Any]) -> None:
     "--with-controls", is_flag=True, help="Train the same run on the sentence alone, if missing."
 )
 @click.option("--buckets", type=PATH, help="Bucket file.  [default: the study's ten]")
-@runs_option
+@run_options
 @json_option
 @click.pass_context
 def evaluate(
@@ -171,7 +171,10 @@ def evaluate(
     if rows is not None and given:
         raise UsageError("--split and --rows exclude each other: a split, or the rows of a file")
     if rows is None and (images is not None or no_cache or encoding):
-        raise UsageError("--images, --encoding and --no-cache belong to --rows")
+        raise UsageError(
+            "--images, --encoding and --no-cache belong to --rows; the run's own photos are"
+            " --data-images"
+        )
     if with_controls and control not in (None, "none"):
         raise UsageError("--with-controls and --control exclude each other: all of them, or one")
     found = open_run(run, runs)

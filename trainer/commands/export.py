@@ -8,7 +8,7 @@ import click
 
 from featstore.errors import counted
 from trainer.commands.answer import answer, json_option
-from trainer.commands.console import open_run, runs_option, split_option
+from trainer.commands.console import open_run, run_options, split_option
 from trainer.commands.help import PATH, command
 
 
@@ -59,7 +59,7 @@ def _print_export(result: dict[str, Any]) -> None:
 )
 @split_option("test", "val", "train")
 @click.option("--force", is_flag=True, help="Replace what is there.")
-@runs_option
+@run_options
 @json_option
 def export(
     run: str,

@@ -156,7 +156,7 @@ def _extract(
             " add --ray ADDRESS"
         )
     project = open_project(config_file, flags, save=not dry_run)
-    if ray is None or dry_run:
+    if ray is None and not dry_run:
         import_framework()
     if dry_run:
         _print_plan(*project.estimate(kind, split, source=source), as_json)

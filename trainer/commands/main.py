@@ -27,7 +27,7 @@ from trainer.commands.search import search_group
 from trainer.commands.store import store_group
 from trainer.commands.streams import show_plainly
 from trainer.commands.train import train
-from trainer.config import Config, render_config
+from trainer.config import ProjectFile, render_config
 
 # Said before TensorFlow is imported: it reads them then.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -62,7 +62,7 @@ def init(config_file: str, force: bool, as_json: bool) -> None:
     path = Path(config_file)
     if path.exists() and not force:
         raise UsageError(f"{path}: there already; --force replaces it")
-    write_text(path, render_config(Config(), comments=True, defaults=False))
+    write_text(path, render_config(ProjectFile(), comments=True, defaults=False))
     if as_json:
         answer({"config": str(path)})
         return

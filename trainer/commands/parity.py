@@ -9,7 +9,7 @@ import click
 from featstore.errors import counted
 from featstore.progress import SHOWN
 from trainer.commands.answer import answer, json_option
-from trainer.commands.console import open_run, runs_option, split_option
+from trainer.commands.console import open_run, run_options, split_option
 from trainer.commands.help import command
 
 
@@ -70,7 +70,7 @@ def _print_parity(result: dict[str, Any]) -> None:
     help="Seed that decides which rows.",
 )
 @split_option("test", "val", "train")
-@runs_option
+@run_options
 @json_option
 def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool) -> None:
     """Prove that a run equals the end-to-end model, from the photos' bytes on."""

@@ -10,7 +10,7 @@ import click
 
 from featstore.errors import UsageError, counted
 from trainer.commands.answer import answer, json_option, warn
-from trainer.commands.console import encoding_option, open_run, runs_option
+from trainer.commands.console import encoding_option, open_run, run_options
 from trainer.commands.help import PATH, command
 
 FORMATS = ("csv", "jsonl", "parquet")
@@ -44,7 +44,7 @@ STREAM = "-"
 )
 @click.option("--image", type=PATH, help="One photo, in place of --rows.")
 @click.option("--text", help="The sentence about --image.")
-@runs_option
+@run_options
 @json_option
 def predict(
     run: str,

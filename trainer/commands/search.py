@@ -14,10 +14,12 @@ from featstore.progress import SHOWN
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     Function,
+    elsewhere,
     import_framework,
     print_rows,
     quoted,
     read_config,
+    run_options,
     runs_option,
     settings,
     split_option,
@@ -118,8 +120,8 @@ def search_group(
         check_address(ray_address)
     what = drive.meant(config, space_file, folder, init_from, searched, sections, dry_run)
     project, space = what.project, what.space
-    print_rows(project.dataset)
     if dry_run:
+        print_rows(project.dataset, named=False)
         plans = drive.plan_features(project, space.feature_configs(what.base), SHOWN)
         names = [parameter.name for parameter in space.parameters]
         if as_json:
@@ -128,9 +130,10 @@ def search_group(
         else:
             click.echo(f"{counted(space.trials, 'trial')} of {', '.join(names)}")
         return
-    project.dataset.save()
     # Before the extraction, so that a wrong name or storage does not wait for its end.
     search = start_search(folder, what.base, space, what.init_from, storage, project)
+    project.save_dataset(folder)
+    print_rows(project.dataset)
     deadline = float("inf") if timeout is None else started + timeout
     places = drive.Places(workers, ray_address, num_gpus, num_cpus)
     with stop_request() as stopping:
@@ -194,7 +197,7 @@ def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
 @search_group.command("show")
 @click.argument("name")
 @click.option("--storage", help="Database URL, where the search has one.")
-@runs_option
+@run_options
 @json_option
 def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> None:
     """Print a search's leaderboard, also while it runs; write its plots."""
@@ -202,7 +205,7 @@ def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> Non
     from trainer.tuning.plots import no_importance
     from trainer.tuning.table import ranked, trial_rows, write_leaderboard
 
-    search = load_search(name, runs, storage).search
+    search = load_search(name, runs, storage, **elsewhere()).search
     rows = trial_rows(search)
     idle = search.idle()
     for row in rows:
@@ -224,7 +227,7 @@ def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> Non
 @click.option("--seeds", type=click.IntRange(min=1), help="Train it again with so many seeds.")
 @click.option("--storage", help="Database URL, where the search has one.")
 @split_option("val", "test")
-@runs_option
+@run_options
 @json_option
 def search_best(
     name: str,
@@ -239,7 +242,7 @@ def search_best(
     from trainer.tuning.drive import load_search
     from trainer.tuning.space import shown
 
-    results = load_search(name, runs, storage)
+    results = load_search(name, runs, storage, **elsewhere())
     search, best = results.search, results.best
     if best is None:
         raise RunError(f"{search.folder}: no trial is complete yet")

@@ -51,7 +51,7 @@ def _project(config_file: str | None, flags: dict[str, Any]) -> Project:
     config = read_config(config_file, flags)
     from featstore.api import Project
 
-    return Project(config)
+    return Project(config, file=config_file)
 
 
 def _kinds(kind: str) -> tuple[str, ...]:
@@ -211,11 +211,33 @@ def store_repair(
 
 @store_group.command("gc")
 @click.option("--yes", is_flag=True, help="Delete what is listed.")
+@click.option(
+    "--forget",
+    multiple=True,
+    metavar="PATH",
+    help="A user of the store, by its path, that is gone for good: it needs nothing.",
+)
+@click.option(
+    "--unrecorded", is_flag=True, help="Features whose users were never recorded can go too."
+)
 @runs_option
 @_store_options
-def store_gc(yes: bool, runs: str, as_json: bool, config_file: str | None, **flags: Any) -> None:
-    """List what neither the configuration nor a run needs; delete it with --yes."""
-    found = _project(config_file, flags).garbage(runs, delete=yes)
+def store_gc(
+    yes: bool,
+    forget: tuple[str, ...],
+    unrecorded: bool,
+    runs: str,
+    as_json: bool,
+    config_file: str | None,
+    **flags: Any,
+) -> None:
+    """List what neither the configuration, a run, nor another user of the store needs.
+
+    The store keeps a list of its users: configurations, and folders of runs. What one of them
+    needs is kept, also where it cannot be found; --forget names one that is gone for good.
+    """
+    project = _project(config_file, flags)
+    found = project.garbage(runs, yes, forget, unrecorded)
     if as_json:
         answer(found.to_dict())
         return
@@ -223,7 +245,7 @@ def store_gc(yes: bool, runs: str, as_json: bool, config_file: str | None, **fla
         click.echo(f"{_megabytes(item.bytes):>12}  {item.what}: {item.path} ({item.detail})")
     for path in found.unknown:
         click.echo(f"{'unknown':>12}  {path}: not written by this program; never deleted")
-    for line in (*found.notes, *found.kept):
+    for line in (*(shown(note, typed) for note in found.notes), *found.kept):
         click.echo(f"kept: {line}", err=True)
     total = _megabytes(sum(item.bytes for item in (found.deleted if yes else found.garbage)))
     click.echo(f"{total} deleted" if yes else f"{total} can go; --yes deletes it")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from featstore.config import without_paths
 from featstore.errors import DataError, FeatstoreError
 from trainer.config import Config
 from trainer.metrics import evaluate_logits
@@ -51,7 +52,7 @@ def find_blind(run: Run) -> Run | None:
         key=lambda name: (not name.startswith(f"{stem}-{BLIND}"), name),
     )
     for name in names:
-        other = Run(home / name)
+        other = Run(home / name, run.elsewhere)
         # One that cannot be read is not a control.
         with contextlib.suppress(FeatstoreError):
             if other.config.train == wanted and _same_start(run, other):
@@ -67,23 +68,19 @@ def blind_place(run: Run) -> tuple[Path, str]:
     home, stem = _home(run)
     for number in itertools.count(1):
         name = f"{stem}-{BLIND}" if number == 1 else f"{stem}-{BLIND}-{number}"
-        other = Run(home / name)
+        other = Run(home / name, run.elsewhere)
         if not other.exists and not (other.folder / SEARCH_FILE).exists():
             return home, name
         with contextlib.suppress(FeatstoreError):
-            if other.manifest["status"] != "finished" and other.config == blind_config(run):
+            if other.manifest["status"] != "finished" and _same(other.config, blind_config(run)):
                 return home, name
     raise AssertionError("unreachable")
 
 
-def source_of(run: Run) -> str | None:
-    """Return the folder of the run that a run started from, also where both were moved."""
-    recorded = run.manifest["init_from"]
-    if recorded is None:
-        return None
-    beside = run.folder.parent / Path(recorded).name
-    found = next((path for path in (Path(recorded), beside) if path.is_dir()), None)
-    return recorded if found is None else str(found.resolve())
+def _same(one: Config, other: Config) -> bool:
+    """Tell whether two runs have the same settings, wherever their data are."""
+    ours, theirs = (without_paths(dataclasses.asdict(config)) for config in (one, other))
+    return ours == theirs
 
 
 def compare_controls(
@@ -212,5 +209,5 @@ def _same_start(run: Run, other: Run) -> bool:
             ours["features"][key]["fingerprint"] == theirs["features"][key]["fingerprint"]
             for key in ("vision", "text")
         )
-        and source_of(run) == source_of(other)
+        and run.source == other.source
     )

@@ -23,7 +23,7 @@ from featstore.progress import SILENT, Show
 from featstore.project import Project
 from featstore.publish import write_json, write_text
 from featstore.settings import plain_path
-from trainer.config import Config, render_config
+from trainer.config import Config
 from trainer.features import cached_rows
 from trainer.metrics import evaluate_logits
 from trainer.model.weights import copy_weights, seeded, trained_weights
@@ -141,13 +141,14 @@ def import_run(
         },
         "wall_seconds": {"total": round(time.perf_counter() - started, 3)},
     }
-    project.dataset.save()
+    project.save_dataset(run.folder)
     with run.writing():
         run.check_new()
         save_weights(run, model)
-        run.write_config(render_config(config))
+        run.write_config(config)
         write_text(run.history_path, ",".join(HISTORY_COLUMNS) + "\n")
         what = {"monitor": train.monitor, "control": train.control}
         write_json(run.metrics_path, {"split": "val", "epoch": 0, **what, **metrics})
         run.write_manifest(manifest)
+        run.record_use(project.root)
     return run

@@ -23,7 +23,7 @@ from featstore.errors import (
 from featstore.progress import Show
 from featstore.project import Project
 from trainer.results.labelled import Labelled, Scored, SplitRows, UnseenRows, seen_photos
-from trainer.results.score import Scorer, check_same_data
+from trainer.results.score import Scorer, check_same_data, opened
 from trainer.run.folder import Run
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def judge(
     with show.bar(len(runs), "runs") as progress:
         for run, label in zip(runs, labels, strict=True):
             # Rows, specs and stores that runs have in common are opened once.
-            project = Project(run.config) if project is None else project.with_config(run.config)
+            project = opened(run) if project is None else project.with_config(run.config)
             if rows is None:
                 check_same_data(run, project)
             scorer = Scorer(run, project)

@@ -6,13 +6,14 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os.path import exists, isabs
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.examples import NO_PHOTO
-from featstore.errors import RunError, counted
+from featstore.errors import Advice, Command, MissingFeaturesError, RunError, counted
 from featstore.progress import SILENT, Show
 from featstore.project import Project
 from trainer.batches import CachedRows
@@ -94,6 +95,7 @@ class Scorer:
             StaleFeaturesError: A photo was replaced since it was extracted.
             DataError: No row's photo could be read.
         """
+        check_store(self.run, self.project)
         rows, unread = self.project.usable(split)
         self.project.forget_photos()
         self.project.compare_photos(split, show)
@@ -112,19 +114,79 @@ def project_of(run: Run) -> Project:
     Raises:
         RunError: The rows, the split or an encoder changed since.
     """
-    project = Project(run.config)
+    project = opened(run)
     check_same_data(run, project)
     check_same_features(run, project)
+    check_store(run, project)
     return project
+
+
+def opened(run: Run) -> Project:
+    """Open what a run's settings mean, whatever is there of it."""
+    return Project(run.config, file=run.config_path)
+
+
+def _refuse_absent(run: Run, absent: dict[str, str]) -> None:
+    """Say what of a run's data is not where it was, and how to name where it is.
+
+    Args:
+        run: The run.
+        absent: Option that names it, and where it was.
+
+    Raises:
+        RunError: Something is absent.
+    """
+    if absent:
+        places = ", ".join(f"{path} ({option})" for option, path in absent.items())
+        raise RunError(
+            f"{run.folder}: not there, or not readable from here: {places}; if that was moved, name"
+            f" where it is now with {' and '.join(absent)}, or with --config a configuration of the"
+            " same data; the run's digests tell whether it is the same"
+        )
+
+
+def check_store(run: Run, project: Project) -> None:
+    """See that the run's features are in the store, and have the store know who reads it.
+
+    Raises:
+        RunError: There is no such store.
+        MissingFeaturesError: It has no features of the photos.
+    """
+    root = project.root
+    _refuse_absent(run, {} if root.is_dir() else {"--root": str(root)})
+    folder = project.vision_spec.folder(root)
+    if not folder.is_dir():
+        raise MissingFeaturesError(
+            f"{run.folder}: the store {root} does not have the features of the photos that the run"
+            f" was trained on ({folder.name})",
+            Advice(
+                "if they are in another store, name it with --root; else run ",
+                Command("extract-vit", config=run.config_path),
+            ),
+        )
+    run.record_use(root)
 
 
 def check_same_data(run: Run, project: Project) -> None:
     """Refuse to measure a run on a split that is not the one it was trained with.
 
     Raises:
-        RunError: The rows or the split differ from the run's.
+        RunError: The rows or the split differ from the run's, or are not there.
     """
-    expected = run.manifest["data"]
+    expected, data = run.manifest["data"], project.config.data
+    files = data.rows.values() if isinstance(data.rows, dict) else [data.rows]
+    absent = {
+        option: path
+        for option, path in (
+            *(("--data-rows", path) for path in files),
+            ("--data-images", data.images),
+            ("--split-file", data.split_file),
+        )
+        if path and not exists(path)
+    }
+    if project.config.is_demo and not project.has_dataset:
+        absent["--root"] = str(project.root)
+    _refuse_absent(run, absent)
     for what, found in (
         ("rows", project.dataset.examples.digest()),
         ("splits", project.dataset.splits.digest()),
@@ -166,9 +228,11 @@ def check_same_features(run: Run, project: Project) -> None:
     """Refuse features of another spec than the run was trained on.
 
     Raises:
-        RunError: A fingerprint differs.
+        RunError: A fingerprint differs, or an encoder's folder is not there.
     """
-    expected = run.manifest["features"]
+    expected, encoders = run.manifest["features"], project.config.encoders
+    absent = [name for name in (encoders.vit, encoders.text) if isabs(name) and not exists(name)]
+    _refuse_absent(run, {"--config": " and ".join(absent)} if absent else {})
     for name, spec in (
         ("vision", project.vision_spec),
         ("text", project.text_spec(run.config.train.k_txt)),
@@ -176,5 +240,6 @@ def check_same_features(run: Run, project: Project) -> None:
         if expected[name]["fingerprint"] != spec.fingerprint:
             raise RunError(
                 f"{run.folder}: trained on {name} features {expected[name]['fingerprint']},"
-                f" the configuration asks for {spec.fingerprint}; the encoder's files changed"
+                f" the configuration asks for {spec.fingerprint}; the encoder's files changed,"
+                " or --config names another encoder"
             )

@@ -22,18 +22,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from featstore.config import RECORDS, runs_of, with_paths, without_paths
 from featstore.encoders.spec import differing_fields
 from featstore.errors import Advice, Command, RunError, UsageError
 from featstore.publish import read_json, write_json, write_text
-from trainer.config import Config, load_config
+from featstore.store.users import record_use, user_of
+from trainer.config import Config, beside_run, load_config, render_config
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,10 +67,14 @@ class Run:
 
     Args:
         folder: The run's folder.
+        elsewhere: Section to key to value of the settings that say where its rows, photos,
+            encoders and store are now; see `places`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, elsewhere: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        self.folder, self.elsewhere = folder, elsewhere or {}
         self.name = folder.name
         self.config_path = folder / "config.toml"
         self.manifest_path = folder / "manifest.json"
@@ -85,7 +92,10 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The run's resolved settings.
+        """The run's resolved settings, its paths as they are now.
+
+        A path that is relative in the file is looked for from the folder where the file is,
+        and, if nothing is there, from the folder that the run was trained in.
 
         Raises:
             RunError: There are none.
@@ -93,7 +103,33 @@ class Run:
         """
         if not self.config_path.is_file():
             raise RunError(f"{self.config_path}: not there, or not a file; the run is damaged")
-        return load_config(self.config_path)
+        config = load_config(self.config_path, self.elsewhere)
+        trained_in, here = self._trained_in, os.path.abspath(self.folder)
+        if not trained_in or trained_in == here:
+            return config
+
+        def found(value: str) -> str:
+            if os.path.exists(value) or "://" in value:
+                return value
+            seen = os.path.relpath(value, here) if os.path.isabs(value) else value
+            earlier = os.path.normpath(os.path.join(trained_in, seen))
+            return earlier if os.path.exists(earlier) else value
+
+        return with_paths(config, found)
+
+    @property
+    def _trained_in(self) -> str:
+        """Where the folder was when its settings were written; empty of older versions."""
+        for name in RECORDS:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return str(read_json(self.folder / name)["folder"])
+        return ""
+
+    @property
+    def source(self) -> str | None:
+        """The folder of the run that this one started from, also where both were moved."""
+        recorded = self.manifest["init_from"]
+        return None if recorded is None else moved_run(recorded, runs_of(self.folder))
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -151,13 +187,20 @@ class Run:
             raise RunError(f"{path}: expected a JSON object, found {type(value).__name__}")
         return value
 
-    def write_config(self, text: str) -> None:
+    def write_config(self, config: Config) -> None:
         """Publish the resolved settings."""
-        write_text(self.config_path, text)
+        write_text(self.config_path, render_config(beside_run(config, self.folder)))
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Publish the manifest."""
-        write_json(self.manifest_path, manifest)
+        write_json(self.manifest_path, {"folder": os.path.abspath(self.folder), **manifest})
+
+    def record_use(self, root: Path) -> None:
+        """Have a store know that this run needs what it was trained on."""
+        data, features = self.manifest["data"], self.manifest["features"]
+        needed = [features[kind]["fingerprint"] for kind in ("vision", "text")]
+        needed += [data["rows_digest"], data["splits_digest"]]
+        record_use(root, user_of(self.config_path), needed)
 
     def check_new(self) -> None:
         """Allow a run that is made at once, with no epoch to go on from.
@@ -189,7 +232,7 @@ class Run:
                 f"{self.folder}: a finished run; choose another --name, or more --epochs than its"
                 f" {self.config.train.epochs}"
             )
-        ours, theirs = dataclasses.asdict(config), dataclasses.asdict(self.config)
+        ours, theirs = (without_paths(dataclasses.asdict(one)) for one in (config, self.config))
         changed = differing_fields(ours, theirs)
         if changed:
             raise UsageError(
@@ -233,6 +276,56 @@ def run_folder(runs: Path, name: str) -> Path:
             " a sign, at most 100"
         )
     return runs / name
+
+
+def moved_run(recorded: str, runs: Path) -> str:
+    """Return the folder of a run that was recorded by its folder, also where it was moved since.
+
+    Args:
+        recorded: Its folder then.
+        runs: The folder of runs in which the record is now.
+    """
+    beside = runs / Path(recorded).name
+    found = next((path for path in (Path(recorded), beside) if path.is_dir()), None)
+    return recorded if found is None else str(found.resolve())
+
+
+def places(
+    config: str | os.PathLike[str] | None = None,
+    root: str | os.PathLike[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
+    rows: str | os.PathLike[str] | None = None,
+    split_file: str | os.PathLike[str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Return the settings that say where a run's data and store are now.
+
+    Args:
+        config: A configuration of the same data: its rows, photos, split, encoders and store.
+        root: Folder of the store; this and the following win.
+        images: Folder of the photos.
+        rows: Row file.
+        split_file: The user's own split.
+
+    Raises:
+        ConfigError: The configuration cannot be read.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if config is not None:
+        known = load_config(config)
+        found = {
+            "data": {key: getattr(known.data, key) for key in ("rows", "images", "split_file")},
+            "encoders": {"vit": known.encoders.vit, "text": known.encoders.text},
+            "store": {"root": known.store.root},
+        }
+    for section, key, value in (
+        ("store", "root", root),
+        ("data", "images", images),
+        ("data", "rows", rows),
+        ("data", "split_file", split_file),
+    ):
+        if value is not None:
+            found.setdefault(section, {})[key] = os.fspath(value)
+    return found
 
 
 def free_name(runs: Path, stem: str) -> str:

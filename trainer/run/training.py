@@ -21,7 +21,7 @@ from featstore.encoders.framework import pinned_framework
 from featstore.errors import RunError, counted
 from featstore.project import Project
 from featstore.publish import check_space, write_json, write_text
-from trainer.config import Config, TrainConfig, render_config
+from trainer.config import Config, TrainConfig
 from trainer.features import cached_rows
 from trainer.metrics import evaluate_logits
 from trainer.model.weights import seeded
@@ -160,6 +160,7 @@ class Training:
         self.optimizer.build(self.model.trainable_variables)
         self.progress = Progress()
         self.manifest = self._manifest(row_shape, init_from)
+        self._source = None if init_from is None else str(init_from.folder.resolve())
         if run.checkpoint_path.exists():
             self._check_same_start()
             self.progress = load_state(run.checkpoint_path, self.model, self.optimizer)
@@ -182,7 +183,7 @@ class Training:
             ("rows", found["data"]["rows_digest"], expected["data"]["rows_digest"]),
             ("split", found["data"]["splits_digest"], expected["data"]["splits_digest"]),
             ("features", found["features"], expected["features"]),
-            ("--init-from", found["init_from"], expected["init_from"]),
+            ("--init-from", self._source, self.run.source),
             ("Keras backend", found["backend"], expected["backend"]),
         ):
             if ours != theirs:
@@ -192,7 +193,7 @@ class Training:
                 )
 
     def _write_config(self) -> None:
-        self.run.write_config(render_config(self.config))
+        self.run.write_config(self.config)
 
     def _write_manifest(self, status: str) -> None:
         self.manifest["status"] = status
@@ -218,6 +219,7 @@ class Training:
         writes = [self._write_config, lambda: self._write_manifest("running")]
         for write in reversed(writes) if self.run.exists else writes:
             write()
+        self.run.record_use(self.project.root)
         if self.hparams is not None:
             self._events.hparams(self.hparams, self.run.name)
         if self.progress.epoch or self.progress.step:

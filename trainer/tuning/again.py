@@ -51,14 +51,15 @@ def retrain(
     """
     base = search.run_of(best["trial"]).config
     count = epochs or base.train.epochs
-    project = Project(base)
+    project = Project(base, file=search.folder / "config.toml")
+    project.save_dataset(search.folder)
     # A split without features would be found out after the training.
     project.usable(split)
     prepare(project, base.train.k_txt)
     figures = []
     for seed in range(base.train.seed, base.train.seed + seeds):
         train = dataclasses.replace(base.train, epochs=count, seed=seed)
-        run = Run(search.folder / f"best-{best['trial']:04d}-e{count}-s{seed}")
+        run = Run(search.folder / f"best-{best['trial']:04d}-e{count}-s{seed}", search.elsewhere)
         if not (run.exists and run.manifest["status"] == "finished"):
             with run.writing():
                 run.check_free_or_same(Config.of(base, train))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featstore.config import runs_folder
 from featstore.errors import RunError, counted
 from featstore.extract.extract import extract
 from featstore.extract.plan import Plan
@@ -22,7 +23,7 @@ from featstore.ray_cluster import Actors
 from trainer.config import Config, config_of
 from trainer.features import plan_jobs
 from trainer.run import folder as folder_of_run
-from trainer.run.folder import find_run, free_name, run_folder
+from trainer.run.folder import find_run, free_name, places, run_folder
 from trainer.tuning.live import live_view
 from trainer.tuning.plots import no_importance
 from trainer.tuning.space import SearchConfig, Space, shown
@@ -220,15 +221,23 @@ class SearchResults:
 
 def load_search(
     name: str | os.PathLike[str],
-    runs: str | os.PathLike[str] = "runs",
+    runs: str | os.PathLike[str] | None = None,
     storage: str | None = None,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    root: str | os.PathLike[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
+    rows: str | os.PathLike[str] | None = None,
+    split_file: str | os.PathLike[str] | None = None,
 ) -> SearchResults:
     """Open a search that was started, by its name or its folder.
 
     Args:
         name: The name, or the folder.
-        runs: Folder of the runs.
+        runs: Folder of the runs; None: the configuration's.
         storage: Its database, where it has one.
+        config, root, images, rows, split_file: Where its data are now, if they were moved; see
+            `trainer.load_run`.
 
     Raises:
         RunError: There is none, or its file is damaged.
@@ -236,8 +245,9 @@ def load_search(
     """
     folder = Path(name)
     if not exists(folder):
-        folder = run_folder(Path(runs), os.fspath(name))
-    return SearchResults(open_search(folder, storage))
+        folder = run_folder(Path(runs or runs_folder(config)), os.fspath(name))
+    elsewhere = places(config, root, images, rows, split_file)
+    return SearchResults(open_search(folder, storage, elsewhere))
 
 
 @dataclass(frozen=True)
@@ -288,7 +298,8 @@ def meant(
         file = Path(space) if isinstance(space, str | os.PathLike) else space
         varied = read_space(file, search_settings, settings, config.is_demo)
         base = varied.base(config)
-    return Meant(Project(base, dry_run=dry_run), base, varied, source)
+    project = Project(base, dry_run=dry_run, file=folder / "config.toml")
+    return Meant(project, base, varied, source)
 
 
 def search(
@@ -296,7 +307,7 @@ def search(
     space: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     *,
     name: str | None = None,
-    runs: str | os.PathLike[str] = "runs",
+    runs: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     timeout: float | None = None,
     init_from: str | None = None,
@@ -319,7 +330,7 @@ def search(
             `{"train": {"lr": {"log_uniform": [2e-5, 1e-4]}}}`; None: the
             reference study's.
         name: Of the search; one of that name goes on.
-        runs: Folder of the runs.
+        runs: Folder of the runs; None: the project's.
         workers: Trials at once; None: 1, on Ray as many as fit.
         timeout: Seconds after which no trial starts; extraction counts.
         init_from: Run that every trial starts from.
@@ -343,12 +354,13 @@ def search(
         searched["seed"] = settings["search_seed"]
     fixed = {k: v for k, v in settings.items() if k not in searched and k != "search_seed"}
     config = None if project is None else config_of(project, **fixed)
-    name = free_name(Path(runs), "search") if name is None else name
-    folder = run_folder(Path(runs), name)
+    folders = Path(runs or runs_folder(project.file if project else None))
+    name = free_name(folders, "search") if name is None else name
+    folder = run_folder(folders, name)
     what = meant(config, space, folder, init_from, searched, {"train": fixed})
     own = what.project if project is None else project.with_config(what.base)
     found = start_search(folder, what.base, what.space, what.init_from, storage, own)
-    own.dataset.save()
+    own.save_dataset(folder)
     deadline = float("inf") if timeout is None else started + timeout
     places = Places(workers, ray, num_gpus, num_cpus)
     return SearchResults(found, run_search(found, own, places, deadline, stopping, show))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +31,16 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from featstore.config import without_paths
 from featstore.encoders.spec import differing_fields
 from featstore.errors import Advice, Command, RunError, UsageError
 from featstore.extract.plan import Job
 from featstore.project import Project
-from featstore.publish import command_line, package_versions, write_json, write_text
+from featstore.publish import command_line, package_versions, write_json
 from featstore.settings import complete
-from trainer.config import SECTIONS, Config, load_config, render_config
-from trainer.run.folder import SEARCH_FILE, Run, find_run
+from featstore.store.users import record_use, user_of
+from trainer.config import SECTIONS, Config
+from trainer.run.folder import SEARCH_FILE, Run, find_run, moved_run
 from trainer.tuning.space import Space, space_from_json
 from trainer.tuning.storage import masked, open_storage, quiet_optuna
 
@@ -78,6 +81,7 @@ class Search:
     ) -> None:
         self.folder, self.name = folder, folder.name
         self.base, self.space, self.init_from, self.url = base, space, init_from, url
+        self.elsewhere: Mapping[str, Mapping[str, Any]] = {}
         directions = optuna.study.StudyDirection
         with quiet_optuna():
             self.storage = open_storage(folder, url)
@@ -145,7 +149,7 @@ class Search:
 
     def run_of(self, number: int) -> Run:
         """Return the run of a trial."""
-        return Run(self.folder / f"trial-{number:04d}")
+        return Run(self.folder / f"trial-{number:04d}", self.elsewhere)
 
     def drawn(self) -> list[FrozenTrial]:
         """Return the trials that were drawn; those killed while being drawn are not counted."""
@@ -270,7 +274,7 @@ def _identity(
     content = {
         "space": varied,
         "settings": dataclasses.asdict(base),
-        "init_from": None if init_from is None else str(init_from.folder),
+        "init_from": None if init_from is None else str(init_from.folder.resolve()),
         "storage": None if url is None else masked(url),
         "rows": project.dataset.examples.digest(),
         "split": project.dataset.splits.digest(),
@@ -318,12 +322,17 @@ def _read(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def open_search(folder: Path, url: str | None = None) -> Search:
+def open_search(
+    folder: Path,
+    url: str | None = None,
+    elsewhere: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Search:
     """Open a search that was started.
 
     Args:
         folder: Its folder.
         url: Its storage, where that is not the journal; a password is not kept.
+        elsewhere: Where its data are now; see `Run`.
 
     Raises:
         RunError: There is none, or its file is damaged.
@@ -335,7 +344,9 @@ def open_search(folder: Path, url: str | None = None) -> Search:
             f"{folder}: its storage is {expected or 'its own journal'}; give"
             f" {'that as --storage' if expected else 'no --storage'}"
         )
-    return Search(folder, *known_search(folder, {}), url)
+    search = Search(folder, *known_search(folder, {}, elsewhere), url)
+    search.elsewhere = elsewhere or {}
+    return search
 
 
 def start_search(
@@ -365,16 +376,23 @@ def start_search(
     if earlier is not None and earlier["storage"] != (None if url is None else masked(url)):
         open_search(folder, url)  # says what is wrong
     identity = _identity(base, space, init_from, url, project)
+    settings = identity["settings"]
     if earlier is not None:
         before = {key: earlier[key] for key in identity}
+        if before["init_from"] is not None:
+            before["init_from"] = moved_run(before["init_from"], folder.parent)
         before["settings"] = {
             name: complete(section, before["settings"].get(name, {}))
             for name, section in SECTIONS.items()
         }
+        # Where things are is no part of what a search is of; digests are.
+        for one in (before, identity):
+            one["settings"] = without_paths(one["settings"])
         before["space"]["search"] = {
             key: before["space"]["search"][key] for key in identity["space"]["search"]
         }
         changed = differing_fields(identity, before)
+        identity["settings"] = settings
         if changed:
             # Of lists, such as the whole space, the name says enough.
             told = [c if len(c) <= LONGEST_CHANGE else c.partition(":")[0] for c in changed]
@@ -394,18 +412,26 @@ def start_search(
         with contextlib.suppress(OSError):
             folder.rmdir()
         raise
-    write_text(folder / "config.toml", render_config(base))
+    Run(folder).write_config(base)
     about = {"format": FORMAT, "command": command_line(), "versions": package_versions()}
-    write_json(folder / SEARCH_FILE, {**about, **identity, "space": space.to_json()})
+    place = {"folder": os.path.abspath(folder)}
+    write_json(folder / SEARCH_FILE, {**about, **place, **identity, "space": space.to_json()})
+    needed = [*identity["features"], identity["rows"], identity["split"]]
+    record_use(project.root, user_of(folder / "config.toml"), needed)
     return search
 
 
-def known_search(folder: Path, search_flags: Mapping[str, Any]) -> tuple[Config, Space, Run | None]:
+def known_search(
+    folder: Path,
+    search_flags: Mapping[str, Any],
+    elsewhere: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[Config, Space, Run | None]:
     """Return what a search that was started varies, under the flags that may change.
 
     Args:
         folder: Its folder.
         search_flags: Key to value of `[search]`.
+        elsewhere: Where its data are now; see `Run`.
 
     Returns:
         The settings that all trials share, the space, and the run to start from.
@@ -414,9 +440,11 @@ def known_search(folder: Path, search_flags: Mapping[str, Any]) -> tuple[Config,
     space = space_from_json(content["space"])
     searched = dataclasses.replace(space.search, **search_flags)
     init_from = content["init_from"]
+    if init_from:
+        init_from = moved_run(init_from, folder.parent)
     source = find_run(folder.parent, init_from) if init_from else None
     return (
-        load_config(folder / "config.toml"),
+        Run(folder, elsewhere).config,
         dataclasses.replace(space, search=searched),
         source,
     )

@@ -289,4 +289,6 @@ def work_in(
     from featstore.project import Project
 
     search = open_search(folder, url)
-    return work(search, Project(search.base), stopping, deadline, growth)
+    project = Project(search.base, file=folder / "config.toml")
+    project.save_dataset(folder)
+    return work(search, project, stopping, deadline, growth)
