@@ -51,6 +51,13 @@ def bar_seconds() -> float:
     return BAR_SECONDS if sys.stderr.isatty() or "ipykernel" in sys.modules else LOGGED_BAR_SECONDS
 
 
+def duration(seconds: float) -> str:
+    """Return a time for people: "40 s", "3.5 min", "2.1 h"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
 @dataclass(frozen=True)
 class Show:
     """What is shown while work goes; nothing by default.

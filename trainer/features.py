@@ -12,7 +12,7 @@ from featstore.data.examples import require_both_classes
 from featstore.errors import Command, MissingFeaturesError, counted
 from featstore.extract.extract import estimate, extract
 from featstore.extract.plan import Job, Plan
-from featstore.progress import SILENT, Show
+from featstore.progress import SILENT, Show, duration
 from featstore.project import Project
 from trainer.batches import CachedRows
 from trainer.config import TrainConfig
@@ -85,12 +85,13 @@ def plan_jobs(jobs: Sequence[Job], show: Show = SILENT) -> list[Plan]:
         if job.spec.kind == "text":
             boundary = f" at k_txt {job.spec.architecture['num_layers'] - job.spec.boundary}"
         show.note(
-            f"to extract: {len(plan.keys)} {job.unit}{boundary}, about {seconds / 60:.1f} min,"
+            f"to extract: {counted(len(plan.keys), job.unit.removesuffix('s'))}{boundary},"
+            f" about {duration(seconds)},"
             f" {plan.todo_bytes / 1e6:.1f} MB in {plan.folder}"
         )
         found.append(plan)
     if len(found) > 1:
-        show.note(f"to extract in all: about {total / 60:.1f} min")
+        show.note(f"to extract in all: about {duration(total)}")
     return found
 
 

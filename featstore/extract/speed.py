@@ -1,9 +1,10 @@
-"""How fast an encoder will be, said in a moment: as it was last time here, else from its size.
+"""How fast an extraction will be, said in a moment: as it was last time here, else from its size.
 
 The last extraction on this machine is kept in `<root>/speeds.json`. Without one, the arithmetic
 of an encoder's blocks is divided by the speed of a matrix product in NumPy, measured for a
 fraction of a second: the right order of magnitude for a CPU, where nearly all the time of a
-transformer goes into such products. Nothing is said so of a GPU; there the encoder itself is timed.
+transformer goes into such products. A few of the photos are decoded, since of a small encoder
+that is most of it. Nothing is said so of a GPU; there the encoder itself is timed.
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ import contextlib
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from featstore.data.images import decode_image, read_bytes
 from featstore.encoders.families import FAMILIES, num_patches
 from featstore.encoders.spec import FeatureSpec, TextSpec
-from featstore.errors import FeatstoreError
+from featstore.errors import FeatstoreError, ImageError
 from featstore.publish import read_checked, write_checked
 
 SPEEDS_FILE = "speeds.json"
 LEAST_ROWS = 256
 """Rows of an extraction that says something of the speed: the first batch is compiled."""
 MEASURED_SECONDS = 0.2
+DECODED_PHOTOS = 8
 GPU_DEVICES = ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 
 
@@ -83,8 +87,24 @@ def operations(spec: FeatureSpec) -> float:
     return float(max(1, blocks) * block)
 
 
-def estimated_speed(spec: FeatureSpec) -> float:
-    """Return inputs a second from `operations` and this machine's matrix product."""
+def _decode_seconds(photos: Sequence[Path]) -> float:
+    """Return the seconds in which a thread reads and decodes a photo; 0 without any."""
+    started, decoded = time.perf_counter(), 0
+    for path in photos[:: max(1, len(photos) // DECODED_PHOTOS)]:
+        with contextlib.suppress(ImageError):
+            decode_image(read_bytes(path), path.name)
+            decoded += 1
+    return (time.perf_counter() - started) / max(1, decoded)
+
+
+def estimated_speed(spec: FeatureSpec, photos: Sequence[Path] = (), threads: int = 1) -> float:
+    """Return inputs a second from `operations` and this machine's matrix product.
+
+    Args:
+        spec: Of the features.
+        photos: The inputs' photos, a few of which are decoded; none of sentences.
+        threads: That decode them.
+    """
     left = np.ones((4096, 512), np.float32)
     right = np.ones((512, 1024), np.float32)
     left @ right
@@ -92,4 +112,5 @@ def estimated_speed(spec: FeatureSpec) -> float:
     while (seconds := time.perf_counter() - started) < MEASURED_SECONDS:
         left @ right
         count += 1
-    return count * 2 * left.size * right.shape[1] / seconds / operations(spec)
+    arithmetic = operations(spec) * seconds / (count * 2 * left.size * right.shape[1])
+    return 1 / (arithmetic + _decode_seconds(photos) / min(threads, os.cpu_count() or 1))

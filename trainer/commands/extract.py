@@ -9,7 +9,7 @@ import click
 
 from featstore.config import SPLITS
 from featstore.errors import DataError, UsageError, counted
-from featstore.progress import SHOWN
+from featstore.progress import SHOWN, duration
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     Function,
@@ -41,7 +41,7 @@ def _print_plan(plan: Any, rate: float, as_json: bool) -> None:
     free = found["free_bytes"] / 1e9
     click.echo(f"disk         {found['todo_bytes'] / 1e6:.1f} MB of {free:.1f} GB free")
     if found["todo"]:
-        click.echo(f"time         about {seconds / 60:.1f} min at {rate:.1f} rows/s")
+        click.echo(f"time         about {duration(seconds)} at {rate:.1f} rows/s")
 
 
 def _print_summary(plan: Any, summary: Any, as_json: bool) -> None:
