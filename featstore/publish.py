@@ -160,6 +160,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def why_not_kept(write: Callable[[], object]) -> str | None:
+    """Write a report; return why that was refused, None where it was not.
+
+    What was computed is not lost with its file, as in the folder of someone else's run.
+    """
+    try:
+        write()
+    except (WriteError, OSError) as error:
+        return str(error).partition(";")[0]
+    return None
+
+
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 

@@ -81,7 +81,7 @@ class Run(folder.Run):
             control: Measure without the picture; None: as the run was trained.
             show: How it is shown.
             with_controls: `train_control` first.
-            options: `rows`, `images`, `encoding`, `cache`, `buckets`; see
+            options: `rows`, `images`, `encoding`, `cache`, `buckets`, `out`; see
                 `trainer.results.evaluate.evaluate`, also for what is returned and left.
         """
         from trainer.results.evaluate import evaluate
@@ -302,12 +302,12 @@ def train(
     name = free_name(folders, f"k{config.train.k_txt}") if name is None else name
     run = Run(run_folder(folders, name))
     check_resumable(run, config)
-    if not project.save_dataset(run.folder):
-        show.note(f"{project.root}: may not be written; the split is kept in {run.folder}")
     project.forget_photos()
     if extract:
         extract_missing(project, config.train.k_txt, show)
     prepare(project, config.train.k_txt, show)
+    if not project.save_dataset(run.folder):
+        show.note(f"{project.root}: may not be written; the split is kept in {run.folder}")
     with run.writing():
         check_resumable(run, config)
         training = Training(run, project, config.train, source, reporter or SHOWN_REPORTER)

@@ -77,14 +77,14 @@ def compare(
         draws=draws,
         seed=seed,
     )
-    if target is not None:
-        if target.suffix == ".json":
-            write_json(target, result)
-        else:
-            write_text(target, as_markdown(result))
     if as_json:
         answer(result)
     else:
         click.echo(as_text(result))
-    if target is not None:
-        click.echo(f"written: {target}", err=True)
+    if target is None:
+        return
+    if target.suffix == ".json":
+        write_json(target, result)
+    else:
+        write_text(target, as_markdown(result))
+    click.echo(f"written: {target}", err=True)

@@ -21,6 +21,7 @@ from featstore.errors import (
     FeatstoreError,
     StoppedError,
     UsageError,
+    WriteError,
     counted,
 )
 from trainer.commands.answer import Answer, fail, warn
@@ -408,6 +409,12 @@ def open_run(name: str, runs: str) -> Run:
     from trainer.api import load_run
 
     return load_run(name, runs, **where)
+
+
+def check_kept(result: dict[str, Any], mend: Advice | None = None) -> None:
+    """End with an error where the report of figures that were printed could not be written."""
+    if result["not_kept"]:
+        raise WriteError(f"the figures are not kept: {result['not_kept']}", mend)
 
 
 def print_metrics(result: dict[str, Any]) -> None:

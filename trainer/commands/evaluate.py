@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import click
 
-from featstore.errors import UsageError, counted
+from featstore.errors import Advice, UsageError, counted
 from featstore.progress import SHOWN
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
+    check_kept,
     encoding_option,
     open_run,
     quoted,
@@ -145,6 +147,7 @@ def _print_extremes(result: dict[str, Any]) -> None:
     "--with-controls", is_flag=True, help="Train the same run on the sentence alone, if missing."
 )
 @click.option("--buckets", type=PATH, help="Bucket file.  [default: the study's ten]")
+@click.option("--out", type=PATH, help="Folder for the files that it leaves.  [default: the run's]")
 @run_options
 @json_option
 @click.pass_context
@@ -159,6 +162,7 @@ def evaluate(
     control: str | None,
     with_controls: bool,
     buckets: str | None,
+    out: str | None,
     runs: str,
     as_json: bool,
 ) -> None:
@@ -180,11 +184,10 @@ def evaluate(
     found = open_run(run, runs)
     show = dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN
     if with_controls:
-        from trainer.run.shown import epoch_bar, print_epoch
-        from trainer.run.training import Reporter
+        from trainer.run.shown import SHOWN_REPORTER
 
         with stop_request() as stopping:
-            found.train_control(Reporter(epoch_bar, print_epoch, stopping), show)
+            found.train_control(dataclasses.replace(SHOWN_REPORTER, stopping=stopping), show)
     result = found.evaluate(
         split,
         control,
@@ -194,13 +197,15 @@ def evaluate(
         cache=not no_cache,
         buckets=buckets,
         encoding=encoding,
+        out=out,
     )
     if as_json:
         answer(result)
     else:
         _print_result(result)
     _warn(result)
+    check_kept(result, Advice("keep them elsewhere with --out FOLDER"))
     if as_json:
         return
     for path in result["files"].values():
-        click.echo(f"{found.folder / path}", err=True)
+        click.echo(f"{Path(result['folder'], path)}", err=True)

@@ -9,7 +9,7 @@ import click
 from featstore.errors import counted
 from featstore.progress import SHOWN
 from trainer.commands.answer import answer, json_option
-from trainer.commands.console import open_run, run_options, split_option
+from trainer.commands.console import check_kept, open_run, run_options, split_option
 from trainer.commands.help import command
 
 
@@ -84,3 +84,4 @@ def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool
         _print_parity(result)
     if failure is not None:
         raise failure
+    check_kept(result)

@@ -211,11 +211,13 @@ def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> Non
     for row in rows:
         if row["trial"] in idle:
             row["state"] = "stopped"
-    files = write_leaderboard(search)
     if as_json:
         answer({"search": name, "trials": ranked(search, rows)})
+    else:
+        _print_leaderboard(search, rows)
+    files = write_leaderboard(search)
+    if as_json:
         return
-    _print_leaderboard(search, rows)
     click.echo(", ".join(str(path) for path in files))
     if why := no_importance(search, rows):
         click.echo(why, err=True)

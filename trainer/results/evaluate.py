@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from featstore.data.labels import LABEL_NAMES
 from featstore.errors import DataError, FeatstoreError, MissingFeaturesError
 from featstore.progress import SILENT, Show
-from featstore.publish import command_line, package_versions, write_json, write_text
+from featstore.publish import command_line, package_versions, why_not_kept, write_json, write_text
 from trainer.buckets import load_buckets
 from trainer.metrics import sigmoid
 from trainer.results.controls import compare_controls
@@ -55,6 +55,7 @@ def evaluate(
     cache: bool = True,
     buckets: str | os.PathLike[str] | None = None,
     encoding: str = "",
+    out: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Compute a run's metrics over exactly the rows of a split, or of a file.
 
@@ -69,12 +70,13 @@ def evaluate(
         cache: Keep the features of `rows` in the store.
         buckets: A bucket file; None: the ten that ship. See `trainer.buckets`.
         encoding: Of the text of `rows`; "": UTF-8, or told from the bytes and shown.
+        out: Folder for what it leaves; None: the run's own.
 
     Returns:
         `evaluate_logits` at the run's threshold, with run, split, control and photos that
         could not be read; intervals, calibration, buckets, errors, and the controls where
-        the run sees. Also written into the run's folder, `files` says where. See
-        docs/EVALUATION.md.
+        the run sees. Also left in `folder`, as `files`; where that cannot be written,
+        `not_kept` says why. See docs/EVALUATION.md.
 
     Raises:
         RunError: The run, its data or its features do not fit together.
@@ -131,13 +133,19 @@ def evaluate(
     files = {"figures": f"evaluate-{stem}.json", "predictions": f"predictions-{stem}.csv"}
     if control == own:
         files["summary"] = "summary.md" if source.name == "test" else f"summary-{source.name}.md"
-    result["files"] = files
+    folder = run.folder if out is None else Path(out)
+    result |= {"folder": str(folder), "files": files, "not_kept": None}
     about = {"command": command_line(), "versions": package_versions()}
-    write_text(run.folder / files["predictions"], _table(scored, threshold))
-    if "summary" in files:
-        summary = render_summary(result, about, run.config, run.manifest)
-        write_text(run.folder / files["summary"], summary)
-    write_json(run.folder / files["figures"], {**about, **result})
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / files["predictions"], _table(scored, threshold))
+        if "summary" in files:
+            summary = render_summary(result, about, run.config, run.manifest)
+            write_text(folder / files["summary"], summary)
+        write_json(folder / files["figures"], {**about, **result})
+
+    result["not_kept"] = why_not_kept(write)
     return result
 
 

@@ -26,7 +26,7 @@ from featstore.encoders.spec import QUANTISED
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import Advice, Command, ImageError, RunError, counted
 from featstore.progress import SILENT, Show
-from featstore.publish import command_line, package_versions, write_json
+from featstore.publish import command_line, package_versions, why_not_kept, write_json
 from featstore.store.numbers import Numbers
 from featstore.store.shard import digest_bytes
 from trainer.batches import CachedRows, IntArray
@@ -435,8 +435,7 @@ def check_parity(
     }
     failure = _failure(scorer, comparison, split, result)
     result["failure"] = None if failure is None else str(failure)
-    write_json(
-        run.folder / f"parity-{split}.json",
-        {"command": command_line(), "versions": package_versions(), **result},
-    )
+    about = {"command": command_line(), "versions": package_versions()}
+    path = run.folder / f"parity-{split}.json"
+    result["not_kept"] = why_not_kept(lambda: write_json(path, {**about, **result}))
     return result, failure

@@ -376,7 +376,7 @@ def _repeat(result: dict[str, Any], about: dict[str, Any], manifest: dict[str, A
         [
             "## How to repeat",
             f"    {' '.join(about['command'].split())}",
-            f"Beside this file: {files}; `config.toml` has every setting.",
+            f"Beside this file: {files}; the run's `config.toml` has every setting.",
             _folded(
                 "Fingerprints and versions",
                 table(("what", "fingerprint, digest or version"), rows, left=2),
