@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,11 @@ def quiet_optuna() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+
+
+def may_write(folder: Path) -> bool:
+    """Tell whether a search's folder can be written; one that is not there yet is made."""
+    return os.access(folder, os.W_OK) or not folder.exists()
 
 
 def masked(url: str) -> str:
@@ -62,10 +69,7 @@ def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
             " postgresql://user:password@host/database"
         )
     if url is None:
-        path = folder / "study.journal"
-        # Optuna names no public type for it; it asks for these two methods.
-        lock: Any = _JournalLock(path)
-        return optuna.storages.JournalStorage(_Journal(str(path), lock))
+        return optuna.storages.JournalStorage(_Journal(folder))
     try:
         return optuna.storages.RDBStorage(driver_url(url), engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
@@ -82,12 +86,22 @@ def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal, whose refused writes are errors of one line."""
+    """Optuna's journal, whose refused writes are errors of one line.
 
-    def __init__(self, path: str, lock: Any) -> None:
-        self._path = Path(path)
+    Someone else's search can be looked at: of a folder that may not be written, a copy is opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "study.journal"
+        if self._path.exists() and not may_write(folder):
+            # Goes when this object does.
+            self._copied = tempfile.TemporaryDirectory()
+            self._path = Path(shutil.copy(self._path, self._copied.name))
+            self._path.chmod(0o600)
+        # Optuna names no public type for it; it asks for these two methods.
+        lock: Any = _JournalLock(self._path)
         try:
-            super().__init__(path, lock)
+            super().__init__(str(self._path), lock)
         except OSError as error:
             raise write_error(self._path, error) from error
 

@@ -42,7 +42,7 @@ from featstore.store.users import record_use, user_of
 from trainer.config import SECTIONS, Config
 from trainer.run.folder import SEARCH_FILE, Run, find_run, moved_run
 from trainer.tuning.space import Space, space_from_json
-from trainer.tuning.storage import masked, open_storage, quiet_optuna
+from trainer.tuning.storage import masked, may_write, open_storage, quiet_optuna
 
 FORMAT = 1
 # A trial that ends its worker as often as this without finishing an epoch is given up.
@@ -95,8 +95,11 @@ class Search:
             )
             self._check_same_study()
 
-    def _deciding(self) -> filelock.FileLock:
+    def _deciding(self) -> contextlib.AbstractContextManager[Any]:
         """Hold the right to draw trials, among all workers."""
+        if not may_write(self.folder):
+            # It is only looked at.
+            return contextlib.nullcontext()
         return filelock.FileLock(self.folder / ".lock")
 
     def _check_same_study(self) -> None:
