@@ -188,7 +188,10 @@ def runs_folder(path: str | os.PathLike[str] | None = None) -> Path:
         return Path(RunsConfig.folder)
     if any((file.parent / name).exists() for name in RECORDS):
         return Path(os.path.relpath(runs_of(file.parent)))
-    given = {"folder": RunsConfig.folder, **read_toml(file).get("runs", {})}
+    values = read_toml(file).get("runs", {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: runs must be a section: [runs]")
+    given = {"folder": RunsConfig.folder, **values}
     home = file.parent if file.is_file() else Path()
     return Path(build_section("runs", RunsConfig, given, str(file), home).folder)
 

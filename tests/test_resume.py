@@ -39,7 +39,8 @@ class Place:
     def train(self, name: str, own: bool = False, **given: Any) -> Run:
         """Train; with `own` by the name alone, with the run's own settings."""
         given = {"show": SILENT, "reporter": Reporter(), **given}
-        return trainer.train(None if own else self.project, name=name, runs=self.runs, **given)
+        what = trainer.load_run(name, self.runs) if own else self.project
+        return trainer.train(what, name=name, runs=self.runs, **given)
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +181,9 @@ def test_a_kill_between_status_and_settings_loses_nothing(place: Place, short: R
     assert_same(again, short)
 
 
-def test_by_the_name_alone_there_is_a_run(place: Place) -> None:
-    with pytest.raises(UsageError, match="the name of a run"):
-        trainer.train(None, runs=place.runs)
+def test_a_run_goes_on_under_its_own_name(short: Run) -> None:
+    with pytest.raises(UsageError, match="its own name, not as 'other'"):
+        trainer.train(short, name="other")
 
 
 def test_missing_features_are_extracted_after_an_estimate(

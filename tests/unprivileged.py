@@ -43,3 +43,18 @@ def forbidden(path: Path, left: int = 0) -> Iterator[None]:
             words[0] = kept
             _set_effective(words)
         path.chmod(mode)
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Take the right to write a folder and all below it; of this process, not of its children."""
+    below = [path for path in folder.rglob("*") if not path.is_symlink()]
+    modes = {path: path.stat().st_mode for path in below}
+    for path, mode in modes.items():
+        path.chmod(mode & ~0o222)
+    try:
+        with forbidden(folder, 0o555):
+            yield
+    finally:
+        for path, mode in modes.items():
+            path.chmod(mode)

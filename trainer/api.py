@@ -14,7 +14,7 @@ from featstore.progress import SHOWN, Show
 from featstore.project import Project
 from trainer.config import config_of
 from trainer.features import extract_missing, prepare, rows_line
-from trainer.results.score import Scorer, check_same_data, opened
+from trainer.results.score import Scorer, check_same_data, opened, project_of
 from trainer.run import folder
 from trainer.run.fit import fit
 from trainer.run.folder import find_run, free_name, run_folder
@@ -251,7 +251,7 @@ def load_run(
 
 
 def train(
-    project: Project | None,
+    project: Project | folder.Run,
     *,
     name: str | None = None,
     runs: str | os.PathLike[str] | None = None,
@@ -269,8 +269,8 @@ def train(
     `early_stop_patience`, and gives what these would have given from the start.
 
     Args:
-        project: The rows and features; None goes on with the run of that name, with its
-            own settings but for those that are given.
+        project: The rows and features; or a run, which goes on with its own settings but for
+            those that are given.
         name: Of the run; None: from `k_txt` and the time.
         runs: Folder of the runs; None: the project's.
         init_from: Run to take the head, and shared text layers, from.
@@ -284,17 +284,18 @@ def train(
 
     Raises:
         MissingFeaturesError: A photo of the train or val split was not extracted.
-        UsageError: The name is taken, or `project` is None and no name is given.
-        RunError: Training diverged, or the run was started on something else; or there
-            is none of that name to go on with.
+        UsageError: The name is taken.
+        RunError: Training diverged, or the run was started on something else.
         WriteError: A file cannot be written; the run goes on once it can.
         StoppedError: `reporter.stopping` said so; the state is saved.
     """
-    if project is None:
-        if name is None:
-            raise UsageError("train: expected a project, or the name of a run to go on with")
-        known = load_run(name, runs)
-        project, init_from = known.scorer.project, init_from or known.source
+    if isinstance(project, folder.Run):
+        known = project
+        if name not in (None, known.name):
+            raise UsageError(f"{known.folder}: goes on under its own name, not as {name!r}")
+        name, runs = known.name, known.folder.parent
+        project = opened(known) if extract else project_of(known)
+        init_from = init_from or known.source
     folders = Path(runs or runs_folder(project.file))
     config = config_of(project, **settings)
     project = project.with_config(config)

@@ -146,7 +146,7 @@ def config_of(project: Project, **settings: Any) -> Config:
     if not isinstance(known, Config):
         # Its rows decide whether the demo's settings are the defaults.
         rows = {"data": {"rows": project.config.data.rows}}
-        known = load_sections(Config, project.file or os.devnull, rows)
+        known = load_config(project.file or os.devnull, rows)
     values = {**vars(known.train), **settings}
     train = build_section("train", TrainConfig, values, "settings", Path.cwd())
     return Config.of(project.config, train)

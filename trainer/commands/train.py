@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,18 @@ from trainer.commands.console import (
     stop_request,
 )
 from trainer.commands.help import command
+
+if TYPE_CHECKING:
+    from featstore.project import Project
+    from trainer.run import folder
+
+# Settings that say where a run's data are, by their names in `places`.
+PLACES = {
+    "data__rows": "rows",
+    "data__images": "images",
+    "data__split_file": "split_file",
+    "store__root": "root",
+}
 
 
 @command()
@@ -49,18 +61,26 @@ def train(
     """Train the fusion head and the last text layers on cached features."""
     if plain:
         flags["train__fast_path"] = False
-    from trainer.run.folder import Run, run_folder
+    from trainer.run import folder
     from trainer.run.resume import LENGTHS
 
-    given = {key.removeprefix("train__"): v for key, v in flags.items() if v is not None}
+    given = {key: value for key, value in flags.items() if value is not None}
+    lengths = {key: given.pop(f"train__{key}") for key in LENGTHS if f"train__{key}" in given}
+    places = {PLACES[key]: given.pop(key) for key in PLACES if key in given}
     # With nothing else said, a run goes on with its own settings.
-    alone = (config_file, init_from) == (None, None) and given.keys() <= {*LENGTHS}
-    if name is not None and alone and (known := Run(run_folder(Path(runs), name))).exists:
+    alone = (config_file, init_from, given) == (None, None, {})
+    project: Project | folder.Run
+    if (
+        name is not None
+        and alone
+        and (known := folder.Run(folder.run_folder(Path(runs), name), folder.places(**places)))
+        and known.exists
+    ):
         # What a message says to type next has them too.
         remember_settings(("--config", known.config_path))
-        project = None
+        project = known
     else:
-        project, given = open_project(config_file, flags), {}
+        project, lengths = open_project(config_file, flags), {}
     import_framework()
     from trainer import api
     from trainer.run.shown import SHOWN_REPORTER
@@ -75,7 +95,7 @@ def train(
             extract=extract,
             reporter=dataclasses.replace(SHOWN_REPORTER, stopping=stopping),
             show=show,
-            **given,
+            **lengths,
         )
     metrics, control = run.metrics, run.config.train.control
     if as_json:

@@ -34,7 +34,8 @@ def quiet_optuna() -> Iterator[None]:
 
 def may_write(folder: Path) -> bool:
     """Tell whether a search's folder can be written; one that is not there yet is made."""
-    return os.access(folder, os.W_OK) or not folder.exists()
+    effective = os.access in os.supports_effective_ids
+    return os.access(folder, os.W_OK, effective_ids=effective) or not folder.exists()
 
 
 def masked(url: str) -> str:
