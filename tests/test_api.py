@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from pandas.testing import assert_frame_equal
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, tiny_config
 
-import featstore.extract.plan
+import featstore.extract.photos
 import trainer
 import trainer.results.unseen
 import trainer.tuning.drive
@@ -273,7 +273,7 @@ def test_a_file_is_predicted_as_the_table(own: trainer.Run, photos: Path, tmp_pa
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (("nobody", "a dog"), "none of 1 row to predict has a photo in .*photos$"),
+        (("nobody", "a dog"), "its row has no photo in .*photos: the image id 'nobody'"),
         (("broken", "a dog"), "no row whose photo could be read$"),
         (("red", ""), "no usable row"),
     ],
@@ -366,13 +366,15 @@ def test_a_search_reads_each_photo_once(place: Place, monkeypatch: pytest.Monkey
     for k_txt in range(5):
         place.project.extract("text", k_txt=k_txt, show=SILENT)
     read: list[Path] = []
-    whole = featstore.extract.plan.read_bytes
+    # Nothing is known of the photos but what the store has.
+    shutil.rmtree(place.project.root / "photo-digests")
+    whole = featstore.extract.photos.read_bytes
 
     def counted(path: Any) -> bytes:
         read.append(Path(path))
         return whole(path)
 
-    monkeypatch.setattr(featstore.extract.plan, "read_bytes", counted)
+    monkeypatch.setattr(featstore.extract.photos, "read_bytes", counted)
     monkeypatch.setattr(trainer.tuning.drive, "run_workers", lambda *args: Watched())
     space = {"train": {"k_txt": {"choice": [0, 1, 2, 3, 4]}, "epochs": 1}}
     found = trainer.search(

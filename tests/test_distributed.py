@@ -22,6 +22,7 @@ from PIL import Image
 from ray_processes import none_left, ray_processes
 from tiny_runs import write_data
 
+from featstore.care.info import feature_folders
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import index_images
 from featstore.encoders.spec import vision_spec
@@ -68,7 +69,7 @@ def store_in(root: Path) -> StoreConfig:
 
 def contents(root: Path) -> dict[str, Any]:
     """What two stores have in common: all but the commands that made them."""
-    (folder,) = root.glob("*/*")
+    (folder,) = feature_folders(root)
     found: dict[str, Any] = {path.name: path.read_bytes() for path in shard_paths(folder)}
     manifest = json.loads((folder / "manifest.json").read_text())
     found["manifest"] = (manifest["shards"], manifest["quarantine"])
