@@ -19,11 +19,58 @@ tests/test_fastpath.py holds each against its plain layer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
+
+
+class Rate(NamedTuple):
+    """A dropout's rate as a graph takes it: float32 scalars, arguments of the graph.
+
+    Attributes:
+        rate: The share that is dropped.
+        keep: `1 - rate`, computed in float64, as the backends compute it of a constant.
+        scale: `1 / (1 - rate)`, computed likewise.
+    """
+
+    rate: Any
+    keep: Any
+    scale: Any
+
+
+given_rates: ContextVar[Mapping[int, Rate]] = ContextVar(
+    "given_rates", default=MappingProxyType({})
+)
+"""While a graph is traced: of dropout layers, by their `id`, the rates that are its arguments.
+
+A rate that is no constant of the graph can change from run to run without another trace."""
+
+
+def drop(layer: keras.layers.Dropout, x: Any) -> Any:
+    """Apply a `Dropout` in training, at its own rate or at the one of `given_rates`.
+
+    Args:
+        layer: Its generator is used, its rate is above 0, and it has no `noise_shape`.
+        x: Float of any shape.
+
+    Returns:
+        What the layer returns: the same draws, kept and scaled alike.
+    """
+    given = given_rates.get().get(id(layer))
+    if given is None:
+        return layer(x, training=True)
+    jax = keras.backend.backend() == "jax"
+    rate, keep, scale = (ops.cast(number, x.dtype) for number in given)
+    # JAX draws in the dtype of the rate, TensorFlow in that of the numbers.
+    dtype = "float32" if jax else x.dtype
+    draws = keras.random.uniform(ops.shape(x), dtype=dtype, seed=layer.seed_generator)
+    if jax:
+        return ops.where(draws < given.keep, x / keep, ops.zeros_like(x))
+    return ops.where(draws >= rate, x * scale, ops.zeros_like(x))
 
 
 def single_query_attention(
@@ -68,7 +115,7 @@ def single_query_attention(
     kept = weights
     if training and attention._dropout > 0:
         shape = (ops.shape(tokens)[0], heads, queries, ops.shape(tokens)[1])
-        noise = attention._dropout_layer(ops.ones(shape, dtype), training=True)
+        noise = drop(attention._dropout_layer, ops.ones(shape, dtype))
         kept = weights * noise[:, :, 0]
     pooled = _token_sums(kept, tokens)
     value_kernel = ops.transpose(ops.cast(attention.value_dense.kernel, dtype), (1, 0, 2))

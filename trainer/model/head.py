@@ -9,7 +9,7 @@ from keras import ops
 
 from featstore.errors import ConfigError
 from trainer.config import TrainConfig
-from trainer.model.fastpath import apply_dense, single_query_attention
+from trainer.model.fastpath import apply_dense, drop, given_rates, single_query_attention
 
 VISION_NAME, TEXT_NAME = "vit_backbone", "txt_backbone"
 TAIL_NAME = "text_tail"
@@ -118,6 +118,25 @@ class Dense(keras.layers.Dense):
         return apply_dense(self, inputs)
 
 
+@keras.saving.register_keras_serializable(package="featstore")
+class Dropout(keras.layers.Dropout):
+    """`keras.layers.Dropout` whose rate may be an argument of the graph."""
+
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
+        """Apply the layer.
+
+        Args:
+            inputs: Float of any shape.
+            training: Whether it drops.
+
+        Returns:
+            The shape of `inputs`.
+        """
+        if not training or id(self) not in given_rates.get():
+            return super().call(inputs, training=training)
+        return drop(self, inputs)
+
+
 def head_heads(train: TrainConfig, text_width: int) -> int:
     """Return the number of attention heads that the settings mean.
 
@@ -152,7 +171,7 @@ def apply_head(cls: Any, features: Any, train: TrainConfig, fast: bool = True) -
         features: Symbolic float of shape (batch, tokens, vision_width).
         train: `num_heads`, `head_dim`, `mlp_dim`, `dropout`, `attention_dropout` and
             `dtype_policy` are used.
-        fast: `MultiHeadAttention` and `Dense` of this module rather than Keras's own.
+        fast: `MultiHeadAttention`, `Dense` and `Dropout` of this module rather than Keras's own.
 
     Returns:
         Symbolic float32 of shape (batch, 1): the logit of entailment.
@@ -171,5 +190,6 @@ def apply_head(cls: Any, features: Any, train: TrainConfig, fast: bool = True) -
     x = keras.layers.LayerNormalization(epsilon=1e-6, dtype=dtype, name="xattn_norm")(x)
     x = keras.layers.Flatten(dtype=dtype, name="flatten_cls")(x)
     x = dense(train.mlp_dim, activation="gelu", dtype=dtype, name="mlp_1")(x)
-    x = keras.layers.Dropout(train.dropout, dtype=dtype, name="drop_1")(x)
+    dropout = Dropout if fast else keras.layers.Dropout
+    x = dropout(train.dropout, dtype=dtype, name="drop_1")(x)
     return keras.layers.Dense(1, dtype="float32", name="logit")(x)

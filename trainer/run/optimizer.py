@@ -30,6 +30,8 @@ class InPlaceAdamW(keras.optimizers.Adam):
         # Not given to the parent, which would take the decay in a pass of its own.
         super().__init__(learning_rate, clipnorm=clipnorm, name="adamw")
         self.decoupled_decay = weight_decay
+        # While a graph is traced that takes them as arguments: decay and longest gradient.
+        self.given: tuple[Any, Any] | None = None
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Update one variable and its moments.
@@ -47,10 +49,11 @@ class InPlaceAdamW(keras.optimizers.Adam):
         rate = tf.cast(learning_rate, dtype)
         step = tf.cast(self.iterations + 1, dtype)
         if self.decoupled_decay:
+            decay = self.decoupled_decay if self.given is None else self.given[0]
             # Only after the gradient is there, whose other operations may still read the variable:
             # it would be copied.
             with tf.control_dependencies([gradient]):
-                variable.assign_sub(variable * (rate * self.decoupled_decay))
+                variable.assign_sub(variable * (rate * decay))
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].value.handle,
@@ -70,8 +73,9 @@ class InPlaceAdamW(keras.optimizers.Adam):
 
         if axes is not None:
             return super()._clip_by_norm(values, axes)
+        longest = self.clipnorm if self.given is None else self.given[1]
         norm = tf.sqrt(2 * tf.nn.l2_loss(values))
-        return values * (self.clipnorm / tf.maximum(norm, self.clipnorm))
+        return values * (longest / tf.maximum(norm, longest))
 
 
 @pinned_framework()

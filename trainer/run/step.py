@@ -24,6 +24,7 @@ from featstore.progress import Progress
 from featstore.store.numbers import ALIGNMENT_BYTES
 from trainer.batches import Batch, CachedRows
 from trainer.prefetch import Prefetcher
+from trainer.run.adjustable import Numbers
 
 LENGTH_STEP = 4
 SENTENCE_INPUTS = ("hidden", "padding_mask", "hidden_scales")
@@ -192,26 +193,29 @@ class _TensorFlowStepper(_TensorFlowPredictor):
         import tensorflow as tf
 
         super().__init__([model for model, _ in members])
+        self._numbers = numbers = Numbers(members)
 
-        def train(inputs: Any, labels: Any, weights: Any) -> Any:
+        def train(inputs: Any, labels: Any, weights: Any, given: Any) -> Any:
             losses = []
-            for model, optimizer in members:
-                with tf.GradientTape() as tape:
-                    logits = model(inputs, training=True)[:, 0]
-                    loss = binary_cross_entropy(labels, logits, weights)
-                    scaled = optimizer.scale_loss(loss)
-                losses.append(loss)
-                variables = model.trainable_variables
-                optimizer.apply(tape.gradient(scaled, variables), variables)
+            for i, (model, optimizer) in enumerate(members):
+                with numbers.of[i].given(given[i]):
+                    with tf.GradientTape() as tape:
+                        logits = model(inputs, training=True)[:, 0]
+                        loss = binary_cross_entropy(labels, logits, weights)
+                        scaled = optimizer.scale_loss(loss)
+                    losses.append(loss)
+                    variables = model.trainable_variables
+                    optimizer.apply(tape.gradient(scaled, variables), variables)
             return losses
 
         column = tf.TensorSpec([None], tf.float32)
-        signature = [self._signature, column, column]
+        signature = [self._signature, column, column, tf.TensorSpec([None, None], tf.float32)]
         self._train = tf.function(train, input_signature=signature, autograph=False)
 
     def train(self, batch: Batch) -> list[Any]:
         labels, weights = self._tensor(batch.labels), self._tensor(batch.weights)
-        losses: list[Any] = self._train(self._inputs(batch), labels, weights)
+        given = self._tensor(self._numbers.array())
+        losses: list[Any] = self._train(self._inputs(batch), labels, weights, given)
         return losses
 
     def sync(self) -> None:
@@ -260,6 +264,8 @@ class _JaxStepper(_JaxPredictor):
             for groups, (_, optimizer) in zip(self._variables, members, strict=True)
         ]
 
+        self._numbers = numbers = Numbers(members)
+
         def train_one(member: Member, state: Any, batch: Any) -> Any:
             model, optimizer = member
             trainable, rest, moments = state
@@ -274,8 +280,11 @@ class _JaxStepper(_JaxPredictor):
             trainable, moments = optimizer.stateless_apply(moments, gradients, trainable)
             return loss, (trainable, rest, moments)
 
-        def train(states: Any, batch: Any) -> Any:
-            pairs = [train_one(m, s, batch) for m, s in zip(members, states, strict=True)]
+        def train(states: Any, batch: Any, given: Any) -> Any:
+            pairs = []
+            for i, (member, state) in enumerate(zip(members, states, strict=True)):
+                with numbers.of[i].given(given[i]):
+                    pairs.append(train_one(member, state, batch))
             return [loss for loss, _ in pairs], [state for _, state in pairs]
 
         self._train = jax.jit(train, donate_argnums=0)
@@ -288,7 +297,7 @@ class _JaxStepper(_JaxPredictor):
 
     def train(self, batch: Batch) -> list[Any]:
         inputs = (padded(batch.inputs()), batch.labels, batch.weights)
-        losses, self._ahead = self._train(self._states(), inputs)
+        losses, self._ahead = self._train(self._states(), inputs, self._numbers.array())
         return losses
 
     def sync(self) -> None:
