@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import h5py
 import keras
 
 from featstore.encoders.families import check_k, family_of
 from featstore.encoders.framework import pinned_framework
+from featstore.encoders.presets import WEIGHTS_FILE, Preset
 from featstore.encoders.spec import QUANTISED
-from featstore.encoders.tower import Tower
+from featstore.encoders.tower import Tower, load_backbone
+from featstore.store.shard import HDF5_ERRORS
 from trainer.batches import SCALES_OF
 from trainer.config import TrainConfig
 from trainer.model.head import TAIL_NAME, apply_head
@@ -110,6 +113,53 @@ def build_cached_model(
     with seeded(f"head {train.seed}"):
         logit = apply_head(cls, features, train, fast=train.fast_path)
     return keras.Model(inputs, logit, name="cached")
+
+
+@pinned_framework()
+def load_pretrained(model: keras.Model, preset: Preset) -> None:
+    """Give a cached model's text layers the preset's weights.
+
+    They are read alone, where the preset's file is one of Keras's own; else the whole
+    backbone is loaded.
+
+    Args:
+        model: From `build_cached_model`, with this preset's `config`.
+        preset: The text preset.
+
+    Raises:
+        PresetError: It cannot be loaded.
+        RunError: A weight's shape differs.
+    """
+    tail = model.get_layer(TAIL_NAME).transformer_layers
+    if tail and not _read_layers(tail, preset):
+        load_text_layers(model, load_backbone(preset, "float32"))
+
+
+def _read_layers(layers: list[Any], preset: Preset) -> bool:
+    """Read a backbone's last layers from its weights file; False where it has another form."""
+    from keras.src.saving import saving_lib
+
+    count = int(preset.config["config"]["num_layers"])
+    names = ["transformer_encoder", *(f"transformer_encoder_{i}" for i in range(1, count))]
+    if [path.name for path in preset.weights_files] != [WEIGHTS_FILE]:
+        return False
+    (path,) = preset.weights_files
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            found = {name for name in file["layers"] if name.startswith(names[0])}
+        if found != {*names}:
+            return False
+        store = saving_lib.H5IOStore(path, mode="r")
+        try:
+            for layer, name in zip(layers, names[count - len(layers) :], strict=True):
+                inner_path = f"layers/{name}"
+                saving_lib._load_state(layer, store, None, inner_path, visited_saveables=set())
+        finally:
+            store.close()
+    except (*HDF5_ERRORS, IndexError):
+        # What the file is, keras-hub's own loader will say.
+        return False
+    return True
 
 
 def load_text_layers(model: keras.Model, text_backbone: Any) -> None:

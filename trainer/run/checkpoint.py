@@ -14,14 +14,19 @@ import keras
 import numpy as np
 
 from featstore.encoders.presets import resolve_preset
-from featstore.encoders.tower import load_backbone
 from featstore.errors import RunError
 from featstore.publish import check_space, publish, write_bytes
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config, TrainConfig
-from trainer.model.cached import build_cached_model, load_text_layers
+from trainer.model.cached import build_cached_model
 from trainer.model.head import HEAD_LAYERS, TAIL_NAME
-from trainer.model.weights import copy_weights, layer_weights, random_state, set_random_state
+from trainer.model.weights import (
+    copy_weights,
+    layer_weights,
+    random_state,
+    seeded,
+    set_random_state,
+)
 from trainer.model.weights_file import check_self_contained
 from trainer.run.folder import Run
 
@@ -40,13 +45,6 @@ def build_model(config: Config, row_shape: tuple[int, int]) -> keras.Model:
     return build_cached_model(
         text.config, width, tokens, config.train, feature_dtype=config.store.dtype
     )
-
-
-def load_pretrained(model: keras.Model, config: Config) -> None:
-    """Give a cached model's text layers the preset's weights."""
-    if config.train.k_txt:
-        backbone = load_backbone(resolve_preset(config.encoders.text), "float32")
-        load_text_layers(model, backbone)
 
 
 def load_best(run: Run) -> keras.Model:
@@ -70,12 +68,34 @@ def load_best(run: Run) -> keras.Model:
     return model
 
 
-def start_from(model: keras.Model, source: Run) -> list[str]:
+LayerWeights = dict[str, dict[str, np.ndarray[Any, Any]]]
+
+
+def starting_weights(source: Run) -> LayerWeights:
+    """Return what other runs can take from a run: layer to path to weight.
+
+    Raises:
+        RunError: The run has no weights yet, or they do not fit its settings.
+    """
+    # Layers that Keras makes draw seeds from Python's random state, used or not.
+    with seeded("spared"):
+        model = load_best(source)
+    layers = [model.get_layer(name) for name in HEAD_LAYERS if name not in WEIGHTLESS]
+    layers += model.get_layer(TAIL_NAME).transformer_layers
+    numpy = keras.ops.convert_to_numpy
+    return {
+        layer.name: {path: numpy(weight) for path, weight in layer_weights(layer).items()}
+        for layer in layers
+    }
+
+
+def start_from(model: keras.Model, source: Run, weights: LayerWeights) -> list[str]:
     """Copy another run's head, and the text layers that both train.
 
     Args:
         model: A cached model, its text layers already pretrained.
         source: The run to start from.
+        weights: Its `starting_weights`.
 
     Returns:
         Names of the layers copied.
@@ -83,22 +103,15 @@ def start_from(model: keras.Model, source: Run) -> list[str]:
     Raises:
         RunError: A layer that both have differs in shape.
     """
-    other = load_best(source)
-    pairs = {
-        name: (other.get_layer(name), model.get_layer(name))
-        for name in HEAD_LAYERS
-        if name not in WEIGHTLESS
-    }
-    theirs = {layer.name: layer for layer in other.get_layer(TAIL_NAME).transformer_layers}
-    for layer in model.get_layer(TAIL_NAME).transformer_layers:
-        if layer.name in theirs:
-            pairs[layer.name] = (theirs[layer.name], layer)
-    for name, (old, new) in pairs.items():
+    tail = model.get_layer(TAIL_NAME).transformer_layers
+    layers = {name: model.get_layer(name) for name in HEAD_LAYERS if name not in WEIGHTLESS}
+    layers |= {layer.name: layer for layer in tail if layer.name in weights}
+    for name, layer in layers.items():
         try:
-            copy_weights(layer_weights(old), layer_weights(new))
+            copy_weights(weights[name], layer_weights(layer))
         except RunError as error:
             raise RunError(f"--init-from {source.name}: layer {name}: {error}") from error
-    return list(pairs)
+    return list(layers)
 
 
 def save_weights(run: Run, model: keras.Model) -> None:

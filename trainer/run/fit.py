@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from featstore.encoders.framework import pinned_framework
 from featstore.errors import RunError, StoppedError, UsageError, WriteError
 from trainer.prefetch import Prefetcher
-from trainer.run.step import Stepper, make_stepper, predict_logits
+from trainer.run.step import Stepper, predict_logits
 from trainer.run.training import Training
 
 CHECKPOINT_SECONDS = 120.0
@@ -110,7 +110,7 @@ def train_together(trainings: Sequence[Training]) -> list[Exception | None]:
             standing = [training for training in going if position(training) == rearmost]
             if members != standing:
                 members = standing
-                stepper = make_stepper([(t.model, t.optimizer) for t in members])
+                stepper = members[0].engines.stepper([t.engine for t in members])
             _run_epoch(members, stepper, failures)
     except BaseException:
         for training in going:

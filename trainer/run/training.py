@@ -24,21 +24,19 @@ from featstore.publish import check_space, write_json, write_text
 from trainer.config import Config, TrainConfig
 from trainer.features import cached_rows
 from trainer.metrics import evaluate_logits
-from trainer.model.weights import seeded
 from trainer.run.checkpoint import (
     Progress,
-    build_model,
-    load_pretrained,
     load_state,
     save_state,
     save_weights,
     start_from,
 )
 from trainer.run.curves import plot_learning_curves
+from trainer.run.engine import Engines
 from trainer.run.events import EventLog
 from trainer.run.folder import Run
 from trainer.run.manifest import new_manifest
-from trainer.run.optimizer import cut_learning_rate, learning_rate, make_optimizer
+from trainer.run.optimizer import cut_learning_rate, learning_rate
 
 CURVES_SECONDS = 10.0
 FEW_VAL_ROWS = 500
@@ -126,6 +124,7 @@ class Training:
         init_from: A run to take the head (and shared text layers) from.
         reporter: How it is shown.
         hparams: What a search chose for it, for TensorBoard's HParams tab.
+        engines: Where its model comes from, and goes when it is done; None: made for it.
 
     Raises:
         RunError: The run was started on other rows, features or weights; or
@@ -141,6 +140,7 @@ class Training:
         init_from: Run | None = None,
         reporter: Reporter | None = None,
         hparams: Mapping[str, Any] | None = None,
+        engines: Engines | None = None,
     ) -> None:
         self.run, self.project, self.train_config = run, project, train
         self.config = Config.of(project.config, train)
@@ -151,13 +151,14 @@ class Training:
         self.rows = cached_rows(project, train, "train", train.control)
         self.val_rows = cached_rows(project, train, "val", train.control)
         row_shape = project.images().row_shape
-        # Every layer that Keras makes draws a seed from Python's random state, used or not.
-        with seeded("spared"):
-            self.model = build_model(self.config, row_shape)
-            load_pretrained(self.model, self.config)
-            self.initialised = start_from(self.model, init_from) if init_from else []
-        self.optimizer = make_optimizer(train)
-        self.optimizer.build(self.model.trainable_variables)
+        self.engines = engines or Engines(kept=0)
+        text = project.text_spec(train.k_txt).fingerprint
+        self.engine = self.engines.take(self.config, row_shape, text)
+        self.model, self.optimizer = self.engine.model, self.engine.optimizer
+        self.initialised: list[str] = []
+        if init_from is not None:
+            weights = self.engines.starting_weights(init_from)
+            self.initialised = start_from(self.model, init_from, weights)
         self.progress = Progress()
         self.manifest = self._manifest(row_shape, init_from)
         self._source = None if init_from is None else str(init_from.folder.resolve())
@@ -259,6 +260,10 @@ class Training:
                     f" {progress.best_epoch + 1}"
                 )
         self._write_manifest(status)
+
+    def release(self) -> None:
+        """Let other runs have the model; this one must not touch it any more."""
+        self.engines.give_back(self.engine)
 
     @property
     def finished(self) -> bool:

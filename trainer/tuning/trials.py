@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import socket
 import time
@@ -21,6 +20,7 @@ from trainer.tuning.study import Claim, Search, open_search
 
 if TYPE_CHECKING:
     from featstore.project import Project
+    from trainer.run.engine import Engines
     from trainer.run.training import Training
 
 
@@ -53,9 +53,12 @@ def work(
         WriteError: A file cannot be written. The running trials are left as they were
             last saved, for whoever comes when there is space.
     """
+    from trainer.run.engine import Engines
+
     first_bytes = 0
     ks = {config.train.k_txt for config in search.space.feature_configs(search.base)}
     limit = search.space.search.group_size if 0 in ks else 1
+    engines = Engines()
     while not stopping():
         # What is drawn, counted and told must be written too.
         check_space(search.folder, 0)
@@ -64,7 +67,7 @@ def work(
             return False
         try:
             for group in _groups(search, claims):
-                _run_trials(search, group, project, stopping)
+                _run_trials(search, group, project, stopping, engines)
         finally:
             for claim in claims:
                 claim.held.close()
@@ -93,6 +96,7 @@ def _run_trials(
     claims: Sequence[Claim],
     project: Project,
     stopping: Callable[[], bool],
+    engines: Engines,
 ) -> None:
     """Train trials in one pass over the store, and tell the study how each ended."""
     from trainer.run.fit import train_together
@@ -102,7 +106,7 @@ def _run_trials(
     try:
         for claim in claims:
             trial = _Trial(search, claim, len(claims))
-            if trial.starts(project, stopping):
+            if trial.starts(project, stopping, engines):
                 trials.append(trial)
         failures = train_together([trial.training for trial in trials]) if trials else []
     except (StoppedError, WriteError):
@@ -117,15 +121,10 @@ def _run_trials(
     for trial, failure in zip(trials, failures, strict=True):
         if trial.claim not in again:
             trial.tell(failure)
-    # A model refers to itself; its arrays would otherwise wait for a later collection.
     trials.clear()
-    import keras
-
-    keras.backend.clear_session()
-    gc.collect()
     for claim in again:
         count_attempt(claim.trial, -1)
-        _run_trials(search, [claim], project, stopping)
+        _run_trials(search, [claim], project, stopping, engines)
 
 
 class _Trial:
@@ -144,7 +143,7 @@ class _Trial:
         self.trial, self.run = claim.trial, claim.run
         self.trial.set_user_attr("together", together)
 
-    def starts(self, project: Project, stopping: Callable[[], bool]) -> bool:
+    def starts(self, project: Project, stopping: Callable[[], bool], engines: Engines) -> bool:
         """Make or restore the trial's training; what hinders it is told at once."""
         from trainer.features import prepare
         from trainer.run.training import Reporter, Training
@@ -158,7 +157,7 @@ class _Trial:
             prepare(own, config.train.k_txt)
             reporter = Reporter(epoch=self._epoch, stopping=stopping)
             self.training = Training(
-                self.run, own, config.train, search.init_from, reporter, trial.params
+                self.run, own, config.train, search.init_from, reporter, trial.params, engines
             )
             trial.set_user_attr("began", time.time() - self.training.progress.total_seconds)
             known = self._found().intermediate_values
@@ -230,6 +229,8 @@ class _Trial:
             record = self._keep_figures()
             self.search.study.tell(self.trial, record[self.search.space.search.metric])
         self.claim.held.close()
+        if hasattr(self, "training"):
+            self.training.release()
 
     def leave(self) -> None:
         """Let a stopped trial be gone on with: its end was not its own."""

@@ -1,0 +1,235 @@
+"""Models that are built and traced once, and serve one run after another.
+
+A run's numbers must not depend on who was served before: `Engine.reset` gives the model, the
+optimizer and every random generator what new ones would have. Keras draws a seed for each random
+object when it is made, and here all of them come from one sequence (`weights.seeded`): the same
+places of another run's sequence are what its own model would have drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import inspect
+import random
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+
+from featstore.encoders.framework import pinned_framework
+from featstore.encoders.presets import resolve_preset
+from trainer.config import Config, TrainConfig
+from trainer.model.cached import load_pretrained
+from trainer.model.head import TAIL_NAME, attention_dropout
+from trainer.model.weights import seeded
+from trainer.run.adjustable import Adjustable
+from trainer.run.checkpoint import LayerWeights, build_model, starting_weights
+from trainer.run.folder import Run
+from trainer.run.optimizer import make_optimizer
+from trainer.run.step import Stepper, make_stepper
+
+KEPT_MODELS = 8
+"""Models that are kept for later runs, the least recently used being let go of first."""
+DRAWS = 4096
+# As Keras draws the seed of what is given none.
+LOWEST_SEED, HIGHEST_SEED = 1, int(1e9)
+
+
+def architecture(config: Config, row_shape: tuple[int, int], text: str) -> Hashable:
+    """Return what decides a step's graph: runs that agree in it can share a model.
+
+    Args:
+        config: The run's settings.
+        row_shape: Tokens and width of the image features.
+        text: Fingerprint of the text features, which is also that of the layers above them.
+    """
+    train = config.train
+    numbers = [train.dropout, attention_dropout(train), train.weight_decay, train.clipnorm]
+    if train.fast_path:
+        # Arguments of the graph, but for whether there are any.
+        numbers = [float(number > 0) for number in numbers]
+        if keras.backend.backend() != "tensorflow":
+            numbers[-1] = train.clipnorm
+    return (
+        (text, row_shape, config.store.dtype, train.k_txt, train.num_heads, train.head_dim),
+        (train.mlp_dim, train.dtype_policy, train.fast_path, *numbers),
+    )
+
+
+def _draws(seed: str) -> list[int]:
+    """Return the seeds that Keras draws one after the other under `seeded(seed)`."""
+    generator = random.Random(seed)
+    return [generator.randint(LOWEST_SEED, HIGHEST_SEED) for _ in range(DRAWS)]
+
+
+@contextlib.contextmanager
+def _watched_weights() -> Iterator[dict[int, Any]]:
+    """Note the initializer of each weight that is made meanwhile, by the weight's `id`."""
+    found: dict[int, Any] = {}
+    add_weight = keras.layers.Layer.add_weight
+    signature = inspect.signature(add_weight)
+
+    @functools.wraps(add_weight)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        weight = add_weight(*args, **kwargs)
+        initializer = signature.bind(*args, **kwargs).arguments.get("initializer")
+        found[id(weight)] = keras.initializers.get(initializer)
+        return weight
+
+    keras.layers.Layer.add_weight = noting
+    try:
+        yield found
+    finally:
+        keras.layers.Layer.add_weight = add_weight
+
+
+class Engine:
+    """One model with its optimizer, for any run of its architecture.
+
+    Args:
+        config: The settings of its first run.
+        row_shape: Tokens and width of the image features.
+
+    Attributes:
+        model: The cached model.
+        optimizer: Its optimizer, built.
+    """
+
+    @pinned_framework()
+    def __init__(self, config: Config, row_shape: tuple[int, int]) -> None:
+        train = config.train
+        # Every layer that Keras makes draws a seed from Python's random state, used or not.
+        with seeded("spared"), _watched_weights() as initializers:
+            self.model = build_model(config, row_shape)
+            load_pretrained(self.model, resolve_preset(config.encoders.text))
+        self.optimizer = make_optimizer(train)
+        self.optimizer.build(self.model.trainable_variables)
+        self._adjustable = Adjustable(self.model, self.optimizer)
+        self._generators: list[tuple[Any, str, int]] = []
+        self._initialised: list[tuple[Any, Any, int]] = []
+        self._find_draws(train.seed, initializers)
+        numpy = keras.ops.convert_to_numpy
+        tail = self.model.get_layer(TAIL_NAME)
+        self._pretrained = [(variable, numpy(variable)) for variable in tail.trainable_variables]
+        self._at_start = [
+            (variable, value if (value := numpy(variable)).any() else None)
+            for variable in self.optimizer.variables
+        ]
+
+    def _find_draws(self, seed: int, initializers: Mapping[int, Any]) -> None:
+        """Find out which draw of which sequence each random object of the new model has.
+
+        Args:
+            seed: The model was built with it.
+            initializers: Of each variable, by its `id`.
+        """
+        tail = self.model.get_layer(TAIL_NAME)
+        of_tail = {id(layer) for layer in (tail, *tail._flatten_layers(include_self=False))}
+        places = {
+            stream: {drawn: place for place, drawn in enumerate(_draws(f"{stream} {seed}"))}
+            for stream in ("text", "head")
+        }
+        for layer in self.model._flatten_layers(include_self=False):
+            stream = "text" if id(layer) in of_tail else "head"
+            for generator in layer._seed_generators:
+                drawn = int(keras.ops.convert_to_numpy(generator.state)[0])
+                self._generators.append((generator.state, stream, places[stream][drawn]))
+        pretrained = {id(variable) for variable in tail.trainable_variables}
+        for variable in self.model.trainable_variables:
+            if id(variable) not in pretrained:
+                initializer = initializers[id(variable)]
+                seed_drawn = getattr(initializer, "seed", None)
+                place = -1 if seed_drawn is None else places["head"][seed_drawn]
+                self._initialised.append((variable, initializer, place))
+
+    @pinned_framework()
+    def reset(self, train: TrainConfig) -> None:
+        """Make everything what it is before a run's first step.
+
+        Args:
+            train: The run's settings; they are of this engine's architecture.
+        """
+        draws = {stream: _draws(f"{stream} {train.seed}") for stream in ("text", "head")}
+        for state, stream, place in self._generators:
+            state.assign([draws[stream][place], 0])
+        for variable, initializer, place in self._initialised:
+            if place >= 0:
+                initializer = copy.copy(initializer)
+                initializer.seed = draws["head"][place]
+            variable.assign(initializer(variable.shape, dtype=variable.dtype))
+        for variable, value in self._pretrained:
+            variable.assign(value)
+        for variable, value in self._at_start:
+            variable.assign(keras.ops.zeros_like(variable) if value is None else value)
+        self._adjustable.set(train)
+        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        inner.learning_rate = train.lr
+
+
+class Engines:
+    """The models of a process, each kept for later runs of its architecture.
+
+    Args:
+        kept: Models that are kept while they serve no run.
+    """
+
+    def __init__(self, kept: int = KEPT_MODELS) -> None:
+        self._kept = kept
+        self._idle: list[tuple[Hashable, Engine]] = []
+        self._busy: dict[int, Hashable] = {}
+        self._steppers: list[tuple[list[Engine], Stepper]] = []
+        self._starting: tuple[Hashable, LayerWeights] = ((), {})
+
+    def take(self, config: Config, row_shape: tuple[int, int], text: str) -> Engine:
+        """Return an engine in the state in which a run begins, nobody else's until given back.
+
+        Args:
+            config: The run's settings.
+            row_shape: Tokens and width of the image features.
+            text: Fingerprint of the text features.
+        """
+        key = architecture(config, row_shape, text)
+        at = next((i for i, (known, _) in enumerate(self._idle) if known == key), None)
+        engine = Engine(config, row_shape) if at is None else self._idle.pop(at)[1]
+        engine.reset(config.train)
+        self._busy[id(engine)] = key
+        return engine
+
+    def give_back(self, engine: Engine) -> None:
+        """Let later runs have an engine; those that were idle longest make room for it."""
+        key = self._busy.pop(id(engine), None)
+        if key is None:
+            return
+        self._idle.append((key, engine))
+        while len(self._idle) > self._kept:
+            _, oldest = self._idle.pop(0)
+            self._steppers = [one for one in self._steppers if oldest not in one[0]]
+            del oldest
+            # A model refers to itself; its arrays would otherwise wait for a later collection.
+            gc.collect()
+
+    def starting_weights(self, source: Run) -> LayerWeights:
+        """Return what runs can take from a run; those of the last one asked for are kept.
+
+        Raises:
+            RunError: The run has no weights yet, or they do not fit its settings.
+        """
+        path = source.weights_path
+        status = path.stat() if path.is_file() else None
+        key = (path.resolve(), status and (status.st_ino, status.st_size, status.st_mtime_ns))
+        if self._starting[0] != key:
+            self._starting = (key, starting_weights(source))
+        return self._starting[1]
+
+    def stepper(self, engines: Sequence[Engine]) -> Stepper:
+        """Return what takes steps of these engines' models, traced once."""
+        members = list(engines)
+        for known, stepper in self._steppers:
+            if known == members:
+                return stepper
+        stepper = make_stepper([(engine.model, engine.optimizer) for engine in members])
+        self._steppers = [*self._steppers[1 - 2 * self._kept :], (members, stepper)]
+        return stepper
