@@ -72,6 +72,9 @@ class TrainConfig:
         "Keras dtype policy of a step",
         choices=("float32", "mixed_bfloat16", "mixed_float16"),
     )
+    keep_state: bool = setting(
+        False, "keep a finished run's optimizer state, with which it can be trained for longer"
+    )
     fast_path: bool = setting(
         True,
         "take the step's exact shortcuts; otherwise the plain Keras layers, many times slower",

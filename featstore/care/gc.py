@@ -54,6 +54,7 @@ from featstore.store.users import (
 )
 from featstore.store.write import rewrite_shard
 
+STATE = "last.npz"  # of a run, beside its manifest
 DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
 # The manifest goes first: a folder that is deleted in part is refused until this goes on.
 LISTS = ("quarantine.json", "spec.json", LENGTHS, PLAN, ".lock")
@@ -246,6 +247,17 @@ def _beside(project: Project, needed: set[str], found: Collection) -> None:
                 found.garbage.append(Garbage(kind, path, disk_bytes([path]), detail))
 
 
+def _old_states(runs: Path, found: Collection) -> None:
+    """List the optimizer states that finished runs of earlier versions left."""
+    for path in _records(runs):
+        state = path.with_name(STATE)
+        if path.name == "manifest.json" and state.is_file():
+            manifest = read_json(path)
+            if manifest.get("status") == "finished" and not manifest.get("keeps_state"):
+                detail = "of a finished run, which needs it only to be trained for longer"
+                found.garbage.append(Garbage("state", state, disk_bytes([state]), detail))
+
+
 def _forgotten(uses: Iterable[Use], names: Iterable[str | os.PathLike[str]]) -> set[Path]:
     """Return the records of users that are named by their paths.
 
@@ -357,6 +369,7 @@ def find_garbage(
             )
         )
     _beside(project, needed, found)
+    _old_states(runs, found)
     return found
 
 

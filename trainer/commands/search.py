@@ -124,11 +124,18 @@ def search_group(
         print_rows(project.dataset, named=False)
         plans = drive.plan_features(project, space.feature_configs(what.base), SHOWN)
         names = [parameter.name for parameter in space.parameters]
+        kept = drive.kept_bytes(project, space, what.base)
         if as_json:
             missing = [plan.to_dict() for plan in plans]
-            answer({"trials": space.trials, "parameters": names, "to_extract": missing})
+            found = {"trials": space.trials, "parameters": names, "to_extract": missing}
+            answer({**found, "kept_bytes": kept})
         else:
             click.echo(f"{counted(space.trials, 'trial')} of {', '.join(names)}")
+            best = counted(min(space.search.kept, space.trials), "trial")
+            click.echo(
+                f"kept: about {kept / 1e6:.1f} MB, the weights of the best {best}; of each other"
+                " trial less than 0.2 MB"
+            )
         return
     # Before the extraction, so that a wrong name or storage does not wait for its end.
     search = start_search(folder, what.base, space, what.init_from, storage, project)

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from featstore.encoders.presets import resolve_preset
-from featstore.errors import RunError
+from featstore.errors import Advice, Command, RunError
 from featstore.publish import check_space, publish, write_bytes
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config, TrainConfig
@@ -28,7 +28,7 @@ from trainer.model.weights import (
     set_random_state,
 )
 from trainer.model.weights_file import check_self_contained
-from trainer.run.folder import Run
+from trainer.run.folder import SEARCH_FILE, Run
 
 WEIGHTLESS = ("xattn_residual", "flatten_cls", "drop_1")
 
@@ -58,7 +58,7 @@ def load_best(run: Run) -> keras.Model:
         raise RunError(f"{run.manifest_path}: row_shape is {shape}, expected two positive integers")
     model = build_model(run.config, (shape[0], shape[1]))
     if not run.weights_path.is_file():
-        raise RunError(f"{run.weights_path}: not there; the run has not finished an epoch")
+        raise _without_weights(run)
     try:
         check_self_contained(run.weights_path)
         model.load_weights(run.weights_path)
@@ -66,6 +66,22 @@ def load_best(run: Run) -> keras.Model:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunError(f"{run.weights_path}: does not fit the run's settings ({reason})") from error
     return model
+
+
+def _without_weights(run: Run) -> RunError:
+    """Say why a run has no weights, and how they can be had."""
+    if not (run.folder.parent / SEARCH_FILE).exists() or run.manifest["status"] == "running":
+        return RunError(f"{run.weights_path}: not there; the run has not finished an epoch")
+    name = f"{run.folder.parent.name}-{run.name}"
+    start: dict[str, Any] = {} if run.source is None else {"init_from": run.source}
+    return RunError(
+        f"{run.folder}: its search kept the weights of its best trials only ([search] keep)",
+        Advice(
+            "the same settings and seed give the same weights: run ",
+            Command("train", config=run.config_path, name=name, **start, bare=True),
+            f", then use {name}",
+        ),
+    )
 
 
 LayerWeights = dict[str, dict[str, np.ndarray[Any, Any]]]

@@ -21,7 +21,6 @@ from trainer.prefetch import Prefetcher
 from trainer.run.step import Stepper, predict_logits
 from trainer.run.training import Training
 
-CHECKPOINT_SECONDS = 120.0
 LOSS_EVERY_STEPS = 50
 
 
@@ -29,9 +28,9 @@ def fit(training: Training) -> dict[str, Any]:
     """Train a run to its end and return the metrics of the best epoch.
 
     Ends after `epochs`, or when the monitored metric has not improved for
-    `early_stop_patience` epochs. The state is saved after every epoch and
-    some minutes, and when asked to stop; a later call with a new `Training`
-    goes on from there and gives what one uninterrupted call gives.
+    `early_stop_patience` epochs. The state is saved every two minutes and when
+    asked to stop; a later call with a new `Training` goes on from there, or from
+    the start, and gives what one uninterrupted call gives.
 
     Raises:
         RunError: The loss is no longer finite.
@@ -161,7 +160,7 @@ def _take_steps(
     first = trainings[0]
     rest = steps[first.progress.step :]
     pending: list[tuple[list[Any], int]] = []
-    since_save = since_collect = time.perf_counter()
+    since_collect = time.perf_counter()
 
     def collect() -> None:
         nonlocal since_collect
@@ -196,9 +195,8 @@ def _take_steps(
                 if all(id(training) in failures for training in trainings):
                     break
                 bar.set_postfix(loss=f"{first.progress.loss_sum / first.progress.rows:.4f}")
-                if time.perf_counter() - since_save > CHECKPOINT_SECONDS:
+                if any(training.state_is_due for training in trainings):
                     save()
-                    since_save = time.perf_counter()
             if any(training.reporter.stopping() for training in trainings):
                 collect()
                 save()

@@ -68,4 +68,5 @@ def new_manifest(
         "init_from": None,
         "initialised_layers": [],
         "wall_seconds": {},
+        "keeps_state": train.keep_state,
     }

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,6 +41,8 @@ from trainer.run.manifest import new_manifest
 from trainer.run.optimizer import cut_learning_rate, learning_rate
 
 CURVES_SECONDS = 10.0
+STATE_SECONDS = 120.0
+"""Work that a kill may cost: only what takes longer to repeat is worth saving."""
 FEW_VAL_ROWS = 500
 """With fewer rows of val, `metrics.json` has the interval of the threshold that they gave."""
 
@@ -147,7 +151,7 @@ class Training:
         self.reporter = reporter or Reporter()
         self.hparams = hparams
         self._events = EventLog(run.tensorboard_path)
-        self.started = self._drawn = time.perf_counter()
+        self.started = self._drawn = self._saved = time.perf_counter()
         self.rows = cached_rows(project, train, "train", train.control)
         self.val_rows = cached_rows(project, train, "val", train.control)
         row_shape = project.images().row_shape
@@ -247,11 +251,17 @@ class Training:
         return f"goes on with epoch {progress.epoch + 1} of {train.epochs}{after}"
 
     def end(self, status: str) -> None:
-        """Write what a run's folder holds at the end."""
+        """Write what a run's folder holds at the end.
+
+        Of a finished run the state goes, unless it is to be kept; of one that ends by an
+        error, the state that was saved last stays.
+        """
         self._events.close()
         self._draw_curves()
         progress, train = self.progress, self.train_config
         if status == "finished":
+            if train.keep_state:
+                self.save()
             self.manifest["ended"] = progress.ended(train)
             if progress.ended(train) == "early stop" and progress.epoch < train.epochs:
                 self.reporter.note(
@@ -260,6 +270,8 @@ class Training:
                     f" {progress.best_epoch + 1}"
                 )
         self._write_manifest(status)
+        if status == "finished" and not train.keep_state:
+            self.run.checkpoint_path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Let other runs have the model; this one must not touch it any more."""
@@ -322,7 +334,8 @@ class Training:
         progress.history.append(record)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.rows, progress.seconds = 0.0, 0, 0.0
-        self.save()
+        if self.state_is_due and not self.finished:
+            self.save()
         self._write_reports()
         self._events.epoch(record)
         self.reporter.epoch(record)
@@ -344,8 +357,14 @@ class Training:
                 " diverged: try a smaller --lr, or a --clipnorm, under another --name"
             )
 
+    @property
+    def state_is_due(self) -> bool:
+        """Whether so much was done since the state was saved that it should be again."""
+        return time.perf_counter() - self._saved > STATE_SECONDS
+
     def save(self) -> None:
         """Save the state between two steps."""
+        self._saved = time.perf_counter()
         self.progress.total_seconds = self._total_seconds()
         save_state(self.run.checkpoint_path, self.model, self.optimizer.variables, self.progress)
 
@@ -374,12 +393,21 @@ class Training:
         self._write_manifest("running")
 
     def _draw_curves(self) -> None:
+        draw = functools.partial(
+            plot_learning_curves,
+            list(self.progress.history),
+            self.run.curves_path,
+            monitor=self.train_config.monitor,
+            title=self.run.name,
+            majority=float(max(share := self.val_rows.labels.mean(), 1 - share)),
+        )
         if self.progress.history:
-            plot_learning_curves(
-                self.progress.history,
-                self.run.curves_path,
-                monitor=self.train_config.monitor,
-                title=self.run.name,
-                majority=float(max(share := self.val_rows.labels.mean(), 1 - share)),
-            )
+            # The next trial does not wait for the picture of this one.
+            draw() if self.hparams is None else _drawing().submit(draw)
         self._drawn = time.perf_counter()
+
+
+@functools.cache
+def _drawing() -> ThreadPoolExecutor:
+    """Return the thread that draws; the process ends when it has drawn all."""
+    return ThreadPoolExecutor(1, "drawing")

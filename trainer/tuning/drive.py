@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featstore.config import runs_folder
+from featstore.encoders.presets import resolve_preset
 from featstore.errors import RunError, counted
 from featstore.extract.extract import extract
 from featstore.extract.plan import Plan
@@ -22,6 +23,7 @@ from featstore.project import Project
 from featstore.ray_cluster import Actors
 from trainer.config import Config, config_of
 from trainer.features import plan_jobs
+from trainer.model.sizes import count_parameters
 from trainer.run import folder as folder_of_run
 from trainer.run.folder import find_run, free_name, places, run_folder
 from trainer.tuning.live import live_view
@@ -87,6 +89,16 @@ def plan_features(project: Project, configs: Sequence[Config], show: Show = SILE
     return plan_jobs(jobs_of(project, configs), show)
 
 
+def kept_bytes(project: Project, space: Space, base: Config) -> int:
+    """Return about what the weights take that a search keeps, were its largest trials the best."""
+    largest = 0
+    for config in space.feature_configs(base):
+        vision = project.with_config(config).vision_spec.architecture
+        text = resolve_preset(config.encoders.text).config
+        largest = max(largest, count_parameters(text, vision["hidden_dim"], config.train))
+    return 4 * largest * min(space.search.kept, space.trials)
+
+
 def run_search(
     search: Search,
     project: Project,
@@ -125,6 +137,7 @@ def run_search(
 
             actors = Actors(places.workers, places.num_gpus, places.num_cpus)
             watched = run_on_ray(places.ray, search, actors, deadline, stopping, watch, show.note)
+    search.drop_weights()
     files = write_leaderboard(search)
     if why := no_importance(search, trial_rows(search)):
         show.note(why)

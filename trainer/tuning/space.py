@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 KINDS = ("uniform", "log_uniform", "int", "log_int", "choice")
 LARGEST_GRID = 10_000
 DEFAULT_TRIALS = 20
+KEEP_ALL = "all"
 METRICS = next(f for f in dataclasses.fields(TrainConfig) if f.name == "monitor").metadata[
     "choices"
 ]
@@ -57,6 +59,21 @@ class SearchConfig:
         choices=METRICS,
     )
     seed: int = setting(0, "seed of the draws", minimum=0, maximum=2**32 - 1)
+    keep: int | str = setting(
+        5, "trials that keep their weights: the best so many, or all", before=KEEP_ALL
+    )
+
+    def __post_init__(self) -> None:
+        """Check `keep`, which is a number or a word."""
+        if self.keep != KEEP_ALL and not str(self.keep).isdigit():
+            raise ConfigError(
+                f"[search] keep must be a number or {KEEP_ALL!r}, found {self.keep!r}"
+            )
+
+    @property
+    def kept(self) -> int:
+        """How many trials keep their weights."""
+        return sys.maxsize if self.keep == KEEP_ALL else int(self.keep)
 
     @property
     def minimises(self) -> bool:

@@ -41,7 +41,7 @@ from featstore.settings import complete
 from featstore.store.users import record_use, user_of
 from trainer.config import SECTIONS, Config
 from trainer.run.folder import SEARCH_FILE, Run, find_run, moved_run
-from trainer.tuning.space import Space, space_from_json
+from trainer.tuning.space import KEEP_ALL, Space, space_from_json
 from trainer.tuning.storage import masked, may_write, open_storage, quiet_optuna
 
 FORMAT = 1
@@ -251,6 +251,25 @@ class Search:
                     found.add(frozen.number)
         return found
 
+    def drop_weights(self) -> None:
+        """Delete the weights of ended trials that are not among the best; see `[search] keep`.
+
+        A trial that was passed by others stays so, so any number of workers may do this.
+        """
+        sign = 1 if self.space.search.minimises else -1
+        ended = [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()]
+        best = sorted(
+            (sign * trial.value, trial.number)
+            for trial in ended
+            if trial.state == TrialState.COMPLETE and trial.value is not None
+        )
+        kept = {number for _, number in best[: self.space.search.kept]}
+        for trial in ended if self.space.search.keep != KEEP_ALL else ():
+            if trial.number not in kept:
+                run = self.run_of(trial.number)
+                for path in (run.weights_path, run.checkpoint_path):
+                    path.unlink(missing_ok=True)
+
     def fail(self, claim: Claim, reason: str) -> None:
         """Record a trial as failed, with the reason, and let go of it."""
         claim.trial.set_user_attr("reason", reason)
@@ -262,13 +281,17 @@ class Search:
         return self.space.config(self.base, stored)
 
 
+CHANGEABLE = ("trials", "together", "keep")
+"""What of `[search]` may change while a search goes on."""
+
+
 def _identity(
     base: Config, space: Space, init_from: Run | None, url: str | None, project: Project
 ) -> dict[str, Any]:
     """Return what must stay the same while a search goes on."""
     varied = space.to_json()
     varied["search"] = {
-        key: value for key, value in varied["search"].items() if key not in ("trials", "together")
+        key: value for key, value in varied["search"].items() if key not in CHANGEABLE
     }
     features = set()
     for config in space.feature_configs(base):

@@ -229,6 +229,7 @@ class _Trial:
             record = self._keep_figures()
             self.search.study.tell(self.trial, record[self.search.space.search.metric])
         self.claim.held.close()
+        self.search.drop_weights()
         if hasattr(self, "training"):
             self.training.release()
 

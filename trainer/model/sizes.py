@@ -1,0 +1,28 @@
+"""How large a cached model is, told from its settings, without Keras."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config import TrainConfig
+
+
+def count_parameters(text_config: Mapping[str, Any], vision_width: int, train: TrainConfig) -> int:
+    """Return the parameters of a cached model, all of which train.
+
+    A text layer of width d and inner width m has four projections, two normalisations and
+    two dense layers: 4(d² + d) + 4d + 2dm + m + d.
+
+    Args:
+        text_config: The text preset's parsed `config.json`.
+        vision_width: Numbers of one vision token.
+        train: `k_txt` and the head's sizes are used.
+    """
+    settings = text_config["config"]
+    width, inner = int(settings["hidden_dim"]), int(settings["intermediate_dim"])
+    layer = 4 * (width**2 + width) + 4 * width + 2 * width * inner + inner + width
+    across = (train.num_heads or width // train.head_dim) * train.head_dim
+    attention = (width + 1) * across + 2 * (vision_width + 1) * across + (across + 1) * width
+    mlp = (width + 1) * train.mlp_dim + train.mlp_dim + 1
+    return train.k_txt * layer + attention + 2 * width + mlp
