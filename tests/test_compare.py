@@ -153,7 +153,7 @@ def test_settings_that_differ_are_named(runs: Path, tmp_path: Path) -> None:
 
     other = edited(runs, tmp_path, edit)
     text = other.config_path.read_text()
-    other.write_config(text.replace("split_seed = 0", "split_seed = 7"))
+    other.config_path.write_text(text.replace("split_seed = 0", "split_seed = 7"))
     result = invoke(runs, "sees", str(other.folder))
     assert result.exit_code == 1
     assert "split_seed: 0 there, here 7" in result.stderr
@@ -231,8 +231,9 @@ def test_missing_features_are_mended_with_the_settings_of_the_run_that_lacks_the
     config: Config, runs: Path, tmp_path: Path
 ) -> None:
     other = Run(Path(shutil.copytree(runs / "blind", tmp_path / "moved")))
-    text = other.config_path.read_text()
-    other.write_config(text.replace(config.store.root, str(tmp_path / "empty")))
+    store = dataclasses.replace(config.store, root=str(tmp_path / "empty"))
+    (tmp_path / "empty").mkdir()
+    other.write_config(dataclasses.replace(other.config, store=store))
     with pytest.raises(MissingFeaturesError) as caught:
         Run(runs / "sees").compare(other, draws=5, show=SILENT)
     assert f"--config {other.config_path}" in str(caught.value)

@@ -20,7 +20,7 @@ from featstore.errors import DataError, RunError
 from featstore.progress import SILENT
 from featstore.project import Project
 from trainer.batches import other_images
-from trainer.config import Config, render_config
+from trainer.config import Config
 from trainer.features import cached_rows, prepare
 from trainer.model.end_to_end import build_end_to_end
 from trainer.model.weights import transfer_weights
@@ -169,9 +169,7 @@ def edited(run: Run, folder: Path, name: str, **data: Any) -> Run:
     """Return a copy of a run whose settings name other data."""
     config = run.config
     copy = Run(Path(shutil.copytree(run.folder, folder / name)))
-    copy.write_config(
-        render_config(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
-    )
+    copy.write_config(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
     return copy
 
 

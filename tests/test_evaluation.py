@@ -26,7 +26,6 @@ from featstore.errors import DataError, RunError, StoppedError, UsageError
 from featstore.progress import SILENT
 from trainer.buckets import load_buckets
 from trainer.commands.main import cli
-from trainer.config import render_config
 from trainer.results import controls
 from trainer.results.score import Scorer, Scores
 from trainer.results.summary import LONGEST, escaped, table
@@ -282,7 +281,7 @@ def copy_of(run: Run, name: str, manifest: Any = None, **train: Any) -> trainer.
     copy = trainer.Run(Path(shutil.copytree(run.folder, run.folder.parent / name)))
     config = run.config
     train_config = dataclasses.replace(config.train, **train)
-    copy.write_config(render_config(dataclasses.replace(config, train=train_config)))
+    copy.write_config(dataclasses.replace(config, train=train_config))
     if manifest is not None:
         copy.write_manifest(manifest(copy.manifest))
     return copy
@@ -328,7 +327,7 @@ def test_a_start_is_the_same_where_both_runs_were_moved(run: trainer.Run) -> Non
         return {**found, "init_from": "/elsewhere/runs/warm"}
 
     seeing = copy_of(run, "tuned", start)
-    assert controls.source_of(seeing) == str((run.folder.parent / "warm").resolve())
+    assert seeing.source == str((run.folder.parent / "warm").resolve())
     blind = copy_of(seeing, "tuned-blind", control="hypothesis-only")
     assert controls.find_blind(seeing).name == blind.name
 
@@ -446,7 +445,7 @@ def test_a_file_named_as_a_split_does_not_take_its_files(
     # Nor are the run's own rows needed.
     config = run.config
     data = dataclasses.replace(config.data, rows=str(tmp_path / "gone.jsonl"))
-    run.write_config(render_config(dataclasses.replace(config, data=data)))
+    run.write_config(dataclasses.replace(config, data=data))
     found = trainer.load_run(run.folder).evaluate(rows=path, show=SILENT)
     assert found["files"]["figures"] == "evaluate-rows-test.json"
     assert found["seen_photos"] is None

@@ -24,7 +24,6 @@ from featstore.store.numbers import Numbers, feature_dtype
 from featstore.store.shard import open_shard
 from featstore.store.write import ShardRows, write_shard
 from trainer.commands.main import cli
-from trainer.config import render_config
 from trainer.metrics import sigmoid
 from trainer.model.weights import trained_weights, transfer_weights
 from trainer.results.parity import check_parity
@@ -314,7 +313,7 @@ def test_a_prediction_on_the_threshold_is_listed_and_is_no_failure(run: Run) -> 
 def test_a_control_is_refused(run: Run) -> None:
     config = run.config
     blind = dataclasses.replace(config.train, control="hypothesis-only")
-    run.write_config(render_config(dataclasses.replace(config, train=blind)))
+    run.write_config(dataclasses.replace(config, train=blind))
     with pytest.raises(RunError, match="control hypothesis-only"):
         measure(run, "test", 4)
 

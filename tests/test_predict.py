@@ -25,6 +25,7 @@ from tiny_runs import SENTENCES, prepared, tiny_config
 import trainer
 import trainer.results.unseen
 from featstore import Project
+from featstore.config import with_paths
 from featstore.data.collect import CONFLICT
 from featstore.data.labels import CLASS_IDS, UNLABELLED
 from featstore.data.rows import read_examples, read_frame
@@ -61,8 +62,8 @@ def own(made: Path, tmp_path: Path) -> trainer.Run:
     shutil.copytree(made / "data" / "cache", folder / "cache")
     shutil.copytree(made / "runs", folder / "runs")
     run = trainer.load_run(folder / "runs" / "first")
-    text = run.config_path.read_text().replace(str(made / "data"), str(folder))
-    run.config_path.write_text(text, encoding="utf-8")
+    config = trainer.load_run(made / "runs" / "first").config
+    run.write_config(with_paths(config, lambda p: p.replace(str(made / "data"), str(folder))))
     return run
 
 
