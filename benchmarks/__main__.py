@@ -320,6 +320,32 @@ def study_search(workers: tuple[int, ...], config_file: Path, kept: bool) -> Non
     finish("study_search", measure(config_file, workers), kept)
 
 
+@benchmarks.command(name="trials")
+@click.option(
+    "--search",
+    "searches",
+    multiple=True,
+    type=(int, int),
+    default=((0, 24), (2, 24), (3, 24), (2, 100)),
+    show_default=True,
+    help="k_txt and number of trials of a search.",
+)
+@size_option
+@scratch_option
+@kept_option
+def trials(
+    searches: tuple[tuple[int, int], ...], size_name: str, scratch: str | None, kept: bool
+) -> None:
+    """What a trial costs beside its steps: seconds, bytes on disk, memory of its worker."""
+    import tempfile
+
+    from benchmarks.sizes import SIZES
+    from benchmarks.trials import measure
+
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        finish("trials", measure(Path(folder), searches, SIZES[size_name]), kept)
+
+
 @benchmarks.command(name="search-quality")
 @click.option("--seeds", default=3, show_default=True, help="Searches of each kind.")
 @click.option("--trials", default=20, show_default=True, help="Trials of a random search.")

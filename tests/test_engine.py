@@ -168,12 +168,12 @@ def test_runs_together_are_served_again(project: tuple[Project, Config], tmp_pat
             Training(
                 Run(tmp_path / f"{group}{i}"),
                 project[0],
-                dataclasses.replace(project[1].train, lr=lr, dropout=lr * 50),
+                dataclasses.replace(project[1].train, lr=lr, dropout=dropout),
                 engines=engines,
             )
-            for i, lr in enumerate((1e-3, 3e-3))
+            for i, (lr, dropout) in enumerate(((1e-3, 0.1), (3e-3, 0.3), (2e-3, 0.0)))
         ]
-        assert train_together(trainings) == [None, None]
+        assert train_together(trainings) == [None] * 3
         ends.append([arrays(training.model.trainable_variables) for training in trainings])
         for training in trainings:
             training.release()

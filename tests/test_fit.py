@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import tiny_config, with_train
 
 import trainer.run.fit
+import trainer.run.training
 from featstore.errors import ConfigError, RunError, StoppedError, UsageError
 from featstore.progress import SILENT
 from featstore.project import Project
@@ -71,7 +72,8 @@ class Workspace:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path, tiny_text: Path) -> Workspace:
     folder = tmp_path_factory.mktemp("fit")
-    config = tiny_config(folder / "data", tiny_vit, tiny_text)
+    # The state is compared too.
+    config = tiny_config(folder / "data", tiny_vit, tiny_text, keep_state=True)
     project = Project(config)
     project.extract("vit", show=SILENT)
     return Workspace(config, project, folder / "runs")
@@ -203,6 +205,22 @@ def test_a_run_stopped_many_times_with_trained_text_layers(work: Workspace) -> N
     assert_same_run(run, whole.run)
 
 
+def test_a_finished_run_keeps_its_state_only_if_asked_to(work: Workspace, plain: Training) -> None:
+    lean = work.fit(epochs=4, keep_state=False)
+    assert not lean.run.checkpoint_path.exists()
+    assert history(lean) == history(plain)
+    assert lean.run.metrics == plain.run.metrics
+    asked = itertools.count(1)
+    run = work.run()
+    with pytest.raises(StoppedError):
+        stopped = Reporter(stopping=lambda: next(asked) >= 5)
+        work.fit(run=run, epochs=4, keep_state=False, reporter=stopped)
+    assert run.checkpoint_path.exists()
+    work.fit(run=run, epochs=4, keep_state=False)
+    assert not run.checkpoint_path.exists()
+    assert history(run) == history(plain)
+
+
 def test_a_kill_between_state_and_reports_loses_no_report(work: Workspace, plain: Training) -> None:
     run = work.run()
     work.fit(run=run, epochs=4)
@@ -220,9 +238,11 @@ from pathlib import Path
 from featstore.project import Project
 from trainer.config import load_config
 from trainer.features import prepare
+from trainer.run import training
 from trainer.run.fit import fit
 from trainer.run.training import Reporter, Training
 from trainer.run.folder import Run
+training.STATE_SECONDS = float(sys.argv[4])
 config = load_config(sys.argv[1])
 run = Run(Path(sys.argv[2]))
 project = Project(config)
@@ -237,14 +257,26 @@ with run.writing():
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_it_had_not(work: Workspace, plain: Training) -> None:
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_killed_run_goes_on_as_if_it_had_not(
+    work: Workspace, plain: Training, saved: bool
+) -> None:
+    """From its last state, or from the start where none was worth saving yet."""
     run = work.run()
     config = work.folder / "killed.toml"
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(render_config(with_train(work.config, epochs=4)))
+    config.write_text(render_config(with_train(work.config, epochs=4, keep_state=True)))
     root = Path(trainer.run.fit.__file__).parents[2]
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(config), str(run.folder), "0.3"],
+        [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            str(config),
+            str(run.folder),
+            "0.3",
+            "0" if saved else "60",
+        ],
         cwd=root,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -259,6 +291,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not(work: Workspace, plain: Training)
         process.wait(30)
     assert run.manifest["status"] == "running"
     assert len(history(run)) < 4
+    assert run.checkpoint_path.exists() is saved
     with run.writing():
         work.fit(run=run, epochs=4)
     assert_same_run(run, plain.run)
@@ -467,7 +500,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dtype_policy": {"dtype_policy": "mixed_bfloat16"},
 }
 # What decides how the same numbers are computed.
-SAME_FIGURES = {"fast_path"}
+SAME_FIGURES = {"fast_path", "keep_state"}
 # The accuracy soon stands at 1 and gains no more: rate cuts and the early stop come.
 RESTLESS = {
     "lr": 0.05,
@@ -562,7 +595,7 @@ def test_losses_are_fetched_in_bounded_numbers(
     work: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer.run.fit, "LOSS_EVERY_STEPS", 3)
-    monkeypatch.setattr(trainer.run.fit, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer.run.training, "STATE_SECONDS", 0.0)
     whole = work.fit()
     monkeypatch.undo()
     assert json.dumps(history(whole)) == json.dumps(history(work.fit()))

@@ -129,7 +129,9 @@ def test_what_a_run_holds_fits_into_what_was_asked_for(
     asked: list[int] = []
     monkeypatch.setattr(training, "check_space", lambda folder, size: asked.append(size))
     run = Run(tmp_path / "run")
-    fit(train(project, run))
+    made = train(project, run)
+    fit(made)
+    made.save()
     largest = max(run.weights_path.stat().st_size, run.checkpoint_path.stat().st_size)
     held = sum(p.stat().st_size for p in run.folder.rglob("*") if p.is_file())
     assert held + largest <= asked[0] + publishing.SPARE_BYTES

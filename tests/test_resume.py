@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_runs import tiny_config
+from tiny_runs import tiny_config, with_train
 
 import trainer
 from featstore.errors import MissingFeaturesError, StoppedError, UsageError
@@ -39,7 +39,10 @@ class Place:
     def train(self, name: str, own: bool = False, **given: Any) -> Run:
         """Train; with `own` by the name alone, with the run's own settings."""
         given = {"show": SILENT, "reporter": Reporter(), **given}
-        what = trainer.load_run(name, self.runs) if own else self.project
+        if own:
+            what: Any = trainer.load_run(name, self.runs)
+        else:
+            what, given = self.project, {"keep_state": True, **given}
         return trainer.train(what, name=name, runs=self.runs, **given)
 
 
@@ -215,7 +218,7 @@ def test_the_command(place: Place, short: Run, tmp_path: Path) -> None:
         return done
 
     settings = tmp_path / "featstore.toml"
-    settings.write_text(render_config(place.config))
+    settings.write_text(render_config(with_train(place.config, keep_state=True)))
     new = json.loads(command("--config", str(settings), "--name", "typed", "--json").stdout)
     assert (new["epochs"], new["ended"]) == (2, "all epochs")
     taken = command("--name", "typed", code=2)

@@ -73,7 +73,9 @@ class TrainConfig:
         choices=("float32", "mixed_bfloat16", "mixed_float16"),
     )
     keep_state: bool = setting(
-        False, "keep a finished run's optimizer state, with which it can be trained for longer"
+        False,
+        "keep a finished run's optimizer state, with which it can be trained for longer",
+        before=False,
     )
     fast_path: bool = setting(
         True,

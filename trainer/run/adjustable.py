@@ -111,8 +111,10 @@ class Numbers:
         self._array: NDArray[np.float32] = np.empty(0, np.float32)
 
     def array(self) -> NDArray[np.float32]:
-        """Return float32 of shape (models, numbers)."""
+        """Return float32 of shape (models, most numbers of a model); the rest of a row is 0."""
         now = tuple(adjustable.values() for adjustable in self.of)
         if now != self._known:
-            self._known, self._array = now, np.array(now, np.float32)
+            longest = max(map(len, now))
+            padded = [[*numbers, *[0.0] * (longest - len(numbers))] for numbers in now]
+            self._known, self._array = now, np.array(padded, np.float32)
         return self._array

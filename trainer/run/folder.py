@@ -233,6 +233,9 @@ class Run:
                 f" {self.config.train.epochs}"
             )
         ours, theirs = (without_paths(dataclasses.asdict(one)) for one in (config, self.config))
+        for settings in (ours, theirs):
+            # It changes no number.
+            del settings["train"]["keep_state"]
         changed = differing_fields(ours, theirs)
         if changed:
             raise UsageError(
