@@ -212,8 +212,8 @@ def test_a_finished_run_keeps_its_state_only_if_asked_to(work: Workspace, plain:
     assert lean.run.metrics == plain.run.metrics
     asked = itertools.count(1)
     run = work.run()
+    stopped = Reporter(stopping=lambda: next(asked) >= 5)
     with pytest.raises(StoppedError):
-        stopped = Reporter(stopping=lambda: next(asked) >= 5)
         work.fit(run=run, epochs=4, keep_state=False, reporter=stopped)
     assert run.checkpoint_path.exists()
     work.fit(run=run, epochs=4, keep_state=False)
