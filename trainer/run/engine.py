@@ -18,6 +18,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+from keras.src.backend.common.name_scope import current_path
 
 from featstore.encoders.framework import pinned_framework
 from featstore.encoders.presets import resolve_preset
@@ -67,16 +68,23 @@ def _draws(seed: str) -> list[int]:
 
 @contextlib.contextmanager
 def _watched_weights() -> Iterator[dict[int, Any]]:
-    """Note the initializer of each weight that is made meanwhile, by the weight's `id`."""
+    """Note the initializer of each weight that is made meanwhile, by the weight's `id`.
+
+    The text layers' weights are zero: the preset's will take their place, and random numbers for
+    them take longer than the rest of the model.
+    """
     found: dict[int, Any] = {}
     add_weight = keras.layers.Layer.add_weight
     signature = inspect.signature(add_weight)
 
     @functools.wraps(add_weight)
     def noting(*args: Any, **kwargs: Any) -> Any:
-        weight = add_weight(*args, **kwargs)
-        initializer = signature.bind(*args, **kwargs).arguments.get("initializer")
-        found[id(weight)] = keras.initializers.get(initializer)
+        given = signature.bind(*args, **kwargs)
+        initializer = keras.initializers.get(given.arguments.get("initializer"))
+        if TAIL_NAME in current_path().split("/"):
+            given.arguments["initializer"] = "zeros"
+        weight = add_weight(*given.args, **given.kwargs)
+        found[id(weight)] = initializer
         return weight
 
     keras.layers.Layer.add_weight = noting
@@ -92,6 +100,7 @@ class Engine:
     Args:
         config: The settings of its first run.
         row_shape: Tokens and width of the image features.
+        again: It will be `reset` for further runs.
 
     Attributes:
         model: The cached model.
@@ -99,7 +108,7 @@ class Engine:
     """
 
     @pinned_framework()
-    def __init__(self, config: Config, row_shape: tuple[int, int]) -> None:
+    def __init__(self, config: Config, row_shape: tuple[int, int], again: bool = True) -> None:
         train = config.train
         # Every layer that Keras makes draws a seed from Python's random state, used or not.
         with seeded("spared"), _watched_weights() as initializers:
@@ -107,6 +116,8 @@ class Engine:
             load_pretrained(self.model, resolve_preset(config.encoders.text))
         self.optimizer = make_optimizer(train)
         self.optimizer.build(self.model.trainable_variables)
+        if not again:
+            return
         self._adjustable = Adjustable(self.model, self.optimizer)
         self._generators: list[tuple[Any, str, int]] = []
         self._initialised: list[tuple[Any, Any, int]] = []
@@ -193,8 +204,11 @@ class Engines:
         """
         key = architecture(config, row_shape, text)
         at = next((i for i, (known, _) in enumerate(self._idle) if known == key), None)
-        engine = Engine(config, row_shape) if at is None else self._idle.pop(at)[1]
-        engine.reset(config.train)
+        if at is None:
+            engine = Engine(config, row_shape, again=self._kept > 0)
+        else:
+            engine = self._idle.pop(at)[1]
+            engine.reset(config.train)
         self._busy[id(engine)] = key
         return engine
 
