@@ -509,6 +509,20 @@ runpy.run_module("benchmarks", run_name="__main__")
     assert "### accelerator" in run(tmp_path, "tables")
 
 
+@pytest.mark.slow
+def test_trials_measures_what_is_beside_the_steps(tmp_path: Path) -> None:
+    shown = run(tmp_path, "trials", "--size", "tiny", "--search", "0", "7")
+    assert "| 7 trials, k_txt 0 |" in shown
+    (file,) = tmp_path.iterdir()
+    (found,) = json.loads(file.read_text())["trials"]["searches"]
+    assert len(found["overhead_seconds"]) == 6
+    assert min(found["overhead_seconds"]) > 0
+    assert (
+        len(found["trial_bytes"]) == len(found["worker_bytes"]) == len(found["work_seconds"]) == 7
+    )
+    assert found["replaced"] == 0
+
+
 def test_the_accelerator_benchmark_says_how_to_start_it(tmp_path: Path) -> None:
     done = CliRunner().invoke(benchmarks, ["--results", str(tmp_path), "accelerator"])
     assert "KERAS_BACKEND=jax python -m benchmarks accelerator" in str(done.exception)

@@ -24,15 +24,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import tiny_config
 
+import trainer
 import trainer.run.fit
-from featstore.errors import StoppedError, UsageError
+from featstore.errors import ConfigError, RunError, StoppedError, UsageError
 from featstore.progress import SILENT
 from featstore.project import Project
+from featstore.settings import complete
+from trainer.run.checkpoint import load_best
 from trainer.run.folder import Run
 from trainer.run.training import Reporter
 from trainer.tuning import study as searching
 from trainer.tuning.again import retrain
 from trainer.tuning.plots import no_importance
+from trainer.tuning.space import SearchConfig
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search, known_search, open_search, start_search
 from trainer.tuning.table import best_row, ranked, seconds_left, trial_rows, write_leaderboard
@@ -336,6 +340,50 @@ def test_a_pruned_trial_stays_so_when_those_trained_with_it_are_stopped(place: P
             assert row["epoch"] < 3
             assert row["val_accuracy"] is not None
             assert Run(search.folder / row["run"]).manifest["status"] == "pruned"
+
+
+@pytest.mark.slow
+def test_only_the_best_trials_keep_their_weights(place: Place, tmp_path: Path) -> None:
+    space = SPACE.replace("[search]", "[search]\nkeep = 2")
+    search = place.run("kept", space=space, trials=5, pruner="halving", epochs=3)
+    rows = ranked(search, trial_rows(search))
+    runs = [Run(search.folder / row["run"]) for row in rows]
+    assert [run.weights_path.exists() for run in runs] == [True, True, False, False, False]
+    for row, run in zip(rows, runs, strict=True):
+        assert not run.checkpoint_path.exists()
+        assert run.metrics_path.exists()
+        if run.weights_path.exists():
+            continue
+        assert sum(p.stat().st_size for p in run.folder.rglob("*") if p.is_file()) < 200_000
+        if row["state"] != "complete":
+            continue
+        # The same settings and seed give the same weights: as the message says.
+        name = f"kept-{run.name}"
+        with pytest.raises(RunError, match="kept the weights of its best trials only") as caught:
+            load_best(run)
+        line = f"featstore train --config {run.config_path} --name {name}"
+        assert f"`{line}`" in str(caught.value)
+        project = Project(run.config)
+        again = trainer.train(project, name=name, runs=tmp_path, reporter=Reporter(), show=SILENT)
+        assert again.metrics == run.metrics
+        assert again.weights_path.exists()
+    # More may be kept from now on; what is gone is gone.
+    more = place.again(search, trials=6, keep="all")
+    work(more, place.project)
+    assert Run(more.folder / "trial-0005").weights_path.exists()
+
+
+@pytest.mark.parametrize("keep", ["some", "-1", "2.5"])
+def test_how_many_keep_their_weights_is_checked(keep: str) -> None:
+    with pytest.raises(ConfigError, match=r"\[search\] keep must be a number or 'all'"):
+        SearchConfig(keep=keep)
+
+
+def test_old_searches_keep_all_weights() -> None:
+    old = dataclasses.asdict(SearchConfig())
+    del old["keep"]
+    assert SearchConfig(**complete(SearchConfig, old)).keep == "all"
+    assert SearchConfig().kept == 5
 
 
 @pytest.mark.slow

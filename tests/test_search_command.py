@@ -34,7 +34,8 @@ from tiny_runs import extracted, tiny_config
 
 from featstore.errors import UsageError
 from trainer.commands.main import cli
-from trainer.config import render_config
+from trainer.config import load_config, render_config
+from trainer.run.checkpoint import build_model
 from trainer.tuning.storage import open_storage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -380,6 +381,15 @@ def test_the_boundaries_are_extracted_first_with_an_estimate(
     assert done.stderr.count("to extract:") == 3
     assert len(list((cache / "vit").iterdir())) == 1
     assert len(list((cache / "text").iterdir())) == 2
+    # What is said of the disk is what the weights take, but for HDF5's own part.
+    said = json.loads(
+        project.call(
+            "search", *project.space, "--trials", "1", "--k-txt", "1", "--dry-run", "--json"
+        ).stdout
+    )
+    config = load_config(tmp_path / "featstore.toml", {"train": {"k_txt": 1}})
+    model = build_model(config, (16, 16))
+    assert said["kept_bytes"] == sum(4 * int(np.prod(v.shape)) for v in model.trainable_variables)
     assert "optuna-dashboard" in done.stderr
     assert "tensorboard --logdir" in done.stderr
     # Said before the training that it would be for.

@@ -193,6 +193,24 @@ def test_the_runs_of_others_are_asked_where_they_can_be(places: Places) -> None:
     assert own in {Path(item["path"]).name for item in places.gc(places.two)["deleted"]}
 
 
+def test_states_of_finished_runs_can_go(places: Places) -> None:
+    project = Project.load(places.one / "featstore.toml")
+    given = {"show": SILENT, "reporter": Reporter()}
+    lean, kept = (
+        trainer.train(project, name=name, keep_state=keep, **given)
+        for name, keep in (("lean", False), ("kept", True))
+    )
+    assert [run.checkpoint_path.exists() for run in (lean, kept)] == [False, True]
+    assert places.gc(places.one)["garbage"] == []
+    # As an earlier version left them.
+    shutil.copy(kept.checkpoint_path, lean.checkpoint_path)
+    lean.write_manifest({k: v for k, v in lean.manifest.items() if k != "keeps_state"})
+    (found,) = places.gc(places.one)["deleted"]
+    assert (found["what"], found["path"]) == ("state", str(lean.checkpoint_path))
+    assert not lean.checkpoint_path.exists()
+    assert kept.checkpoint_path.exists()
+
+
 def test_features_from_before_there_was_a_list_are_asked_for(places: Places) -> None:
     shutil.rmtree(places.root / "users")
     found = places.gc(places.one)

@@ -10,7 +10,7 @@ import numpy as np
 from featstore.config import SPLITS
 from featstore.data.examples import require_both_classes
 from featstore.errors import Command, MissingFeaturesError, counted
-from featstore.extract.extract import estimate, extract
+from featstore.extract.extract import estimate
 from featstore.extract.plan import Job, Plan
 from featstore.progress import SILENT, Show, duration
 from featstore.project import Project
@@ -58,9 +58,14 @@ def extract_missing(project: Project, k_txt: int, show: Show = SILENT) -> None:
         PresetError: An encoder cannot be loaded.
     """
     # The test split is not read by a training.
-    jobs = [project.job("vit", ("train", "val")), project.job("text", "all", k_txt)]
-    for plan in plan_jobs(jobs, show):
-        extract(plan.job, show)
+    wanted = [("vit", ("train", "val")), ("text", "all")]
+    missing = {
+        plan.job.spec.kind
+        for plan in plan_jobs([project.job(kind, split, k_txt) for kind, split in wanted], show)
+    }
+    for kind, split in wanted:
+        if kind in missing:
+            project.extract(kind, split, k_txt, show=show)
 
 
 def plan_jobs(jobs: Sequence[Job], show: Show = SILENT) -> list[Plan]:
