@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measuring import spread
 from benchmarks.sizes import STUDY, Size, word
 from benchmarks.study_search import ROOT, search
 from benchmarks.tables import table
@@ -71,9 +71,9 @@ def one_search(folder: Path, config: Path, k_txt: int, trials: int) -> dict[str,
     """Run a search over learning rate, decay and dropout, as the study's, one trial at a time.
 
     Returns:
-        Seconds of the command, of each trial's overhead, steps and validation; bytes of each
-        trial's folder; bytes of the worker's own memory after each trial; how often the worker
-        was replaced.
+        Seconds of the command, of all steps and validations, of a trial's overhead; bytes of the
+        search's folder, and of its largest trial without weights; bytes of the worker's own
+        memory; how often the worker was replaced.
     """
     from trainer.tuning.drive import load_search
 
@@ -95,17 +95,21 @@ def one_search(folder: Path, config: Path, k_txt: int, trials: int) -> dict[str,
         work.append(float((epochs["seconds"] + epochs["val_seconds"]).sum()))
         sizes.append(sum(p.stat().st_size for p in run.folder.rglob("*") if p.is_file()))
     gaps = [end - before for before, end in itertools.pairwise(ends)]
+    overheads = [gap - own for gap, own in zip(gaps, work[1:], strict=True)]
+    weightless = [size for size in sizes if size < SMALL]
+    memory = [trial.user_attrs["memory_bytes"] for trial in studied]
     workers = [trial.user_attrs["worker"] for trial in studied]
     return {
         "k_txt": k_txt,
         "trials": trials,
         "wall_seconds": found["wall_seconds"],
-        "overhead_seconds": [round(gap - own, 3) for gap, own in zip(gaps, work[1:], strict=True)],
-        "work_seconds": [round(seconds, 3) for seconds in work],
-        "trial_bytes": sizes,
+        "work_seconds": round(sum(work), 3),
+        "overhead_seconds": spread(overheads),
         "search_bytes": sum(p.stat().st_size for p in opened.folder.rglob("*") if p.is_file()),
-        "worker_bytes": [trial.user_attrs["memory_bytes"] for trial in studied],
-        "replaced": len(dict.fromkeys(workers)) - 1,
+        "weightless_trials": len(weightless),
+        "weightless_bytes": max(weightless, default=0),
+        "memory_bytes": {"after_5": memory[min(4, len(memory) - 1)], "last": memory[-1]},
+        "workers_replaced": len(dict.fromkeys(workers)) - 1,
     }
 
 
@@ -127,24 +131,21 @@ def measure(
 
 def report(figures: dict[str, Any]) -> str:
     """Return the figures as Markdown."""
-    rows = []
-    for found in figures["searches"]:
-        memory = found["worker_bytes"]
-        weightless = [size for size in found["trial_bytes"] if size < SMALL]
-        rows.append(
-            [
-                f"{found['trials']} trials, k_txt {found['k_txt']}",
-                f"{found['wall_seconds']:.0f} s",
-                f"{sum(found['work_seconds']):.0f} s",
-                f"{statistics.median(found['overhead_seconds']):.2f} s",
-                f"{max(found['overhead_seconds']):.2f} s",
-                f"{found['search_bytes'] / 1e6:.0f} MB",
-                f"{len(weightless)}, at most {max(weightless, default=0) / 1e3:.0f} kB",
-                f"{memory[min(4, len(memory) - 1)] / 1e9:.2f} GB",
-                f"{memory[-1] / 1e9:.2f} GB",
-                str(found["replaced"]),
-            ]
-        )
+    rows = [
+        [
+            f"{found['trials']} trials, k_txt {found['k_txt']}",
+            f"{found['wall_seconds']:.0f} s",
+            f"{found['work_seconds']:.0f} s",
+            f"{found['overhead_seconds']['median']:.2f} s",
+            f"{found['overhead_seconds']['spread'][1]:.2f} s",
+            f"{found['search_bytes'] / 1e6:.0f} MB",
+            f"{found['weightless_trials']}, at most {found['weightless_bytes'] / 1e3:.0f} kB",
+            f"{found['memory_bytes']['after_5'] / 1e9:.2f} GB",
+            f"{found['memory_bytes']['last'] / 1e9:.2f} GB",
+            str(found["workers_replaced"]),
+        ]
+        for found in figures["searches"]
+    ]
     header = [
         *("search", "whole command", "steps and validation", "overhead", "at most", "on disk"),
         *("without weights", "memory after 5", "at the end", "workers replaced"),

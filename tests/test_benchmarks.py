@@ -515,12 +515,13 @@ def test_trials_measures_what_is_beside_the_steps(tmp_path: Path) -> None:
     assert "| 7 trials, k_txt 0 |" in shown
     (file,) = tmp_path.iterdir()
     (found,) = json.loads(file.read_text())["trials"]["searches"]
-    assert len(found["overhead_seconds"]) == 6
-    assert min(found["overhead_seconds"]) > 0
-    assert (
-        len(found["trial_bytes"]) == len(found["worker_bytes"]) == len(found["work_seconds"]) == 7
-    )
-    assert found["replaced"] == 0
+    low, high = found["overhead_seconds"]["spread"]
+    assert 0 < low <= found["overhead_seconds"]["median"] <= high
+    assert found["work_seconds"] > 0
+    # The tiny encoders' weights are as small as the rest.
+    assert 0 < found["weightless_trials"] <= 7
+    assert found["memory_bytes"].keys() == {"after_5", "last"}
+    assert found["workers_replaced"] == 0
 
 
 def test_the_accelerator_benchmark_says_how_to_start_it(tmp_path: Path) -> None:
