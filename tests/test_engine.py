@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.encoders.presets import resolve_preset
 from featstore.project import Project
 from tests.tiny_runs import prepared, tiny_config, with_train
-from trainer.config import Config, TrainConfig
+from trainer.config import Config, TrainConfig, render_config
 from trainer.model import cached
 from trainer.model.cached import build_cached_model, load_pretrained
 from trainer.model.sizes import count_parameters
@@ -219,6 +222,79 @@ def test_few_engines_are_kept_and_none_twice(tiny_text: Path) -> None:
     engines.give_back(first)
     assert engines.take(config_of(tiny_text, k_txt=0), ROW_SHAPE, "t") is first
     assert engines.take(config_of(tiny_text, k_txt=0), ROW_SHAPE, "t") is not other
+
+
+def test_large_engines_are_let_go_of_first(
+    tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = Engines()
+    made = [engines.take(config_of(tiny_text, mlp_dim=n), ROW_SHAPE, "t") for n in (4, 5, 6)]
+    for engine in made:
+        engines.give_back(engine)
+    assert engines.bytes == sum(engine.bytes for engine in made) > 0
+    monkeypatch.setattr("trainer.run.engine.KEPT_BYTES", made[0].bytes)
+    first = engines.take(config_of(tiny_text, mlp_dim=4), ROW_SHAPE, "t")
+    assert first is made[0]
+    engines.give_back(first)
+    # The last one is kept whatever it takes.
+    assert engines.bytes == first.bytes
+
+
+JAX = """
+import sys
+from pathlib import Path
+import dataclasses, json
+import numpy as np
+from featstore.errors import RunError
+from featstore.project import Project
+from trainer.config import load_config
+from trainer.features import prepare
+from trainer.run.engine import Engines
+from trainer.run.fit import fit
+from trainer.run.folder import Run
+from trainer.run.training import Training
+config, runs = load_config(sys.argv[1]), Path(sys.argv[2])
+project = Project(config)
+prepare(project, config.train.k_txt)
+def run(name, engines, **changes):
+    train = dataclasses.replace(config.train, **changes)
+    training = Training(Run(runs / name), project, train, engines=engines)
+    try:
+        fit(training)
+    except RunError:
+        assert name == "diverged"
+        return training.release()
+    training.release()
+    return [np.asarray(v).tolist() for v in training.model.trainable_variables]
+engines = Engines()
+first = run("first", engines, lr=0.002, dropout=0.2)
+run("diverged", engines, lr=1e30, clipnorm=1.0)
+assert run("again", engines, lr=0.002, dropout=0.2) == first
+assert run("alone", None, lr=0.002, dropout=0.2) == first
+assert run("other", engines, lr=0.002, dropout=0.4, weight_decay=0.1) == run(
+    "other-alone", None, lr=0.002, dropout=0.4, weight_decay=0.1
+)
+assert len(engines._steppers) == 1
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_on_jax_a_run_after_another_is_as_alone(
+    project: tuple[Project, Config], tmp_path: Path
+) -> None:
+    """Also after one that diverged, whose last steps were never written back."""
+    config = tmp_path / "config.toml"
+    config.write_text(render_config(with_train(project[1], k_txt=2)))
+    done = subprocess.run(
+        [sys.executable, "-c", JAX, str(config), str(tmp_path)],
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("same\n")
 
 
 # --- pretrained layers, sizes

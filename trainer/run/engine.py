@@ -13,11 +13,13 @@ import copy
 import functools
 import gc
 import inspect
+import math
 import random
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras.src.backend.common.name_scope import current_path
 
 from featstore.encoders.framework import pinned_framework
@@ -32,8 +34,8 @@ from trainer.run.folder import Run
 from trainer.run.optimizer import make_optimizer
 from trainer.run.step import Stepper, make_stepper
 
-KEPT_MODELS = 8
-"""Models that are kept for later runs, the least recently used being let go of first."""
+KEPT_MODELS, KEPT_BYTES = 8, 1 << 31
+"""Most models, and bytes of them, that are kept for later runs; those idle longest go first."""
 DRAWS = 4096
 # As Keras draws the seed of what is given none.
 LOWEST_SEED, HIGHEST_SEED = 1, int(1e9)
@@ -92,6 +94,11 @@ def _watched_weights() -> Iterator[dict[int, Any]]:
         yield found
     finally:
         keras.layers.Layer.add_weight = add_weight
+
+
+def variable_bytes(variable: Any) -> int:
+    """Return the bytes of a Keras variable."""
+    return math.prod(variable.shape) * int(np.dtype(variable.dtype).itemsize)
 
 
 class Engine:
@@ -156,6 +163,13 @@ class Engine:
                 place = -1 if seed_drawn is None else places["head"][seed_drawn]
                 self._initialised.append((variable, initializer, place))
 
+    @property
+    def bytes(self) -> int:
+        """What its weights and its optimizer's numbers take, and the preset's once more."""
+        variables = (*self.model.variables, *self.optimizer.variables)
+        kept = (variable for variable, _ in self._pretrained)
+        return sum(variable_bytes(variable) for variable in (*variables, *kept))
+
     @pinned_framework()
     def reset(self, train: TrainConfig) -> None:
         """Make everything what it is before a run's first step.
@@ -174,7 +188,9 @@ class Engine:
         for variable, value in self._pretrained:
             variable.assign(value)
         for variable, value in self._at_start:
-            variable.assign(keras.ops.zeros_like(variable) if value is None else value)
+            # JAX may have taken the variable's own array for its steps: it is not read.
+            zeros = value is None
+            variable.assign(keras.ops.zeros(variable.shape, variable.dtype) if zeros else value)
         self._adjustable.set(train)
         inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         inner.learning_rate = train.lr
@@ -218,12 +234,17 @@ class Engines:
         if key is None:
             return
         self._idle.append((key, engine))
-        while len(self._idle) > self._kept:
+        while len(self._idle) > self._kept or (len(self._idle) > 1 and self.bytes > KEPT_BYTES):
             _, oldest = self._idle.pop(0)
             self._steppers = [one for one in self._steppers if oldest not in one[0]]
             del oldest
             # A model refers to itself; its arrays would otherwise wait for a later collection.
             gc.collect()
+
+    @property
+    def bytes(self) -> int:
+        """What the idle models take."""
+        return sum(engine.bytes for _, engine in self._idle)
 
     def starting_weights(self, source: Run) -> LayerWeights:
         """Return what runs can take from a run; those of the last one asked for are kept.
@@ -243,6 +264,7 @@ class Engines:
         members = list(engines)
         for known, stepper in self._steppers:
             if known == members:
+                stepper.forget()
                 return stepper
         stepper = make_stepper([(engine.model, engine.optimizer) for engine in members])
         self._steppers = [*self._steppers[1 - 2 * self._kept :], (members, stepper)]

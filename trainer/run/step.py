@@ -55,6 +55,10 @@ class Stepper(Predictor, Protocol):
         """Write what the steps changed back to the models' and optimizers' variables."""
         ...
 
+    def forget(self) -> None:
+        """Give up steps that were not written back: what the variables hold counts."""
+        ...
+
 
 def binary_cross_entropy(labels: Any, logits: Any, weights: Any) -> Any:
     """Return the weighted mean of the cross-entropy of logits.
@@ -221,6 +225,9 @@ class _TensorFlowStepper(_TensorFlowPredictor):
     def sync(self) -> None:
         """Nothing to do: the steps assign to the variables."""
 
+    def forget(self) -> None:
+        """Nothing to do, for the same reason."""
+
 
 class _JaxPredictor:
     """Predictions under `jax.jit`, which compiles them anew for each length of sentence."""
@@ -299,6 +306,9 @@ class _JaxStepper(_JaxPredictor):
         inputs = (padded(batch.inputs()), batch.labels, batch.weights)
         losses, self._ahead = self._train(self._states(), inputs, self._numbers.array())
         return losses
+
+    def forget(self) -> None:
+        self._ahead = None
 
     def sync(self) -> None:
         if self._ahead is None:

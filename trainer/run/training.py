@@ -34,7 +34,7 @@ from trainer.run.checkpoint import (
     start_from,
 )
 from trainer.run.curves import plot_learning_curves
-from trainer.run.engine import Engines
+from trainer.run.engine import Engines, variable_bytes
 from trainer.run.events import EventLog
 from trainer.run.folder import Run
 from trainer.run.manifest import new_manifest
@@ -87,10 +87,6 @@ def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
             f"[train] monitor = {train.monitor!r} cannot be computed: the val split has one class"
         )
     return -float(value) if train.monitor == "val_loss" else float(value)
-
-
-def _num_bytes(variable: Any) -> int:
-    return math.prod(variable.shape) * int(np.dtype(variable.dtype).itemsize)
 
 
 def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, bool]:
@@ -236,9 +232,9 @@ class Training:
     def _check_space(self) -> None:
         """See that the disk holds the best weights and the state, and either once more."""
         run = self.run
-        weights = sum(_num_bytes(v) for v in self.model.variables)
+        weights = sum(variable_bytes(v) for v in self.model.variables)
         state = sum(
-            _num_bytes(v) for v in (*self.model.trainable_variables, *self.optimizer.variables)
+            variable_bytes(v) for v in (*self.model.trainable_variables, *self.optimizer.variables)
         )
         there = sum(p.stat().st_size for p in (run.weights_path, run.checkpoint_path) if p.exists())
         check_space(run.folder, max(0, weights + state - there) + max(weights, state))

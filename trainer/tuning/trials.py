@@ -71,8 +71,10 @@ def work(
         finally:
             for claim in claims:
                 claim.held.close()
-        first_bytes = first_bytes or anonymous_bytes()
-        if anonymous_bytes() > growth * first_bytes > 0:
+        # Kept models are no growth: they are few.
+        held = max(0, anonymous_bytes() - engines.bytes)
+        first_bytes = first_bytes or held
+        if held > growth * first_bytes > 0:
             return True
     raise StoppedError(f"{search.name}: stopped")
 
@@ -119,7 +121,9 @@ def _run_trials(
             # Of their shared step, such as the memory of all of them: each may do alone.
             again = [trial.claim for trial in trials if not trial.pruned]
     for trial, failure in zip(trials, failures, strict=True):
-        if trial.claim not in again:
+        if trial.claim in again:
+            trial.training.release()
+        else:
             trial.tell(failure)
     trials.clear()
     for claim in again:
