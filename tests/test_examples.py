@@ -347,7 +347,7 @@ GOOD = json.dumps(A2).encode() + b"\n"
         ("a.csv", b"PK\x03\x04rest", "is a ZIP archive or an Excel workbook; unpack it"),
         ("a.parquet", b"PAR1rest", "is a Parquet file; save it as CSV or JSONL"),
         ("a.jsonl.gz", b"\x1f\x8brest", "gzip file that is damaged or cut short"),
-        ("a.jsonl.gz", gzip.compress(GOOD)[:-9], "gzip file that is damaged or cut short"),
+        ("a.jsonl.gz", gzip.compress(GOOD, mtime=0)[:-9], "gzip file that is damaged or cut short"),
         ("a.jsonl", GOOD + b"{\0}\n", "a.jsonl:2: NUL byte"),
         ("a.jsonl", GOOD + b'{"a":' * 5000 + b"\n", "a.jsonl:2: not a row"),
         ("a.jsonl", GOOD + b'{"a":' + b"1" * 5000 + b"}\n", "a.jsonl:2: not a row"),
