@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from featstore.config import usable_cores
 from featstore.publish import package_versions, write_json
-from trainer.tuning.workers import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 

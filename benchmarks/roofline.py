@@ -20,7 +20,7 @@ from benchmarks.measuring import ratios, seconds_of, spread, written
 from benchmarks.sizes import STUDY, Size
 from benchmarks.steps import cached_step, release
 from benchmarks.tables import table
-from trainer.tuning.workers import usable_cores
+from featstore.config import usable_cores
 
 GEMM_SIZES = (512, 1024, 2048, 3072)
 COPIED_BYTES = 1 << 28

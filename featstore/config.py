@@ -66,6 +66,14 @@ class EncodersConfig:
     )
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use; all of them where the system does not say."""
+    # Linux alone has it.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class StoreConfig:
     """Where features are kept and what is kept of them."""
@@ -90,7 +98,14 @@ class StoreConfig:
     encode_batch_size: int = setting(
         32, "rows in one forward pass; halved on its own when memory runs out", minimum=1
     )
-    decode_threads: int = setting(2, "threads that read and decode photos", minimum=1)
+    decode_threads: int = setting(
+        0, "threads that read and decode photos; 0: as many as cores", minimum=0, free=True
+    )
+
+    @property
+    def threads(self) -> int:
+        """How many threads read and decode photos."""
+        return self.decode_threads or usable_cores()
 
 
 @dataclass(frozen=True)
@@ -115,15 +130,6 @@ class FeatureConfig:
 
 
 Composite = TypeVar("Composite", bound=FeatureConfig)
-PATHS, PRESETS = (
-    frozenset(
-        field.name
-        for section in (DataConfig, EncodersConfig, StoreConfig)
-        for field in dataclasses.fields(section)
-        if field.metadata[kind]
-    )
-    for kind in ("path", "preset")
-)
 
 
 def sections_of(kind: type[FeatureConfig]) -> dict[str, type]:
@@ -218,20 +224,31 @@ def with_paths(config: Composite, change: Callable[[str], str]) -> Composite:
     return dataclasses.replace(config, **sections)
 
 
-def without_paths(config: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return settings, as `dataclasses.asdict` gives them, without those that are paths.
+def material(
+    sections: Mapping[str, type], config: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return of settings those that two runs of the same must agree in.
 
-    Whether two runs are of the same rows, photos and encoders, digests and fingerprints tell,
-    wherever these are.
+    Whether they are of the same rows, photos and encoders, digests and fingerprints tell,
+    wherever these are: paths are left out, and what changes no number.
+
+    Args:
+        sections: Section to the dataclass that declares it.
+        config: Section to key to value, as `dataclasses.asdict` gives them.
     """
-    return {
-        name: {
+    found: dict[str, dict[str, Any]] = {}
+    for name, values in config.items():
+        declared = {field.name: field.metadata for field in dataclasses.fields(sections[name])}
+        found[name] = {
             key: value
-            for key, value in section.items()
-            if key not in PATHS and not (key in PRESETS and os.path.isabs(value))
+            for key, value in values.items()
+            if not (
+                declared[key]["path"]
+                or declared[key]["free"]
+                or (declared[key]["preset"] and os.path.isabs(value))
+            )
         }
-        for name, section in config.items()
-    }
+    return found
 
 
 def load_sections(

@@ -38,6 +38,7 @@ def setting(
     above: float | None = None,
     path: bool = False,
     preset: bool = False,
+    free: bool = False,
     before: Any = None,
 ) -> Any:
     """Declare one setting of a section.
@@ -51,6 +52,7 @@ def setting(
         path: The value is a file or folder, taken relative to the file that
             names it.
         preset: The same, where it is there; another value is a preset's name.
+        free: The value changes no number, and may change while something goes on.
         before: Of a setting that came later: what was done before there was one.
             See `complete`.
     """
@@ -62,6 +64,7 @@ def setting(
         "above": above,
         "path": path,
         "preset": preset,
+        "free": free,
         "before": before,
     }
     return dataclasses.field(default=default, metadata=metadata)

@@ -57,8 +57,8 @@ def left(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path, tiny_text: Pa
     (home / "space.toml").write_text(SPACE)
     config = ("--config", home / "featstore.toml")
     succeed("extract-vit", "--split", "all", *config)
-    succeed("train", "--name", "first", "--lr", "0.002", *config)
-    succeed("train", "--name", "next", "--init-from", "first", *config)
+    succeed("train", "--name", "first", "--lr", "0.002", "--keep-state", *config)
+    succeed("train", "--name", "next", "--init-from", "first", "--keep-state", *config)
     succeed("search", "--name", "s", "--space", home / "space.toml", *config)
     return home.rename(home.with_name("left"))
 

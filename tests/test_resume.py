@@ -22,6 +22,7 @@ from featstore.project import Project
 from trainer.config import Config, render_config
 from trainer.run.checkpoint import load_best, read_progress
 from trainer.run.folder import Run
+from trainer.run.resume import check_resumable
 from trainer.run.training import Reporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,6 +183,16 @@ def test_a_kill_between_status_and_settings_loses_nothing(place: Place, short: R
     place.train(again.name, own=True)
     assert again.manifest["status"] == "finished"
     assert_same(again, short)
+
+
+def test_what_changes_no_number_may_change(place: Place, short: Run) -> None:
+    run = copied(short, "elsewhere")
+    run.write_manifest({**run.manifest, "status": "running"})
+    store = dataclasses.replace(place.config.store, decode_threads=3)
+    config = dataclasses.replace(place.config, store=store)
+    check_resumable(run, with_train(config, keep_state=False))
+    with pytest.raises(UsageError, match=r"train\.lr"):
+        check_resumable(run, with_train(config, lr=1e-5))
 
 
 def test_a_run_goes_on_under_its_own_name(short: Run) -> None:

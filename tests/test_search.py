@@ -26,6 +26,7 @@ from tiny_runs import tiny_config
 
 import trainer
 import trainer.run.fit
+from featstore.config import usable_cores
 from featstore.errors import ConfigError, RunError, StoppedError, UsageError
 from featstore.progress import SILENT
 from featstore.project import Project
@@ -41,7 +42,6 @@ from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search, known_search, open_search, start_search
 from trainer.tuning.table import best_row, ranked, seconds_left, trial_rows, write_leaderboard
 from trainer.tuning.trials import count_attempt, work
-from trainer.tuning.workers import usable_cores
 
 SPACE = """
 [search]

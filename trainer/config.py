@@ -75,6 +75,7 @@ class TrainConfig:
     keep_state: bool = setting(
         False,
         "keep a finished run's optimizer state, with which it can be trained for longer",
+        free=True,
         before=False,
     )
     fast_path: bool = setting(

@@ -191,7 +191,7 @@ class _Repair:
                     newest[key] = tuple(digest)
         entries = salvage_quarantine(self.folder)
         paths = [self.project.dataset.images.lookup(key) for key in newest]
-        found = photo_digests(paths, self.project.config.store.decode_threads)
+        found = photo_digests(paths, self.project.config.store.threads)
         for (key, digest), now in zip(newest.items(), found, strict=True):
             known = now is not None or keys is not None
             if known and now != digest and not entries.get(key, {}).get("source_digest"):

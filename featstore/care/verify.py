@@ -368,7 +368,7 @@ def verify_store(
             if report.problems:
                 report.notes.append(Advice("the photos were not compared; mend the folder first"))
                 continue
-            images, threads = project.dataset.images, project.config.store.decode_threads
+            images, threads = project.dataset.images, project.config.store.threads
             with show.bar(report.rows, "photos") as progress:
                 again = extract_again(project, report.folder)
                 report.problems += compare_sources(report.folder, images, threads, progress, again)

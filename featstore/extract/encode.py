@@ -196,7 +196,7 @@ class PhotoEncoding:
     def _decoded(self, photos: Iterable[tuple[str, Path]]) -> Generator[_Decoded, None, None]:
         """Yield photos in order, decoded some batches ahead of the reader by threads."""
         ahead = 3 * self.store.encode_batch_size
-        with ThreadPoolExecutor(self.store.decode_threads) as pool:
+        with ThreadPoolExecutor(self.store.threads) as pool:
             waiting: deque[Future[_Decoded]] = deque()
             try:
                 for key, path in photos:

@@ -213,6 +213,6 @@ def estimate(job: Job) -> tuple[Plan, float]:
     if not plan.keys:
         return plan, 0.0
     if (speed := recorded_speed(Path(job.store.root), job.spec)) is None:
-        photos, threads = job.paths_of(plan.keys), job.store.decode_threads
+        photos, threads = job.paths_of(plan.keys), job.store.threads
         speed = rows_per_second(job) if has_gpu() else estimated_speed(job.spec, photos, threads)
     return plan, speed

@@ -98,7 +98,7 @@ class Job:
         """Return the digests of photos, those that changed or are not known read for it."""
         assert self.photos is not None
         every = self.source == "bytes"
-        return self.photos.of(paths, self.store.decode_threads, show, every)
+        return self.photos.of(paths, self.store.threads, show, every)
 
     def paths_of(self, keys: Sequence[str]) -> list[Path]:
         """Return the photos of image ids; none for sentences.

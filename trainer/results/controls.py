@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from featstore.config import without_paths
+from featstore.config import material
 from featstore.errors import DataError, FeatstoreError
-from trainer.config import Config
+from trainer.config import SECTIONS, Config
 from trainer.metrics import evaluate_logits
 from trainer.results.labelled import Labelled, Scored
 from trainer.results.measure import right
@@ -55,7 +55,8 @@ def find_blind(run: Run) -> Run | None:
         other = Run(home / name, run.elsewhere)
         # One that cannot be read is not a control.
         with contextlib.suppress(FeatstoreError):
-            if other.config.train == wanted and _same_start(run, other):
+            train = dataclasses.replace(other.config.train, keep_state=wanted.keep_state)
+            if train == wanted and _same_start(run, other):
                 return other
     return None
 
@@ -79,7 +80,7 @@ def blind_place(run: Run) -> tuple[Path, str]:
 
 def _same(one: Config, other: Config) -> bool:
     """Tell whether two runs have the same settings, wherever their data are."""
-    ours, theirs = (without_paths(dataclasses.asdict(config)) for config in (one, other))
+    ours, theirs = (material(SECTIONS, dataclasses.asdict(config)) for config in (one, other))
     return ours == theirs
 
 

@@ -31,12 +31,12 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
-from featstore.config import RECORDS, runs_of, with_paths, without_paths
+from featstore.config import RECORDS, material, runs_of, with_paths
 from featstore.encoders.spec import differing_fields
 from featstore.errors import Advice, Command, RunError, UsageError
 from featstore.publish import read_json, write_json, write_text
 from featstore.store.users import record_use, user_of
-from trainer.config import Config, beside_run, load_config, render_config
+from trainer.config import SECTIONS, Config, beside_run, load_config, render_config
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -232,10 +232,9 @@ class Run:
                 f"{self.folder}: a finished run; choose another --name, or more --epochs than its"
                 f" {self.config.train.epochs}"
             )
-        ours, theirs = (without_paths(dataclasses.asdict(one)) for one in (config, self.config))
-        for settings in (ours, theirs):
-            # It changes no number.
-            del settings["train"]["keep_state"]
+        ours, theirs = (
+            material(SECTIONS, dataclasses.asdict(one)) for one in (config, self.config)
+        )
         changed = differing_fields(ours, theirs)
         if changed:
             raise UsageError(

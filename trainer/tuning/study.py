@@ -31,7 +31,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from featstore.config import without_paths
+from featstore.config import material
 from featstore.encoders.spec import differing_fields
 from featstore.errors import Advice, Command, RunError, UsageError
 from featstore.extract.plan import Job
@@ -413,7 +413,7 @@ def start_search(
         }
         # Where things are is no part of what a search is of; digests are.
         for one in (before, identity):
-            one["settings"] = without_paths(one["settings"])
+            one["settings"] = material(SECTIONS, one["settings"])
         before["space"]["search"] = {
             key: before["space"]["search"][key] for key in identity["space"]["search"]
         }

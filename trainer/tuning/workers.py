@@ -16,6 +16,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from featstore.config import usable_cores
 from featstore.encoders.framework import import_framework
 from featstore.errors import Advice, Command, FeatstoreError, RunError, StoppedError, WriteError
 from featstore.ray_cluster import limit_threads
@@ -144,14 +145,6 @@ def run_workers(
             f" --name {search.name} goes on"
         )
     return watched
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use; all of them where the system does not say."""
-    # Linux alone has it.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _start(context: Any, search: Search, slot: int, deadline: float, threads: int) -> _Worker:
