@@ -170,7 +170,9 @@ def products_of_graph(k_txt: int, rows: int, length: int) -> tuple[int, int]:
     """Return the operations of the matrix products that a traced step needs, and its parameters."""
     model, stepper = cached_stepper(TINY.train(k_txt), TINY)
     batch = random_batch(rows, length, size=TINY)
-    arguments = tf.nest.map_structure(tf.constant, (batch.inputs(), batch.labels, batch.weights))
+    numbers = stepper._numbers.array()  # type: ignore[attr-defined]
+    given = (batch.inputs(), batch.labels, batch.weights, numbers)
+    arguments = tf.nest.map_structure(tf.constant, given)
     traced = stepper._train.python_function  # type: ignore[attr-defined]
     # With the batch's own shape: the step itself is traced for any.
     graph = tf.function(traced, autograph=False).get_concrete_function(*arguments).graph
@@ -296,7 +298,8 @@ from benchmarks.steps import cached_stepper, random_batch
 size = dataclasses.replace(TINY, width=128, mlp_dim=128)
 _, stepper = cached_stepper(size.train(2), size)
 batch = random_batch(8, 12, size=size)
-arguments = (stepper._states(), (batch.inputs(), batch.labels, batch.weights))
+given = (batch.inputs(), batch.labels, batch.weights)
+arguments = (stepper._states(), given, stepper._numbers.array())
 cost = stepper._train.lower(*arguments).compile().cost_analysis()
 print(json.dumps((cost[0] if isinstance(cost, list) else cost)["flops"]))
 """

@@ -375,7 +375,7 @@ def test_an_entry_of_the_quarantine_list_cannot_hide_behind_its_checksum(folder:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path, tiny_text: Path) -> Any:
     """A workspace and a run of one epoch."""
     made = tmp_path_factory.mktemp("hostile")
-    config = tiny_config(made / "data", tiny_vit, tiny_text)
+    config = tiny_config(made / "data", tiny_vit, tiny_text, keep_state=True)
     work = Workspace(config, prepared(config), made / "runs")
     return work, work.fit(epochs=1)
 

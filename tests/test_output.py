@@ -97,8 +97,13 @@ def test_help_has_each_settings_default_under_its_section(words: tuple[str, ...]
             _, _, after = blocks[title].partition(f"  {option.opts[0]} ")
             mine = " ".join(re.split(r"\n  --", after)[0].split())
             default = option.field.default
-            typed = {"": "none", True: option.opts[0][2:], (0.8, 0.1, 0.1): "0.8,0.1,0.1"}
-            shown = f"{default:g}" if isinstance(default, float) else typed.get(default, default)
+            typed = {"": "none", (0.8, 0.1, 0.1): "0.8,0.1,0.1"}
+            if isinstance(default, bool):
+                shown = (option.opts if default else option.secondary_opts)[0][2:]
+            elif isinstance(default, float):
+                shown = f"{default:g}"
+            else:
+                shown = typed.get(default, default)
             assert f"[default: {shown}" in mine
             own = demo.SETTINGS.get(option.section, {}).get(option.field.name, default)
             assert ("the demo's: " in mine) is (own != default)
