@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.sizes import Size
+from trainer.model.sizes import count_parameters
 
 # Of Keras's AdamW for each parameter: clipping 3, the two moments 7, decay 2, the update 5.
 ADAMW_OPERATIONS = 17
@@ -109,12 +110,7 @@ def products(size: Size, k_txt: int, rows: int, length: int) -> list[Product]:
 
 def parameters(size: Size, k_txt: int) -> int:
     """Return the numbers that train: the head and the last text layers."""
-    width = size.width
-    projections = 4 * (width * width + width)
-    norm = 2 * width
-    layer = projections + 2 * norm + 8 * width * width + 5 * width
-    head = projections + norm + (width + 1) * size.mlp_dim + size.mlp_dim + 1
-    return k_txt * layer + head
+    return count_parameters(size.text_config, size.width, size.train(k_txt))
 
 
 def operations(size: Size, k_txt: int, rows: int, length: int) -> dict[str, int]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from trainer.config import TrainConfig
 from trainer.model import head
 from trainer.model.fastpath import Rate, given_rates
-from trainer.run.optimizer import InPlaceAdamW
+from trainer.run.optimizer import InPlaceAdamW, inner_optimizer
 
 
 class Adjustable:
@@ -33,7 +33,7 @@ class Adjustable:
     """
 
     def __init__(self, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
-        self._optimizer: Any = getattr(optimizer, "inner_optimizer", optimizer)
+        self._optimizer = inner_optimizer(optimizer)
         self._in_place = isinstance(self._optimizer, InPlaceAdamW)
         layers = {layer.name: layer for layer in model.layers}
         attention, after = layers.get("xattn"), layers.get("drop_1")

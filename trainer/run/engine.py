@@ -31,7 +31,7 @@ from trainer.model.weights import seeded
 from trainer.run.adjustable import Adjustable
 from trainer.run.checkpoint import LayerWeights, build_model, starting_weights
 from trainer.run.folder import Run
-from trainer.run.optimizer import make_optimizer
+from trainer.run.optimizer import inner_optimizer, make_optimizer
 from trainer.run.step import Stepper, make_stepper
 
 KEPT_MODELS, KEPT_BYTES = 8, 1 << 31
@@ -192,8 +192,7 @@ class Engine:
             zeros = value is None
             variable.assign(keras.ops.zeros(variable.shape, variable.dtype) if zeros else value)
         self._adjustable.set(train)
-        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        inner.learning_rate = train.lr
+        inner_optimizer(self.optimizer).learning_rate = train.lr
 
 
 class Engines:

@@ -99,14 +99,18 @@ def make_optimizer(train: TrainConfig) -> keras.optimizers.Optimizer:
     return optimizer
 
 
+def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Return the optimizer itself, from under loss scaling too."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
 def learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
     """Return the current learning rate, also under loss scaling."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    rate = inner_optimizer(optimizer).learning_rate
     # Seven digits: the variable is float32, and 5e-05 should read so.
-    return float(f"{float(np.asarray(inner.learning_rate)):.7g}")
+    return float(f"{float(np.asarray(rate)):.7g}")
 
 
 def cut_learning_rate(optimizer: keras.optimizers.Optimizer, factor: float) -> None:
     """Multiply the learning rate; a traced step takes the new one."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    inner.learning_rate = learning_rate(optimizer) * factor
+    inner_optimizer(optimizer).learning_rate = learning_rate(optimizer) * factor
