@@ -243,7 +243,9 @@ def together(runs: int, rounds: int, scratch: str | None, size_name: str, kept: 
     from benchmarks.sizes import SIZES
     from benchmarks.together import measure
 
-    given = {} if size_name == "study" else {"images": 40, "rows": 80}
+    given: dict[str, Any] = {"images": 40, "rows": 80, "heads": (2,)}
+    if size_name == "study":
+        given = {}
     figures = measure(runs, rounds=rounds, size=SIZES[size_name], scratch=scratch, **given)
     finish("together", figures, kept)
 

@@ -17,16 +17,23 @@ from benchmarks.tables import table
 from featstore.project import Project
 from trainer.config import TrainConfig
 from trainer.features import prepare
+from trainer.run.engine import Engines
 from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Training
 
 
-def new_training(folder: Path, name: str, project: Project, train: TrainConfig) -> Training:
+def new_training(
+    folder: Path,
+    name: str,
+    project: Project,
+    train: TrainConfig,
+    engines: Engines | None = None,
+) -> Training:
     """Return a training that starts anew under a name of its own."""
     folder = folder / "runs" / name
     folder.mkdir(parents=True)
-    return Training(Run(folder), project, train)
+    return Training(Run(folder), project, train, engines=engines)
 
 
 def patient(size: Size, k_txt: int, epochs: int, **settings: Any) -> TrainConfig:

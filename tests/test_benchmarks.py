@@ -367,12 +367,13 @@ def test_runs_trained_together_are_the_runs_trained_alone(
         losses[training.run.name] = training.progress.history[-1]["loss"]
 
     monkeypatch.setattr(together.Training, "end", record)
-    figures = together.measure(2, 20, 40, 2, 1, TINY, str(tmp_path))
-    assert losses.keys() == {"alone-0-0", "alone-0-1", "together-0-0", "together-0-1"}
-    for run in (0, 1):
-        assert losses[f"alone-0-{run}"] == pytest.approx(losses[f"together-0-{run}"], rel=1e-4)
-    assert losses["alone-0-0"] != losses["alone-0-1"]
+    figures = together.measure(2, 2, 20, 40, 2, 1, (3,), TINY, str(tmp_path))
+    assert len(losses) == 8
+    for run in ("0-0-0", "0-0-1", "0-1-0", "0-1-1"):
+        assert losses[f"alone-{run}"] == pytest.approx(losses[f"together-{run}"], rel=1e-4)
+    assert losses["alone-0-0-0"] != losses["alone-0-0-1"]
     assert figures["whole_ratio"]["median"] > 0
+    assert figures["heads"]["3"]["ratio"]["median"] > 0
     assert "| trials an hour, all included |" in together.report(figures)
 
 

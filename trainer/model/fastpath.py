@@ -19,7 +19,8 @@ tests/test_fastpath.py holds each against its plain layer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -98,33 +99,97 @@ def single_query_attention(
         The output, of shape (batch, output_width), and the attention weights
         before dropout, of shape (batch, heads, 1, tokens).
     """
-    dtype = attention.compute_dtype
+    (found,) = attentions_over_same_tokens([attention], [query], tokens, mask, training, queries)
+    return found
+
+
+def attentions_over_same_tokens(
+    attentions: Sequence[keras.layers.MultiHeadAttention],
+    queries_of: Sequence[Any],
+    tokens: Any,
+    mask: Any = None,
+    training: bool | None = None,
+    queries: Any = 1,
+) -> list[tuple[Any, Any]]:
+    """Apply `single_query_attention` of several layers to the same tokens.
+
+    All that is large are the two products with the tokens: one of each is taken, over the heads
+    of all layers side by side.
+
+    Args:
+        attentions: Built layers, of one compute dtype.
+        queries_of: The query of each, float of shape (batch, query_width).
+        tokens, mask, training, queries: As `single_query_attention` takes them.
+
+    Returns:
+        Of each layer what `single_query_attention` returns; of several, other than in the
+        last digits.
+    """
+    dtype = attentions[0].compute_dtype
     tokens = ops.cast(tokens, dtype)
-    heads, head_dim = attention.num_heads, attention.key_dim
-    q = ops.reshape(project(attention.query_dense, query), (-1, heads, head_dim))
+    absorbed = [_absorb(*pair) for pair in zip(attentions, queries_of, strict=True)]
+    weights, kept = [], []
+    for attention, scores in zip(
+        attentions,
+        _by_layer(attentions, _token_scores(_side_by_side(absorbed), tokens)),
+        strict=True,
+    ):
+        if attention.use_bias:
+            scores = _tie(scores, ops.cast(attention.key_dense.bias, dtype))
+        if mask is not None:
+            lowest = -3e4 if dtype == "float16" else -1e9
+            scores = ops.where(ops.expand_dims(mask, 1), scores, ops.cast(lowest, dtype))
+        weights.append(ops.softmax(scores, axis=-1))
+        kept.append(weights[-1])
+        if training and attention._dropout > 0:
+            shape = (ops.shape(tokens)[0], attention.num_heads, queries, ops.shape(tokens)[1])
+            noise = drop(attention._dropout_layer, ops.ones(shape, dtype))
+            kept[-1] = weights[-1] * noise[:, :, 0]
+    pooled = _by_layer(attentions, _token_sums(_side_by_side(kept), tokens))
+    outputs = [_read_out(*each) for each in zip(attentions, pooled, kept, strict=True)]
+    return [(output, ops.expand_dims(own, 2)) for output, own in zip(outputs, weights, strict=True)]
+
+
+def _absorb(attention: keras.layers.MultiHeadAttention, query: Any) -> Any:
+    """Return `W_kᵀ q` of each head, of shape (batch, heads, width)."""
+    dtype = attention.compute_dtype
+    q = ops.reshape(
+        project(attention.query_dense, query), (-1, attention.num_heads, attention.key_dim)
+    )
     q = q * ops.cast(attention._inverse_sqrt_key_dim, dtype)
     key_kernel = ops.transpose(ops.cast(attention.key_dense.kernel, dtype), (1, 2, 0))
-    absorbed = _swap_heads(ops.matmul(_swap_heads(q), key_kernel))
-    scores = _token_scores(absorbed, tokens)
-    if attention.use_bias:
-        scores = _tie(scores, ops.cast(attention.key_dense.bias, dtype))
-    if mask is not None:
-        lowest = -3e4 if dtype == "float16" else -1e9
-        scores = ops.where(ops.expand_dims(mask, 1), scores, ops.cast(lowest, dtype))
-    weights = ops.softmax(scores, axis=-1)
-    kept = weights
-    if training and attention._dropout > 0:
-        shape = (ops.shape(tokens)[0], heads, queries, ops.shape(tokens)[1])
-        noise = drop(attention._dropout_layer, ops.ones(shape, dtype))
-        kept = weights * noise[:, :, 0]
-    pooled = _token_sums(kept, tokens)
+    return _swap_heads(ops.matmul(_swap_heads(q), key_kernel))
+
+
+def _read_out(attention: keras.layers.MultiHeadAttention, pooled: Any, kept: Any) -> Any:
+    """Return the output for the tokens' weighted sums, of shape (batch, output_width).
+
+    Args:
+        attention: The layer.
+        pooled: Shape (batch, heads, width).
+        kept: The weights, after dropout, of shape (batch, heads, tokens).
+    """
+    dtype = attention.compute_dtype
     value_kernel = ops.transpose(ops.cast(attention.value_dense.kernel, dtype), (1, 0, 2))
     value = _swap_heads(ops.matmul(_swap_heads(pooled), value_kernel))
     if attention.use_bias:
         value_bias = ops.cast(attention.value_dense.bias, dtype)
         value = value + ops.sum(kept, axis=-1, keepdims=True) * value_bias
-    output = project(attention.output_dense, ops.reshape(value, (-1, heads * value.shape[-1])))
-    return output, ops.expand_dims(weights, 2)
+    rows = ops.reshape(value, (-1, attention.num_heads * value.shape[-1]))
+    return project(attention.output_dense, rows)
+
+
+def _side_by_side(parts: Sequence[Any]) -> Any:
+    """Join the heads of several layers, axis 1."""
+    return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=1)
+
+
+def _by_layer(attentions: Sequence[keras.layers.MultiHeadAttention], joined: Any) -> list[Any]:
+    """Take apart what `_side_by_side` joined."""
+    if len(attentions) == 1:
+        return [joined]
+    ends = list(itertools.accumulate(attention.num_heads for attention in attentions))
+    return list(ops.split(joined, ends[:-1], axis=1))
 
 
 def _swap(x: Any) -> Any:

@@ -86,7 +86,7 @@ class Adjustable:
         rest, optimizer = 3 * len(self._dropouts), self._optimizer
         name = "given" if self._in_place else "weight_decay"
         before = getattr(optimizer, name)
-        token = given_rates.set(rates)
+        token = given_rates.set({**given_rates.get(), **rates})
         try:
             if self._in_place:
                 optimizer.given = (numbers[rest], numbers[rest + 1])
@@ -109,6 +109,18 @@ class Numbers:
         self.of = [Adjustable(model, optimizer) for model, optimizer in members]
         self._known: tuple[tuple[float, ...], ...] = ()
         self._array: NDArray[np.float32] = np.empty(0, np.float32)
+
+    @contextlib.contextmanager
+    def given(self, numbers: Any) -> Iterator[None]:
+        """Have what is traced meanwhile read each model's numbers from an argument.
+
+        Args:
+            numbers: float32 of shape (models, numbers): `array`, while a graph is traced.
+        """
+        with contextlib.ExitStack() as stack:
+            for i, adjustable in enumerate(self.of):
+                stack.enter_context(adjustable.given(numbers[i]))
+            yield
 
     def array(self) -> NDArray[np.float32]:
         """Return float32 of shape (models, most numbers of a model); the rest of a row is 0."""

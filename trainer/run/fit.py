@@ -1,8 +1,9 @@
 """The training loop: steps and epochs of one run, or of several in one pass over the store.
 
-With k_txt 0 a step is so short that reading and widening its features is a
+With k_txt 0 a step is so short that reading, widening and multiplying its features is a
 part worth sharing. Runs that see the same batches can therefore be trained
-together; each ends with what it would have reached alone.
+together; each ends with what it would have reached alone, but for the last digits
+(`trainer.model.together`).
 """
 
 from __future__ import annotations

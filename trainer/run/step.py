@@ -23,6 +23,7 @@ from featstore.encoders.framework import pinned_framework
 from featstore.progress import Progress
 from featstore.store.numbers import ALIGNMENT_BYTES
 from trainer.batches import Batch, CachedRows
+from trainer.model.together import logits_together
 from trainer.prefetch import Prefetcher
 from trainer.run.adjustable import Numbers
 
@@ -43,8 +44,8 @@ class Predictor(Protocol):
 class Stepper(Predictor, Protocol):
     """What the training loop needs of a backend: steps of one or more models on one batch.
 
-    The models share nothing but the batch: each result is what the model alone
-    would give.
+    The models share the batch and the products with its tokens; each result is what the model
+    alone would give, but for the last digits of those products.
     """
 
     def train(self, batch: Batch) -> list[Any]:
@@ -169,7 +170,8 @@ class _TensorFlowPredictor:
         import tensorflow as tf
 
         def predict(inputs: Any) -> Any:
-            return tf.stack([model(inputs, training=False)[:, 0] for model in models])
+            logits = logits_together(models, inputs, training=False)
+            return tf.stack([own[:, 0] for own in logits])
 
         # Traced once, for sentences of any length. Nothing branches on a tensor, so AutoGraph would
         # only make tracing slower.
@@ -196,20 +198,24 @@ class _TensorFlowStepper(_TensorFlowPredictor):
     def __init__(self, members: Sequence[Member]) -> None:
         import tensorflow as tf
 
-        super().__init__([model for model, _ in members])
+        models, optimizers = ([*each] for each in zip(*members, strict=True))
+        super().__init__(models)
         self._numbers = numbers = Numbers(members)
 
         def train(inputs: Any, labels: Any, weights: Any, given: Any) -> Any:
-            losses = []
-            for i, (model, optimizer) in enumerate(members):
-                with numbers.of[i].given(given[i]):
-                    with tf.GradientTape() as tape:
-                        logits = model(inputs, training=True)[:, 0]
-                        loss = binary_cross_entropy(labels, logits, weights)
-                        scaled = optimizer.scale_loss(loss)
-                    losses.append(loss)
-                    variables = model.trainable_variables
-                    optimizer.apply(tape.gradient(scaled, variables), variables)
+            with numbers.given(given):
+                with tf.GradientTape() as tape:
+                    logits = logits_together(models, inputs, training=True)
+                    losses = [binary_cross_entropy(labels, own[:, 0], weights) for own in logits]
+                    scaled = [
+                        optimizer.scale_loss(loss)
+                        for loss, optimizer in zip(losses, optimizers, strict=True)
+                    ]
+                # Each loss depends on its own model's variables alone.
+                variables = [model.trainable_variables for model in models]
+                gradients = tape.gradient(scaled, variables)
+                for optimizer, own, of in zip(optimizers, gradients, variables, strict=True):
+                    optimizer.apply(own, of)
             return losses
 
         column = tf.TensorSpec([None], tf.float32)
@@ -229,6 +235,15 @@ class _TensorFlowStepper(_TensorFlowPredictor):
         """Nothing to do, for the same reason."""
 
 
+def _variables_as(variables: Any, states: Any) -> keras.StatelessScope:
+    """Return a scope in which variables have the values of a state, group by group."""
+    pairs = []
+    for groups, state in zip(variables, states, strict=True):
+        for group, values in zip(groups, state, strict=False):
+            pairs += zip(group, values, strict=True)
+    return keras.StatelessScope(state_mapping=pairs)
+
+
 class _JaxPredictor:
     """Predictions under `jax.jit`, which compiles them anew for each length of sentence."""
 
@@ -236,11 +251,9 @@ class _JaxPredictor:
         import jax
 
         def predict(states: Any, inputs: Any) -> Any:
-            logits = [
-                model.stateless_call(trainable, rest, inputs, training=False)[0][:, 0]
-                for model, (trainable, rest) in zip(models, states, strict=True)
-            ]
-            return jax.numpy.stack(logits)
+            with _variables_as(self._variables, states):
+                logits = logits_together(models, inputs, training=False)
+            return jax.numpy.stack([own[:, 0] for own in logits])
 
         self._variables: list[tuple[Any, ...]] = [
             (model.trainable_variables, model.non_trainable_variables) for model in models
@@ -265,7 +278,8 @@ class _JaxStepper(_JaxPredictor):
     def __init__(self, members: Sequence[Member]) -> None:
         import jax
 
-        super().__init__([model for model, _ in members])
+        models, optimizers = ([*each] for each in zip(*members, strict=True))
+        super().__init__(models)
         self._variables = [
             (*groups, optimizer.variables)
             for groups, (_, optimizer) in zip(self._variables, members, strict=True)
@@ -273,26 +287,28 @@ class _JaxStepper(_JaxPredictor):
 
         self._numbers = numbers = Numbers(members)
 
-        def train_one(member: Member, state: Any, batch: Any) -> Any:
-            model, optimizer = member
-            trainable, rest, moments = state
+        def loss_of(trainable: Any, rest: Any, moments: Any, batch: Any) -> Any:
             inputs, labels, weights = batch
-
-            def loss_of(trainable: Any) -> Any:
-                logits, after = model.stateless_call(trainable, rest, inputs, training=True)
-                loss = binary_cross_entropy(labels, logits[:, 0], weights)
-                return optimizer.scale_loss(loss), (loss, after)
-
-            (_, (loss, rest)), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
-            trainable, moments = optimizer.stateless_apply(moments, gradients, trainable)
-            return loss, (trainable, rest, moments)
+            state = [*zip(trainable, rest, moments, strict=True)]
+            with _variables_as(self._variables, state) as scope:
+                logits = logits_together(models, inputs, training=True)
+                losses = [binary_cross_entropy(labels, own[:, 0], weights) for own in logits]
+                pairs = zip(losses, optimizers, strict=True)
+                scaled = sum(optimizer.scale_loss(loss) for loss, optimizer in pairs)
+            rest = [[scope.get_current_value(v) for v in groups[1]] for groups in self._variables]
+            return scaled, (losses, rest)
 
         def train(states: Any, batch: Any, given: Any) -> Any:
-            pairs = []
-            for i, (member, state) in enumerate(zip(members, states, strict=True)):
-                with numbers.of[i].given(given[i]):
-                    pairs.append(train_one(member, state, batch))
-            return [loss for loss, _ in pairs], [state for _, state in pairs]
+            trainable, rest, moments = zip(*states, strict=True)
+            with numbers.given(given):
+                # Each loss depends on its own model's variables alone.
+                gradient = jax.value_and_grad(loss_of, has_aux=True)
+                (_, (losses, rest)), gradients = gradient(trainable, rest, moments, batch)
+                after = []
+                for i, optimizer in enumerate(optimizers):
+                    own, moved = optimizer.stateless_apply(moments[i], gradients[i], trainable[i])
+                    after.append((own, rest[i], moved))
+            return losses, after
 
         self._train = jax.jit(train, donate_argnums=0)
         self._ahead: Any = None
