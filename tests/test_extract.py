@@ -228,8 +228,8 @@ def test_images_of_the_real_encoder(
     assert opened.row_shape == (16, 16)
     rows = opened.gather(opened.lookup(IDS))
     for image_id, row in zip(IDS, rows, strict=True):
-        # Bit for bit at one batch size; another size may take another kernel.
-        assert np.array_equal(row, alone(vit, index, image_id)), image_id
+        # A kernel may round differently at another place in a batch, see featstore.care.repair.
+        np.testing.assert_allclose(row, alone(vit, index, image_id), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(rows[0], alone(vit, index, IDS[0], 1), rtol=1e-5, atol=1e-5)
     manifest = json.loads((plan.folder / "manifest.json").read_text())
     assert [line["rows"] for line in manifest["shards"]] == [7, 7, 7, 7, 7, 5]
@@ -290,7 +290,7 @@ def test_out_of_memory_halves_the_batch(
     opened = open_features_of(Path(store.root), spec)
     assert opened.keys() == IDS
     for image_id, row in zip(IDS, opened.gather(np.arange(40)), strict=True):
-        assert np.array_equal(row, alone(vit, index, image_id, 2))
+        np.testing.assert_allclose(row, alone(vit, index, image_id, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_out_of_memory_of_text_loses_no_sentence(
