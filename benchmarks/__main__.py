@@ -110,7 +110,8 @@ def extraction(
     if not pipeline:
         size = SIZES[size_name]
         finish("extraction", extraction.measure(vit, photos, count, batch_size, size=size), kept)
-    finish("feeding", feeding.measure(photos, count, 5 if size_name == "study" else 1), kept)
+    given = {"count": count, "rounds": 5} if size_name == "study" else {"count": 8, "rounds": 1}
+    finish("feeding", feeding.measure(photos, **given), kept)
 
 
 @benchmarks.command()
