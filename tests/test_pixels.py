@@ -92,13 +92,15 @@ def test_every_mode_and_orientation(antialias: bool, geometry: str) -> None:
         exif, buffer = Image.Exif(), io.BytesIO()
         exif[0x0112] = turn
         image = noise.convert("I").convert(mode) if mode == "I;16" else noise.convert(mode)
+        if mode in ("RGBA", "LA"):
+            image.putalpha(128)
         image.save(buffer, kind, exif=exif)
         photo = decode_image(buffer.getvalue(), f"{mode} {turn}")
         assert photo.shape == ((61, 37, 3) if turn > 4 else (37, 61, 3))
         found = quick(photo).tobytes()
         assert found == plain(photo), (mode, kind, turn)
         seen.add(found)
-    assert len(seen) > len(files) - 2
+    assert len(seen) == len(files)
 
 
 def test_a_photo_is_not_written_to() -> None:
