@@ -91,16 +91,27 @@ def report_of(name: str, figures: dict[str, Any]) -> str:
 @click.option("--photos", help="Folder of photos; default: synthetic 500×375 JPEGs.")
 @click.option("--count", default=256, show_default=True, help="Photos to extract.")
 @click.option("--batch-size", default=32, show_default=True)
+@click.option("--pipeline", is_flag=True, help="What feeds an encoder alone, on 1 and all cores.")
 @size_option
 @kept_option
 def extraction(
-    vit: str | None, photos: str | None, count: int, batch_size: int, size_name: str, kept: bool
+    vit: str | None,
+    photos: str | None,
+    count: int,
+    batch_size: int,
+    pipeline: bool,
+    size_name: str,
+    kept: bool,
 ) -> None:
-    """Extraction against the bare compiled forward pass."""
-    from benchmarks.extraction import measure
+    """Extraction against the bare compiled forward pass, and what feeds it against Pillow alone."""
+    from benchmarks import extraction, feeding
     from benchmarks.sizes import SIZES
 
-    finish("extraction", measure(vit, photos, count, batch_size, size=SIZES[size_name]), kept)
+    if not pipeline:
+        size = SIZES[size_name]
+        finish("extraction", extraction.measure(vit, photos, count, batch_size, size=size), kept)
+    given = {"count": count, "rounds": 5} if size_name == "study" else {"count": 8, "rounds": 1}
+    finish("feeding", feeding.measure(photos, **given), kept)
 
 
 @benchmarks.command()
@@ -434,6 +445,7 @@ def tables(context: click.Context, files: tuple[Path, ...]) -> None:
         click.echo(f"## {title}, {about['cores']} cores, {about['memory_gb']} GB\n")
         # Figures are kept under the name of the module that measures them.
         modules = [command.replace("-", "_") for command in benchmarks.commands]
+        modules.insert(modules.index("extraction") + 1, "feeding")
         for name in [module for module in modules if module in content]:
             figures = content[name]
             versions = ", ".join(f"{key} {value}" for key, value in figures["versions"].items())

@@ -67,12 +67,14 @@ class Show:
         halved: Called with the new batch size after memory ran out.
         note: Called with lines for people.
         slow_bar: As `bar`, for work that is often done at once.
+        loading: Called before an encoder is loaded, and the framework for it.
     """
 
     bar: Bar = no_bar
     halved: Callable[[int], None] = lambda size: None
     note: Callable[[str], None] = lambda line: None
     slow_bar: Bar = no_bar
+    loading: Callable[[], None] = lambda: None
 
 
 SILENT = Show()

@@ -430,18 +430,32 @@ class Project:
             PresetError: The encoder cannot be loaded.
         """
         job = self.job(kind, split, k_txt, source)
+        if ray is None:
+            return self._extract(job, show, shards)
+        self._record(job)
+        from featstore.extract.ray import extract_on_ray
+
+        return extract_on_ray(job, ray, actors, show, shards)
+
+    def extract_planned(self, plan: Plan, show: Show = SHOWN) -> tuple[Plan, Summary]:
+        """Do what a plan of this project's says; see `extract`."""
+        return self._extract(plan.job, show, plan=plan)
+
+    def _extract(
+        self, job: Job, show: Show, shards: range = ALL, plan: Plan | None = None
+    ) -> tuple[Plan, Summary]:
+        self._record(job)
+        plan, summary = extract(job, show, shards, plan)
+        record_speed(self.root, job.spec, summary.extracted, summary.rows_per_second)
+        return plan, summary
+
+    def _record(self, job: Job) -> None:
+        """Have the store know its rows, and who uses it."""
         self.save_dataset()
         dataset, digests = self.dataset, [job.spec.fingerprint]
         if dataset.splits.source != "none":
             digests += [dataset.splits.digest(), dataset.examples.digest()]
         record_use(self.root, self.user, digests)
-        if ray is None:
-            plan, summary = extract(job, show, shards)
-            record_speed(self.root, job.spec, summary.extracted, summary.rows_per_second)
-            return plan, summary
-        from featstore.extract.ray import extract_on_ray
-
-        return extract_on_ray(job, ray, actors, show, shards)
 
 
 def _state(folder: Path) -> tuple[Any, ...]:

@@ -411,6 +411,15 @@ def test_extract_vit_prints_one_object_and_does_nothing_twice(
     assert "nothing to do" in succeed("extract-vit", "--config", project.file).stdout
 
 
+def test_extract_vit_asks_for_a_framework_where_there_is_something_to_do(
+    project: Project, extraction: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    succeed("extract-vit", "--config", project.file)
+    line = fail(2, "extract-vit", "--config", project.file, "--root", str(tmp_path / "cache"))
+    assert "KERAS_BACKEND=torch: not a backend that is supported" in line
+
+
 def test_extract_text_prints_one_object(project: Project) -> None:
     args = ("extract-text", "--config", project.file, "--k-txt", "1")
     done = json.loads(succeed(*args, "--json").stdout)

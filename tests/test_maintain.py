@@ -25,6 +25,7 @@ from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config, with_train
 from unprivileged import forbidden
 
+from featstore.care import gc
 from featstore.care.dump import dump_features
 from featstore.care.gc import compact, delete, find_garbage
 from featstore.care.info import describe_store, open_folder
@@ -39,7 +40,9 @@ from featstore.extract.claims import writing
 from featstore.extract.extract import extract
 from featstore.progress import SILENT
 from featstore.project import Project
+from featstore.publish import read_json
 from featstore.store.folder import LOST, read_manifest, read_quarantine, shard_paths
+from featstore.store.users import record_use, user_of
 from trainer.commands.main import cli
 from trainer.config import Config, render_config
 
@@ -687,6 +690,22 @@ def test_gc_keeps_what_a_search_refers_to(own: Own) -> None:
     assert collected(own) == ["features"]
     (search / "search.json").write_text(json.dumps({"features": [other.name]}))
     assert collected(own) == []
+
+
+def test_gc_reads_each_run_once(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the runs are recorded as a user of the store."""
+    runs = own.folder / "runs"
+    for name in ("one", "two"):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "manifest.json").write_text(json.dumps({"status": "finished"}))
+        (runs / name / "last.npz").write_text("state")
+    record_use(own.project.root, user_of(runs / "one" / "config.toml"), [])
+    read: list[str] = []
+    monkeypatch.setattr(
+        gc, "read_json", lambda path: read.append(path.parent.name) or read_json(path)
+    )
+    assert collected(own) == ["state", "state"]
+    assert sorted(read) == ["one", "two"]
 
 
 def test_gc_refuses_runs_that_may_not_be_listed(own: Own) -> None:

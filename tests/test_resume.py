@@ -17,6 +17,7 @@ from tiny_runs import tiny_config, with_train
 
 import trainer
 from featstore.errors import MissingFeaturesError, StoppedError, UsageError
+from featstore.extract import extract, worklist
 from featstore.progress import SILENT, Show
 from featstore.project import Project
 from trainer.config import Config, render_config
@@ -201,8 +202,16 @@ def test_a_run_goes_on_under_its_own_name(short: Run) -> None:
 
 
 def test_missing_features_are_extracted_after_an_estimate(
-    place: Place, tiny_vit: Path, tmp_path: Path
+    place: Place, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    planned: list[str] = []
+    for module in (extract, worklist):
+        make_plan = module.make_plan
+        monkeypatch.setattr(
+            module,
+            "make_plan",
+            lambda job, *given, make=make_plan: planned.append(job.spec.kind) or make(job, *given),
+        )
     store = dataclasses.replace(place.config.store, root=str(tmp_path / "cache"))
     project = Project(dataclasses.replace(place.config, store=store))
     with pytest.raises(MissingFeaturesError):
@@ -215,6 +224,8 @@ def test_missing_features_are_extracted_after_an_estimate(
     assert notes[0].startswith("to extract: 44 images, about ")
     assert notes[1].startswith("to extract: 4 sentences at k_txt 0, about ")
     assert len(run.history) == 1
+    # What is missing is looked for once.
+    assert planned.count("vit") == 1
     notes.clear()
     trainer.train(project, runs=tmp_path, epochs=1, extract=True, show=show, reporter=Reporter())
     assert not [line for line in notes if line.startswith("to extract")]

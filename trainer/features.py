@@ -59,13 +59,8 @@ def extract_missing(project: Project, k_txt: int, show: Show = SILENT) -> None:
     """
     # The test split is not read by a training.
     wanted = [("vit", ("train", "val")), ("text", "all")]
-    missing = {
-        plan.job.spec.kind
-        for plan in plan_jobs([project.job(kind, split, k_txt) for kind, split in wanted], show)
-    }
-    for kind, split in wanted:
-        if kind in missing:
-            project.extract(kind, split, k_txt, show=show)
+    for plan in plan_jobs([project.job(kind, split, k_txt) for kind, split in wanted], show):
+        project.extract_planned(plan, show)
 
 
 def plan_jobs(jobs: Sequence[Job], show: Show = SILENT) -> list[Plan]:

@@ -126,22 +126,39 @@ class Collection:
         }
 
 
-def referenced_by_runs(runs: Path) -> set[str]:
-    """Return every fingerprint and split digest that a run or a search below `runs` names.
+@dataclass(frozen=True)
+class _Runs:
+    """What a folder of runs needs, and what it has no use for.
+
+    Attributes:
+        digests: Every fingerprint and split digest that a run or a search names.
+        old_states: The optimizer states that finished runs of earlier versions left.
+    """
+
+    digests: set[str] = field(default_factory=set)
+    old_states: list[Path] = field(default_factory=list)
+
+
+def _read_runs(runs: Path) -> _Runs:
+    """Read what runs and searches below a folder wrote of themselves.
 
     Raises:
         RunError: One cannot be read: what it refers to is not known.
     """
-    found: set[str] = set()
+    found = _Runs()
     for path in _records(runs):
         try:
-            text = json.dumps(read_json(path))
+            record = read_json(path)
         except (OSError, ValueError) as error:
             raise RunError(
                 f"{path}: cannot be read ({error}), so the features that the run needs are not"
                 " known; mend or delete that run first"
             ) from error
-        found |= set(DIGEST.findall(text))
+        found.digests.update(DIGEST.findall(json.dumps(record)))
+        state = path.with_name(STATE)
+        has_state = path.name == "manifest.json" and state.is_file()
+        if has_state and record.get("status") == "finished" and not record.get("keeps_state"):
+            found.old_states.append(state)
     return found
 
 
@@ -247,17 +264,6 @@ def _beside(project: Project, needed: set[str], found: Collection) -> None:
                 found.garbage.append(Garbage(kind, path, disk_bytes([path]), detail))
 
 
-def _old_states(runs: Path, found: Collection) -> None:
-    """List the optimizer states that finished runs of earlier versions left."""
-    for path in _records(runs):
-        state = path.with_name(STATE)
-        if path.name == "manifest.json" and state.is_file():
-            manifest = read_json(path)
-            if manifest.get("status") == "finished" and not manifest.get("keeps_state"):
-                detail = "of a finished run, which needs it only to be trained for longer"
-                found.garbage.append(Garbage("state", state, disk_bytes([state]), detail))
-
-
 def _forgotten(uses: Iterable[Use], names: Iterable[str | os.PathLike[str]]) -> set[Path]:
     """Return the records of users that are named by their paths.
 
@@ -286,7 +292,7 @@ def _needs_of(user: User, uses: Iterable[Use]) -> tuple[set[str], bool]:
     """
     if user.what == RUNS and user.is_here:
         with contextlib.suppress(RunError):
-            return referenced_by_runs(Path(user.path)), True
+            return _read_runs(Path(user.path)).digests, True
     return {digest for use in uses for digest in use.digests}, user.is_here and user.what != RUNS
 
 
@@ -333,7 +339,8 @@ def find_garbage(
     uses = read_uses(project.root)
     gone = _forgotten(uses, forget)
     found.forgotten = [use for use in uses if use.path in gone and not use.forgotten]
-    own = referenced_by_runs(runs) | {spec.fingerprint for spec in project.asked.values()}
+    read = _read_runs(runs)
+    own = read.digests | {spec.fingerprint for spec in project.asked.values()}
     here = User(RUNS, os.path.abspath(runs), "")
     of_user: dict[User, list[Use]] = {}
     for use in uses:
@@ -342,6 +349,9 @@ def find_garbage(
             of_user.setdefault(use.user, []).append(use)
     needed = set(own)
     for user, theirs in sorted(of_user.items()):
+        if user.path == here.path and user.what == RUNS and user.is_here:
+            # Read already, and its own.
+            continue
         digests, is_here = _needs_of(user, theirs)
         needed |= digests
         kept = [f"{p.parent.name}/{p.name}" for p in folders if p.name in digests - own]
@@ -369,7 +379,9 @@ def find_garbage(
             )
         )
     _beside(project, needed, found)
-    _old_states(runs, found)
+    for state in read.old_states:
+        detail = "of a finished run, which needs it only to be trained for longer"
+        found.garbage.append(Garbage("state", state, disk_bytes([state]), detail))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Compile what runs for every photo and sentence."""
+"""Compile an encoder's forward pass, which runs for every photo and sentence."""
 
 from __future__ import annotations
 
@@ -52,54 +52,3 @@ def compile_forward(
         return np.asarray(apply(values, inputs))
 
     return run_apply
-
-
-def compile_converter(converter: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Return an image converter as a function of one photo, with the bits of its eager call.
-
-    Args:
-        converter: A keras-hub `ImageConverter`.
-
-    Returns:
-        From uint8 of shape (height, width, 3), of any size, to float32 of shape
-        (*converter.image_size, 3); may be called from several threads.
-    """
-    try:
-        import tensorflow as tf
-    except ImportError:
-        # On JAX alone: its resize, with other last bits (see docs/FORMAT.md).
-        import_framework()
-        return lambda image: np.asarray(converter(image), np.float32)
-
-    convert = tf.function(
-        converter_ops(converter), input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)]
-    )
-    concrete = convert.get_concrete_function()
-    return lambda image: concrete(tf.constant(image)).numpy()
-
-
-def converter_ops(converter: Any) -> Callable[[Any], Any]:
-    """Return an image converter as TensorFlow operations, to be traced in a graph.
-
-    Args:
-        converter: A keras-hub `ImageConverter`.
-
-    Returns:
-        From a uint8 tensor of shape (height, width, 3) to a float32 one of shape
-        (*converter.image_size, 3), with the bits of the converter's eager call.
-    """
-    import tensorflow as tf
-
-    # By TensorFlow on either backend, as in a `tf.data` pipeline: JAX resizes to other last bits,
-    # and a pixel that they round to another level moves a feature a hundred times as far.
-    # Called eagerly, the converter rounds the resized image back to uint8; traced, it does not,
-    # and the pixels differ by up to half a level. So resize, round, and normalise apart.
-    normalise = type(converter).from_config({**converter.get_config(), "image_size": None})
-
-    def convert(image: Any) -> Any:
-        with tf.device("CPU:0"):
-            resized = converter.resizing(tf.cast(image, tf.float32))
-            levels = tf.clip_by_value(tf.round(resized), 0.0, 255.0)
-            return tf.cast(normalise(levels), tf.float32)
-
-    return convert

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from featstore.encoders.compiled import compile_converter, compile_forward
+from featstore.encoders.compiled import compile_forward
 from featstore.encoders.families import Family, check_k, family_of, num_patches
 from featstore.encoders.framework import pinned_framework
+from featstore.encoders.pixels import compile_converter
 from featstore.encoders.presets import (
     IMAGE_CONVERTER_FILE,
     Preset,

@@ -69,6 +69,7 @@ def extract(
     job: Job,
     show: Show = SILENT,
     shards: range = ALL,
+    plan: Plan | None = None,
 ) -> tuple[Plan, Summary]:
     """Make the store hold the features of a job's inputs.
 
@@ -80,6 +81,7 @@ def extract(
         show: How it is shown.
         shards: Which planned shards this process makes, by their place in the
             plan; may reach beyond its end.
+        plan: What is missing, where that was just found.
 
     Returns:
         What was missing when this process began, and what it did. An input
@@ -95,12 +97,13 @@ def extract(
     begun: Plan | None = None
     rest = True
     while rest:
-        with sharing(job, shards.start, show) as share:
-            begun = begun or share.plan
+        with sharing(job, shards.start, show, plan) as share:
+            begun, plan = begun or share.plan, None
             rest = share.rest and shards == ALL
             rows = share.work.rows(shards) if share.work else 0
             if share.work and rows:
                 if encoding is None:
+                    show.loading()
                     encoder = encoder_of(job)
                     encoding = encoding_of(job.spec, encoder, job.store, show.halved, job.photos)
                 with show.bar(rows, job.unit) as progress:

@@ -127,6 +127,7 @@ class Plan:
         least_bytes, todo_bytes: Size of the features of `keys` on disk, at
             least and at most; they differ for sentences.
         free_bytes: Free space where they go.
+        state: What `folder_state` was before anything was looked for.
     """
 
     job: Job
@@ -136,6 +137,7 @@ class Plan:
     least_bytes: int
     todo_bytes: int
     free_bytes: int
+    state: tuple[Any, ...]
 
     def __repr__(self) -> str:
         return (
@@ -195,6 +197,14 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def folder_state(folder: Path) -> tuple[Any, ...]:
+    """Return what a plan depends on in a features folder, to see whether it is still true."""
+    quarantine = folder / "quarantine.json"
+    status = quarantine.stat() if quarantine.exists() else None
+    names = tuple(path.name for path in shard_paths(folder))
+    return names, status and (status.st_mtime_ns, status.st_size)
+
+
 def make_plan(job: Job, show: Show = SILENT) -> Plan:
     """Find which inputs have no features, or features of a photo that has changed since.
 
@@ -212,7 +222,7 @@ def make_plan(job: Job, show: Show = SILENT) -> Plan:
     Cost: asks the file system for the size and times of every photo that is stored already,
     and reads those that differ, to compare their digests.
     """
-    keys, spec = job.keys, job.spec
+    keys, spec, state = job.keys, job.spec, folder_state(job.folder)
     paths = job.paths_of(keys)
     known = read_quarantine(job.folder)
     opened = open_store(job.folder) if shard_paths(job.folder) else None
@@ -235,6 +245,7 @@ def make_plan(job: Job, show: Show = SILENT) -> Plan:
         least_bytes=least_bytes,
         todo_bytes=most_bytes,
         free_bytes=free_space(job.folder),
+        state=state,
     )
 
 

@@ -31,7 +31,7 @@ from featstore.extract.claims import (
     wait_for_owner,
     workers,
 )
-from featstore.extract.plan import Job, Plan, make_plan
+from featstore.extract.plan import Job, Plan, folder_state, make_plan
 from featstore.extract.publisher import (
     PLAN,
     Failed,
@@ -252,16 +252,10 @@ class Share:
     rest: bool = False
 
 
-def _state(folder: Path) -> tuple[Any, ...]:
-    """Return what a plan depends on, to see whether it is still true."""
-    quarantine = folder / "quarantine.json"
-    status = quarantine.stat() if quarantine.exists() else None
-    names = tuple(path.name for path in shard_paths(folder))
-    return names, status and (status.st_mtime_ns, status.st_size)
-
-
 @contextlib.contextmanager
-def sharing(job: Job, start: int = 0, show: Show = SILENT) -> Iterator[Share]:
+def sharing(
+    job: Job, start: int = 0, show: Show = SILENT, plan: Plan | None = None
+) -> Iterator[Share]:
     """Join the processes that extract the same rows, or be the first of them.
 
     Waits while others extract other rows into the folder. What is missing is
@@ -272,6 +266,7 @@ def sharing(job: Job, start: int = 0, show: Show = SILENT) -> Iterator[Share]:
         start: The first planned shard that this process would make; a plan
             that does not reach it is not written.
         show: Shows the reading of photos where it takes long.
+        plan: Of the job, made just now: not made again unless the folder has changed since.
 
     Raises:
         StoreError: The folder cannot be written, or the disk is too small.
@@ -286,8 +281,8 @@ def sharing(job: Job, start: int = 0, show: Show = SILENT) -> Iterator[Share]:
         while share is None:
             if wait_for is not None:
                 wait_for_owner(wait_for)
-            before = _state(folder)
-            plan = make_plan(job, show)
+            if plan is None or plan.state != folder_state(folder):
+                plan = make_plan(job, show)
             if not plan.keys and not (folder / PLAN).exists():
                 yield Share(plan, None)
                 return
@@ -296,7 +291,7 @@ def sharing(job: Job, start: int = 0, show: Show = SILENT) -> Iterator[Share]:
                 written = read_plan(folder)
                 joined = written is not None and written["request"] == request
                 wait_for = others[0] if others and not joined else None
-                if wait_for is not None or (not joined and before != _state(folder)):
+                if wait_for is not None or (not joined and plan.state != folder_state(folder)):
                     continue
                 if not others:
                     clean(folder)

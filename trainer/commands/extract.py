@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -156,16 +157,19 @@ def _extract(
             " add --ray ADDRESS"
         )
     project = open_project(config_file, flags, save=not dry_run)
-    if ray is None and not dry_run:
-        import_framework()
     if dry_run:
         _print_plan(*project.estimate(kind, split, source=source), as_json)
         return
     from featstore.ray_cluster import Actors
 
+    if ray is None and kind == "text":
+        # Its tokenizer counts the sentences that were cut.
+        import_framework()
     wanted = Actors(actors, num_gpus, num_cpus, return_shards)
+    # Seconds, which nothing to do does not need.
+    show = dataclasses.replace(SHOWN, loading=import_framework)
     found = project.extract(
-        kind, split, shards=shards, source=source, ray=ray, actors=wanted, show=SHOWN
+        kind, split, shards=shards, source=source, ray=ray, actors=wanted, show=show
     )
     _print_summary(*found, as_json)
 

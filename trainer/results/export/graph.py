@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from featstore.encoders.compiled import converter_ops
+from featstore.encoders.pixels import converter_ops
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import RunError, UsageError
 

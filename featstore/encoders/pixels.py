@@ -1,0 +1,214 @@
+"""A decoded photo as the pixels that its preset asks for: quickly, with the bits of the plain way.
+
+The plain way is the preset's own converter, traced by TensorFlow. It spends most
+of its time on copies: the photo widened to float32 before it is cropped, and a
+new tensor for each step after the resizing. Here the photo is cropped as bytes,
+resized by the same kernel, called by itself, and finished in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.encoders.framework import import_framework
+
+Photo = NDArray[np.uint8]
+Pixels = NDArray[np.float32]
+ToPixels = Callable[[Photo], Pixels]
+
+# The operations that `tf.image.resize` calls by these names, and the kernels of
+# `ScaleAndTranslate`, which it calls for all others and to filter what gets smaller.
+_OPERATIONS = {
+    "bilinear": "ResizeBilinear",
+    "bicubic": "ResizeBicubic",
+    "nearest": "ResizeNearestNeighbor",
+}
+_KERNELS = {
+    "bilinear": "triangle",
+    "bicubic": "keyscubic",
+    "lanczos3": "lanczos3",
+    "lanczos5": "lanczos5",
+}
+
+
+def compile_converter(converter: Any) -> ToPixels:
+    """Return an image converter as a function of one photo, with the bits of its eager call.
+
+    Args:
+        converter: A keras-hub `ImageConverter`.
+
+    Returns:
+        From uint8 of shape (height, width, 3), of any size, to float32 of shape
+        (*converter.image_size, 3); may be called from several threads.
+    """
+    try:
+        import tensorflow as tf
+    except ImportError:
+        # On JAX alone: its resize, with other last bits (see docs/FORMAT.md).
+        import_framework()
+        return lambda image: np.asarray(converter(image), np.float32)
+
+    graph = tf.function(
+        converter_ops(converter), input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)]
+    ).get_concrete_function()
+
+    def plain(image: Photo) -> Pixels:
+        pixels: Pixels = graph(tf.constant(image)).numpy()
+        return pixels
+
+    quick = QuickConverter(converter)
+    # Another Keras may crop otherwise, and another processor's TensorFlow round otherwise.
+    same = all(
+        quick(photo).tobytes() == plain(photo).tobytes() for photo in _samples(converter.image_size)
+    )
+    return quick if same else plain
+
+
+def converter_ops(converter: Any) -> Callable[[Any], Any]:
+    """Return an image converter as TensorFlow operations, to be traced in a graph.
+
+    Args:
+        converter: A keras-hub `ImageConverter`.
+
+    Returns:
+        From a uint8 tensor of shape (height, width, 3) to a float32 one of shape
+        (*converter.image_size, 3), with the bits of the converter's eager call.
+    """
+    import tensorflow as tf
+
+    # By TensorFlow on either backend, as in a `tf.data` pipeline: JAX resizes to other last bits,
+    # and a pixel that they round to another level moves a feature a hundred times as far.
+    # Called eagerly, the converter rounds the resized image back to uint8; traced, it does not,
+    # and the pixels differ by up to half a level. So resize, round, and normalise apart.
+    normalise = type(converter).from_config({**converter.get_config(), "image_size": None})
+
+    def convert(image: Any) -> Any:
+        with tf.device("CPU:0"):
+            resized = converter.resizing(tf.cast(image, tf.float32))
+            levels = tf.clip_by_value(tf.round(resized), 0.0, 255.0)
+            return tf.cast(normalise(levels), tf.float32)
+
+    return convert
+
+
+class QuickConverter:
+    """An image converter with as few copies as can be: bytes cropped, one kernel, then in place.
+
+    tests/test_pixels.py holds it to `converter_ops`, bit for bit.
+
+    Args:
+        converter: A keras-hub `ImageConverter`.
+    """
+
+    def __init__(self, converter: Any) -> None:
+        self.height, self.width = converter.image_size
+        self._interpolation, self._antialias = converter.interpolation, converter.antialias
+        self._crop, self._pad = converter.crop_to_aspect_ratio, converter.pad_to_aspect_ratio
+        self._scale, self._offset = self._line(converter.scale), self._line(converter.offset)
+
+    def _line(self, given: Any) -> Pixels | None:
+        """Return a number, or one a channel, for each number of a line of pixels."""
+        # NumPy is slow where the last axis is only three long.
+        if given is None:
+            return None
+        return np.tile(np.broadcast_to(np.asarray(given, np.float32), 3), self.width)
+
+    def __call__(self, photo: Photo) -> Pixels:
+        """Convert one photo; see `compile_converter`."""
+        if self._crop:
+            photo = self._cropped(photo)
+        elif self._pad:
+            photo = self._padded(photo)
+        pixels = np.empty((self.height, 3 * self.width), np.float32)
+        # Rounded after, not before: a small negative number would be rounded to -0.0.
+        np.clip(self._resized(photo), 0, 255, out=pixels)
+        np.rint(pixels, out=pixels)
+        if self._scale is not None:
+            pixels *= self._scale
+        if self._offset is not None:
+            pixels += self._offset
+        return pixels.reshape(self.height, self.width, 3)
+
+    def _aspect(self, photo: Photo) -> tuple[int, int]:
+        """Return the height that fits the photo's width, and the width that fits its height."""
+        # Counted in float32, as Keras counts.
+        height = np.float32(photo.shape[1] * self.height) / np.float32(self.width)
+        width = np.float32(photo.shape[0] * self.width) / np.float32(self.height)
+        return int(height), int(width)
+
+    def _cropped(self, photo: Photo) -> Photo:
+        height, width = (
+            max(1, min(length, fitting))
+            for length, fitting in zip(photo.shape, self._aspect(photo), strict=False)
+        )
+        top, left = (photo.shape[0] - height) // 2, (photo.shape[1] - width) // 2
+        return photo[top : top + height, left : left + width]
+
+    def _padded(self, photo: Photo) -> Photo:
+        # As Keras: as much on both sides, so that an odd pixel is left out.
+        top, left = (
+            max(0, fitting - length) // 2
+            for length, fitting in zip(photo.shape, self._aspect(photo), strict=False)
+        )
+        return np.pad(photo, ((top, top), (left, left), (0, 0)))
+
+    def _resized(self, photo: Photo) -> NDArray[Any]:
+        """Return a photo in the converter's size: (height, 3 × width), not rounded."""
+        import tensorflow as tf
+
+        height, width = self.height, self.width
+        if photo.shape[:2] == (height, width):
+            return photo.reshape(height, 3 * width)
+        with tf.device("CPU:0"):
+            name = _OPERATIONS.get(self._interpolation)
+            if name is None or (self._antialias and self._interpolation != "nearest"):
+                return self._filtered(photo)
+            # The bicubic kernel alone is slower on bytes.
+            images = photo.astype(np.float32) if name == "ResizeBicubic" else photo
+            operation = getattr(tf.raw_ops, name)
+            resized = operation(images=images[None], size=(height, width), half_pixel_centers=True)
+        return _array(resized).reshape(height, 3 * width)
+
+    def _filtered(self, photo: Photo) -> NDArray[Any]:
+        """Return `_resized` by `ScaleAndTranslate`: first the height, then the width, as it does.
+
+        It takes three numbers at a time where it filters the width. What is one pixel wide,
+        with a line for its channels, it filters with all the processor's vectors.
+        """
+        height, width, _ = photo.shape
+        lines = self._shrunk(photo.reshape(height, 3 * width), self.height)
+        columns = self._shrunk(lines.T.reshape(width, 3 * self.height), self.width)
+        return columns.reshape(3 * self.width, self.height).T
+
+    def _shrunk(self, lines: NDArray[Any], count: int) -> NDArray[Any]:
+        """Return `count` lines made of some lines, each of the same length."""
+        import tensorflow as tf
+
+        scale = np.float32(count) / np.float32(len(lines))
+        return _array(
+            tf.raw_ops.ScaleAndTranslate(
+                images=lines[None, :, None],
+                size=(count, 1),
+                scale=(scale, 1.0),
+                translation=(0.0, 0.0),
+                kernel_type=_KERNELS[self._interpolation],
+                antialias=self._antialias,
+            )
+        ).reshape(count, -1)
+
+
+def _array(tensor: Any) -> NDArray[Any]:
+    """Return a tensor of TensorFlow, on the CPU, as an array over the same memory."""
+    return np.asarray(memoryview(tensor))
+
+
+def _samples(size: tuple[int, int]) -> Iterator[Photo]:
+    """Yield photos of noise, wider and higher than an image size, larger and smaller."""
+    generator = np.random.default_rng(0)
+    for high, wide in ((1.4, 1.7), (1.6, 1.2), (0.7, 0.4), (0.5, 1.3)):
+        shape = (int(high * size[0]) + 1, int(wide * size[1]) + 1, 3)
+        yield generator.integers(0, 256, shape, dtype=np.uint8)
