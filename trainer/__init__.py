@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         train,
     )
     from trainer.config import TrainConfig
+    from trainer.recipes.chain import run_recipe
     from trainer.tuning.drive import SearchResults, load_search, search
 
 _HOMES = {
@@ -33,6 +34,7 @@ _HOMES = {
     "load_run": "trainer.api",
     "load_search": "trainer.tuning.drive",
     "predict": "trainer.api",
+    "run_recipe": "trainer.recipes.chain",
     "search": "trainer.tuning.drive",
     "train": "trainer.api",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "load_run",
     "load_search",
     "predict",
+    "run_recipe",
     "search",
     "train",
 ]

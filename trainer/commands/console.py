@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,15 +241,13 @@ def settings(*sections: str) -> Callable[[Function], Function]:
     return add
 
 
-def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
-    """Read the settings with the flags that were given."""
-    overrides: dict[str, dict[str, Any]] = {}
-    given = [("--config", config_file)] if config_file is not None else []
-    for key, value in flags.items():
+def flag_sections(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings that were given as flags: section to key to value."""
+    sections: dict[str, dict[str, Any]] = {}
+    for flag, value in flags.items():
         if value is None:
             continue
-        section, _, name = key.partition("__")
-        given.append((f"--{name.replace('_', '-')}", value))
+        section, _, name = flag.partition("__")
         if name == "fractions":
             try:
                 value = [float(part) for part in value.split(",")]
@@ -257,7 +255,17 @@ def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
                 raise UsageError(
                     f"--fractions {value!r}: expected three numbers, such as 0.8,0.1,0.1"
                 ) from error
-        overrides.setdefault(section, {})[name] = value
+        sections.setdefault(section, {})[name] = value
+    return sections
+
+
+def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
+    """Read the settings with the flags that were given."""
+    given = [("--config", config_file)] if config_file is not None else []
+    for flag, value in flags.items():
+        if value is not None:
+            given.append((f"--{flag.partition('__')[2].replace('_', '-')}", value))
+    overrides = flag_sections(flags)
     remember_settings(*given)
     config = load_config(config_file, overrides)
     if config.is_demo:

@@ -23,6 +23,7 @@ from trainer.commands.help import PATH
 from trainer.commands.import_ import import_weights
 from trainer.commands.parity import parity
 from trainer.commands.predict import predict
+from trainer.commands.run import run_recipe
 from trainer.commands.search import search_group
 from trainer.commands.store import store_group
 from trainer.commands.streams import show_plainly
@@ -81,6 +82,7 @@ for command in (
     export,
     import_weights,
     search_group,
+    run_recipe,
     store_group,
 ):
     cli.add_command(command)

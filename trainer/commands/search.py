@@ -15,6 +15,7 @@ from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     Function,
     elsewhere,
+    flag_sections,
     import_framework,
     print_rows,
     quoted,
@@ -36,15 +37,6 @@ def _search_options(command: Function) -> Function:
         flag = "--search-seed" if field.name == "seed" else None
         command = setting_option("search", SearchConfig, field.name, flag)(command)
     return command
-
-
-def _flag_sections(flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in flags.items():
-        if value is not None:
-            section, _, name = key.partition("__")
-            sections.setdefault(section, {})[name] = value
-    return sections
 
 
 RAY_HELP = "Run the trials on a Ray cluster: host:port, auto, or local."
@@ -109,7 +101,7 @@ def search_group(
     started = time.time()
     name = free_name(Path(runs), "search") if name is None else name
     folder = run_folder(Path(runs), name)
-    sections = _flag_sections(flags)
+    sections = flag_sections(flags)
     searched = sections.pop("search", {})
     goes_on = (space_file, config_file, init_from) == (None, None, None) and not sections
     goes_on = goes_on and exists(folder)
