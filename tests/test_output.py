@@ -187,6 +187,7 @@ class Typed:
             "search": f"--name s-NAME --space {folder}/space.toml {config} {self.runs}",
             "search show": f"s-NAME {self.runs}",
             "search best": f"s-NAME {self.runs}",
+            "run": f"{folder}/x/../NAME.toml {config} {self.runs}",
             "store info": config,
             "store verify": f"--source {config}",
             "store repair": config,
@@ -205,10 +206,14 @@ def printed(
     """The folder, and what each command printed on one row: for people, and as its object."""
     folder = tmp_path_factory.mktemp("output")
     typed = Typed(folder, tiny_vit, tiny_text)
+    for name in ("first", "first-json"):
+        (folder / f"{name}.toml").write_text(
+            f'[recipe]\nname = "r-{name}"\n[[stage]]\nname = "one"\n'
+        )
     shown: dict[str, str] = {}
     objects: dict[str, dict[str, Any]] = {}
     for name in typed.lines:
-        if name in ("extract-vit", "extract-text", "search"):
+        if name in ("extract-vit", "extract-text", "search", "run"):
             shown[f"{name} --dry-run"] = succeed(*typed.args(name, "first"), "--dry-run")
             objects[f"{name} --dry-run"] = answered(*typed.args(name, "first"), "--dry-run")
         shown[name] = succeed(*typed.args(name, "first"))

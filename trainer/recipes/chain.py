@@ -26,14 +26,14 @@ from featstore.project import Project
 from featstore.publish import command_line, package_versions, write_json, write_text
 from trainer import api
 from trainer.config import Config
-from trainer.features import plan_jobs
 from trainer.recipes.recipe import Recipe, Stage, read_recipe
-from trainer.recipes.table import as_markdown, stage_row
+from trainer.recipes.table import as_markdown, measured_figures, stage_row
 from trainer.results.predictions_file import format_of, opened_for
 from trainer.results.score import check_same_data
 from trainer.run.resume import check_resumable
 from trainer.run.training import Reporter
-from trainer.tuning.drive import SearchResults, load_search, search
+from trainer.tuning.drive import SearchResults, load_search, plan_features, search
+from trainer.tuning.space_file import read_space
 from trainer.tuning.study import exists
 
 
@@ -125,6 +125,8 @@ def asked(recipe: Recipe, until: str | None) -> tuple[Stage, ...]:
 def settled(stage: Stage, done: Mapping[str, api.Run | SearchResults]) -> Config:
     """Return a stage's settings, with those of the best trial that it takes over.
 
+    These are what the search's space names, searched or fixed, but for what the stage itself sets.
+
     Raises:
         RunError: The search has no complete trial.
     """
@@ -132,15 +134,15 @@ def settled(stage: Stage, done: Mapping[str, api.Run | SearchResults]) -> Config
         return stage.config
     found = done[stage.settings_from]
     assert isinstance(found, SearchResults)
-    config = stage.config
-    tried = found.best_run.config
-    for parameter in found.search.space.parameters:
-        section, key = parameter.section, parameter.key
-        if key in stage.own.get(section, ()):
-            continue
-        value = getattr(getattr(tried, section), key)
-        part = dataclasses.replace(getattr(config, section), **{key: value})
-        config = dataclasses.replace(config, **{section: part})
+    config, tried = stage.config, found.best_run.config
+    space = found.search.space
+    named = {(parameter.section, parameter.key) for parameter in space.parameters}
+    named |= {(section, key) for section, values in space.fixed.items() for key in values}
+    for section, key in sorted(named):
+        if key not in stage.own.get(section, ()):
+            value = getattr(getattr(tried, section), key)
+            part = dataclasses.replace(getattr(config, section), **{key: value})
+            config = dataclasses.replace(config, **{section: part})
     return config
 
 
@@ -163,9 +165,11 @@ def plan(recipe: Recipe, until: str | None = None, show: Show = SHOWN) -> list[d
         show.note(f"stage {stage.name}: {state_of(stage, recipe)}")
         plans: list[Plan] = []
         if state_of(stage, recipe) != "finished":
-            k_txt = stage.config.train.k_txt
-            jobs = [project.job("vit", ("train", "val")), project.job("text", "all", k_txt)]
-            plans = plan_jobs(jobs, show)
+            configs = [stage.config]
+            if stage.space is not None:
+                space = read_space(stage.space, stage.search, {}, stage.config.is_demo)
+                configs = space.feature_configs(space.base(stage.config))
+            plans = plan_features(project, configs, show)
         found.append(
             {
                 "stage": stage.name,
@@ -221,14 +225,20 @@ def _train(
             reporter=reporter,
             show=show,
         )
-    wanted = ["val", "test"] if stage.test else ["val"]
+    if stage.controls:
+        run.train_control(reporter, show)
     if stage.test:
         project.extract("vit", "test", show=show)
-    for split in wanted:
-        if stage.controls:
-            run.train_control(reporter, show)
-        run.evaluate(split, show=show)
+    for split in ("val", "test") if stage.test else ("val",):
+        _measure(run, split, stage.controls, show)
     return run
+
+
+def _measure(run: api.Run, split: str, controls: bool, show: Show) -> None:
+    """Evaluate a run on a split, unless that was done."""
+    known = measured_figures(run, split)
+    if known is None or (controls and known["gain"] is None):
+        run.evaluate(split, show=show)
 
 
 def _check_same(run: api.Run, config: Config, source: str | None) -> None:
@@ -269,23 +279,24 @@ def _search(
         **searched,
         **fixed,
     )
-    found.best_run.evaluate("val", show=show)
+    _measure(found.best_run, "val", False, show)
     return found
 
 
 def _predict(stage: Stage, run: api.Run, show: Show) -> None:
-    """Write the stage's predictions, unless they are there and newer than the run."""
+    """Write the stage's predictions, unless they are there and newer than the run and the rows."""
     if stage.predict is None:
         return
     out = stage.predict["out"]
     with contextlib.suppress(OSError):
-        if out.stat().st_mtime >= run.weights_path.stat().st_mtime:
+        read = max(path.stat().st_mtime for path in (run.weights_path, stage.predict["rows"]))
+        if out.stat().st_mtime >= read:
             return
     out.parent.mkdir(parents=True, exist_ok=True)
     with opened_for(out, format_of(out, None)) as write:
         found = run.predictions(stage.predict["rows"], stage.predict.get("images"), show)
         write(found.lines())
-    show.note(f"{out}: {counted(len(found), 'row')}")
+    show.note(f"{out}: {counted(found.summary()['rows'], 'row')}")
 
 
 def _keep(done: Outcome) -> None:

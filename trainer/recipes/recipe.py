@@ -19,7 +19,8 @@
     [[stage]]
     name = "final"
     init_from = "warm-up"
-    settings_from = "search"        # what the search's best trial was given
+    settings_from = "search"        # the best trial's, of what the space names
+    train = {epochs = 6}            # but for these
     test = true                     # measured on the test split too
     controls = true                 # and against the same run trained on the sentence alone
     predict = {rows = "new.csv", images = "photos", out = "predictions.csv"}

@@ -52,7 +52,7 @@ def stage_row(stage: Stage, made: Run | SearchResults) -> dict[str, Any]:
     project = best.project
     speed = recorded_speed(project.root, project.vision_spec)
     train = best.config.train
-    figures = {split: _figures(best, split) for split in ("val", "test")}
+    figures = {split: measured_figures(best, split) for split in ("val", "test")}
     return {
         "stage": stage.name,
         "kind": "run" if stage.space is None else "search",
@@ -69,10 +69,13 @@ def stage_row(stage: Stage, made: Run | SearchResults) -> dict[str, Any]:
     }
 
 
-def _figures(run: Run, split: str) -> dict[str, Any] | None:
+def measured_figures(run: Run, split: str) -> dict[str, Any] | None:
     """Return what a stage's run was found to do on a split; None where it was not measured."""
     path = run.folder / f"evaluate-{split}.json"
-    if not path.exists():
+    try:
+        if path.stat().st_mtime < run.weights_path.stat().st_mtime:
+            return None
+    except OSError:
         return None
     try:
         found = read_json(path)
@@ -84,8 +87,8 @@ def _figures(run: Run, split: str) -> dict[str, Any] | None:
             "interval": found["intervals"]["accuracy"],
             "gain": None if blind is None else blind["difference"],
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: cannot be read ({error}); evaluate the run again") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); remove it") from error
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
