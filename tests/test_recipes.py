@@ -80,7 +80,7 @@ def run(home: Path, text: str = STAGES, **options: Any) -> Outcome:
 
 def files(folder: Path) -> dict[str, int]:
     """Return when each file of runs was last written, but for what each call writes anew."""
-    kept = ("*.h5", "history.csv", "config.toml", "search.json", "*.csv")
+    kept = ("*.h5", "*.csv")
     found = {p for kind in kept for p in folder.rglob(kind) if p.name != "leaderboard.csv"}
     return {str(p): p.stat().st_mtime_ns for p in found}
 
