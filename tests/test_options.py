@@ -302,17 +302,18 @@ def layered(text: Path, **changes: Any) -> tuple[keras.Model, list[np.ndarray]]:
     return engine.model, [b - a for a, b in zip(before, after, strict=True)]
 
 
-@ways
+@pytest.mark.parametrize("way", WAYS[:3], ids=str)
 def test_each_text_layer_has_its_own_rate(way: dict[str, Any], tiny_text: Path) -> None:
     """Each moves, and decays, as all do at its rate."""
     model, found = layered(tiny_text, layer_decay=0.5, **way)
     of_depth = [layered(tiny_text, lr=1e-2 * 0.5**depth, **way)[1] for depth in range(3)]
-    where = depths(model)
+    where, told = depths(model), [0.0] * 3
     assert sorted(set(where)) == [0, 1, 2]
     for i, depth in enumerate(where):
         np.testing.assert_allclose(found[i], of_depth[depth][i], rtol=1e-4, atol=3e-7)
-        other = of_depth[depth - 1 if depth else 1][i]
-        assert np.abs(found[i] - other).max() > 1e-4
+        others = [np.abs(found[i] - of_depth[d][i]).max() for d in range(3) if d != depth]
+        told[depth] = max(told[depth], min(others))
+    assert min(told) > 1e-4
     names = [variable.path for variable in model.trainable_variables]
     layers = {name.split("/")[1]: depth for name, depth in zip(names, where, strict=True) if depth}
     assert layers == {"transformer_layer_2": 2, "transformer_layer_3": 1}

@@ -177,7 +177,7 @@ def test_every_setting_of_a_run_can_be_searched(
 
     kind = hints(TrainConfig)[field.name]
     default = field.default
-    others = {bool: not default, int: 3, float: 0.25, str: "/b.toml"}
+    others = {bool: not default, int: 4, float: 0.25, str: "/b.toml"}
     other = field.metadata["choices"][-1] if field.metadata.get("choices") else others.get(kind)
     if field.metadata["words"] is not None:
         other = {"gender": 1.2, "counting": 1.5}

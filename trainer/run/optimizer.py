@@ -175,7 +175,7 @@ def cut_learning_rate(
     """Multiply the learning rate, but not below the lowest; a traced step takes the new one."""
     own = inner_optimizer(optimizer)
     rate = _unscaled_rate(own)
-    own.learning_rate = min(rate, max(rate * factor, lowest))
+    own.learning_rate = max(rate * factor, min(rate, lowest))
 
 
 def is_scheduled(train: TrainConfig) -> bool:
