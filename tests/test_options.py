@@ -19,9 +19,9 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from test_resume import Place, assert_same
+from test_resume import assert_same
 from test_step import LENGTH, ROWS, random_batch, tiny_model, weights_of
-from tiny_runs import tiny_config
+from tiny_runs import tiny_config, with_train
 
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.data.examples import Examples
@@ -31,15 +31,17 @@ from featstore.project import Project
 from featstore.store.numbers import Numbers
 from trainer.batches import Batch, CachedRows, Emphasis
 from trainer.config import LOWER_IS_BETTER, MONITORS, Config, TrainConfig
-from trainer.features import emphasis
+from trainer.features import emphasis, prepare
 from trainer.metrics import evaluate_logits, validation_figures
 from trainer.run.adjustable import depths
 from trainer.run.checkpoint import load_best
 from trainer.run.engine import Engine, Engines
+from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.optimizer import averaged, cut_learning_rate, make_optimizer, rate_scale
-from trainer.run.step import binary_cross_entropy, make_stepper
-from trainer.run.training import Reporter, monitored
+from trainer.run.resume import check_resumable
+from trainer.run.step import Stepper, binary_cross_entropy, make_stepper
+from trainer.run.training import Reporter, Training, monitored
 
 PLAIN = TrainConfig(lr=1e-2, weight_decay=0.1, clipnorm=0.5)
 WAYS = [
@@ -284,29 +286,33 @@ def test_the_average_is_of_the_weights_after_each_step(way: dict[str, Any]) -> N
 SHAPE = (16, 16)
 
 
-def layered(text: Path, **changes: Any) -> tuple[keras.Model, list[np.ndarray]]:
-    """Take one step of a cached model; return it and how its weights moved."""
-    sizes = {"num_heads": 2, "head_dim": 4, "mlp_dim": 8, "k_txt": 2, "dropout": 0.0}
-    train = dataclasses.replace(PLAIN, **sizes, **changes)
-    config = Config(DataConfig(), EncodersConfig(text=str(text)), StoreConfig(), train)
-    engine = Engine(config, SHAPE, again=False)
+def moved(engine: Engine, stepper: Stepper, train: TrainConfig) -> list[np.ndarray]:
+    """Return how the weights of a cached model move in a run's first step."""
+    engine.reset(train)
+    stepper.forget()
     before = weights_of(engine.model)
     rng = np.random.default_rng(0)
-    base = random_batch(0)
     features = Numbers(rng.normal(size=(ROWS, *SHAPE)).astype(np.float16))
     hidden = Numbers(rng.normal(size=(ROWS, LENGTH, SHAPE[1])).astype(np.float16))
-    stepper = make_stepper([(engine.model, engine.optimizer)])
-    stepper.train(dataclasses.replace(base, features=features, hidden=hidden))
+    stepper.train(dataclasses.replace(random_batch(0), features=features, hidden=hidden))
     stepper.sync()
-    after = weights_of(engine.model)
-    return engine.model, [b - a for a, b in zip(before, after, strict=True)]
+    return [b - a for a, b in zip(before, weights_of(engine.model), strict=True)]
 
 
 @pytest.mark.parametrize("way", WAYS[:3], ids=str)
 def test_each_text_layer_has_its_own_rate(way: dict[str, Any], tiny_text: Path) -> None:
     """Each moves, and decays, as all do at its rate."""
-    model, found = layered(tiny_text, layer_decay=0.5, **way)
-    of_depth = [layered(tiny_text, lr=1e-2 * 0.5**depth, **way)[1] for depth in range(3)]
+    sizes = {"num_heads": 2, "head_dim": 4, "mlp_dim": 8, "k_txt": 2, "dropout": 0.0}
+    train = dataclasses.replace(PLAIN, layer_decay=0.5, **sizes, **way)
+    same = dataclasses.replace(train, layer_decay=1.0)
+    config = Config(DataConfig(), EncodersConfig(text=str(tiny_text)), StoreConfig(), train)
+    engine, uniform = (Engine(Config.of(config, one), SHAPE) for one in (train, same))
+    steppers = [make_stepper([(one.model, one.optimizer)]) for one in (engine, uniform)]
+    model, found = engine.model, moved(engine, steppers[0], train)
+    of_depth = [
+        moved(uniform, steppers[1], dataclasses.replace(same, lr=1e-2 * 0.5**depth))
+        for depth in range(3)
+    ]
     where, told = depths(model), [0.0] * 3
     assert sorted(set(where)) == [0, 1, 2]
     for i, depth in enumerate(where):
@@ -348,10 +354,33 @@ def test_every_figure_of_validation_can_be_monitored() -> None:
 # --- whole runs
 
 
+@dataclasses.dataclass
+class Place:
+    """A project with its features, a folder of runs, and the models that serve them all."""
+
+    config: Config
+    project: Project
+    runs: Path
+    engines: Engines = dataclasses.field(default_factory=Engines)
+
+    def train(self, name: str, reporter: Reporter | None = None, **options: Any) -> Run:
+        """Train a run, or go on with it."""
+        run = Run(self.runs / name)
+        train = dataclasses.replace(self.config.train, **options)
+        prepare(self.project, train.k_txt)
+        with run.writing():
+            training = Training(run, self.project, train, None, reporter, engines=self.engines)
+            try:
+                fit(training)
+            finally:
+                training.release()
+        return run
+
+
 @pytest.fixture(scope="module")
 def place(tiny_vit: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("options")
-    config = tiny_config(folder / "data", tiny_vit, tiny_text, epochs=2)
+    config = tiny_config(folder / "data", tiny_vit, tiny_text, epochs=2, keep_state=True)
     project = Project(config)
     project.extract("vit", show=SILENT)
     return Place(config, project, folder / "runs")
@@ -383,7 +412,7 @@ def test_a_resumed_run_is_the_unbroken_one(place: Place, options: dict[str, Any]
     stopping = Reporter(stopping=lambda: next(asked) >= steps + 2)
     with pytest.raises(StoppedError):
         place.train(f"stopped-{number}", reporter=stopping, **options)
-    run = place.train(f"stopped-{number}", own=True)
+    run = place.train(f"stopped-{number}", **options)
     assert len(run.history) == 2
     assert_same(run, whole)
     for key in ("oversample", "class_weights"):
@@ -448,8 +477,9 @@ def test_the_rate_of_a_run_is_what_its_schedule_says(place: Place) -> None:
     steps = int(run.history["steps"][0])
     last = [(e + (steps - 1) / steps) / 3 for e in range(3)]
     np.testing.assert_allclose(run.history["lr"], [1e-3 * (1 - done) for done in last], rtol=1e-6)
+    longer = with_train(run.config, epochs=4)
     with pytest.raises(UsageError, match=r"learning rate falls until epoch 3 \(lr_schedule linear"):
-        place.train("linear", own=True, epochs=4)
+        check_resumable(run, longer)
     with pytest.raises(ConfigError, match=r"warmup_epochs must be below epochs, which is 2; found"):
         place.train("rising", warmup_epochs=2.0)
 
@@ -472,27 +502,16 @@ def test_other_buckets_of_the_same_name_are_noticed(place: Place, tmp_path: Path
         place.train("own", **settings)
 
 
-def test_runs_of_other_rates_share_a_graph_and_are_as_alone(place: Place, tmp_path: Path) -> None:
-    """What only changes numbers is an argument of the graph."""
-    from test_engine import run_of
-
-    engines = Engines()
-    base = dataclasses.replace(place.config.train, **{**RATES, **AVERAGES, "epochs": 1})
-    for number, changes in enumerate(
-        (
-            {},
-            {"layer_decay": 0.8, "ema_momentum": 0.5, "warmup_epochs": 0.25},
-            {"lr_schedule": "linear", "min_lr": 1e-3, "lr": 2e-3},
-        )
-    ):
-        train = dataclasses.replace(base, **changes)
-        pair = (place.project, place.config)
-        after = run_of(pair, tmp_path / f"after-{number}", train, engines)
-        alone = run_of(pair, tmp_path / f"alone-{number}", train)
-        assert after["history"] == alone["history"]
-        for one, two in zip(after["weights"], alone["weights"], strict=True):
-            np.testing.assert_array_equal(one, two)
-    assert len(engines._steppers) == len(engines._idle) == 1
+def test_runs_of_other_numbers_share_a_graph_and_are_as_alone(place: Place) -> None:
+    """A rate, a decay, a momentum and weights of rows are arguments of the graph."""
+    base = {**RATES, **AVERAGES, "epochs": 1}
+    changes = {"layer_decay": 0.8, "ema_momentum": 0.5, "min_lr": 1e-3, "lr_schedule": "linear"}
+    place.train("before", **base)
+    steppers = list(place.engines._steppers)
+    after = place.train("after", **base, **changes, **ROWS_OF_RUN)
+    assert place.engines._steppers == steppers
+    place.engines = Engines()
+    assert_same(after, place.train("alone", **base, **changes, **ROWS_OF_RUN))
 
 
 @pytest.mark.slow
