@@ -31,7 +31,7 @@ from featstore.project import Project
 from featstore.store.numbers import Numbers
 from trainer.batches import Batch, CachedRows, Emphasis
 from trainer.config import LOWER_IS_BETTER, MONITORS, Config, TrainConfig
-from trainer.features import emphasis, prepare
+from trainer.features import emphasis, oversample_line, prepare
 from trainer.metrics import evaluate_logits, validation_figures
 from trainer.run.adjustable import depths
 from trainer.run.checkpoint import load_best
@@ -74,6 +74,8 @@ def test_a_row_gets_the_surplus_of_each_of_its_buckets() -> None:
     recorded = found.recorded["oversample"]
     assert recorded["rows_of_bucket"] == {"gender": 3, "counting": 3}
     assert (recorded["rows"], recorded["draws_an_epoch"]) == (6, 11.1)
+    line = "oversampling: 11 draws an epoch of 6 rows; of buckets gender 3, counting 3"
+    assert oversample_line(recorded) == line
     other = emphasis(TrainConfig(oversample={"counting": 2.5, "gender": 1.2}), EXAMPLES)
     assert other.recorded["oversample"]["digest"] == recorded["digest"]
 
@@ -482,6 +484,8 @@ def test_the_rate_of_a_run_is_what_its_schedule_says(place: Place) -> None:
         check_resumable(run, longer)
     with pytest.raises(ConfigError, match=r"warmup_epochs must be below epochs, which is 2; found"):
         place.train("rising", warmup_epochs=2.0)
+    with pytest.raises(ConfigError, match=r"accumulate_steps must be at most .* 2 epochs of 8;"):
+        place.train("idle", accumulate_steps=17)
 
 
 def test_the_best_epoch_is_that_of_the_monitor(place: Place) -> None:

@@ -255,6 +255,19 @@ def row_counts(project: Project, k_txt: int, read: Sequence[str] = ()) -> dict[s
     return counts
 
 
+def oversample_line(recorded: Mapping[str, Any]) -> str:
+    """Say how often rows are drawn, in one line.
+
+    Args:
+        recorded: `oversample` of a run's manifest.
+    """
+    found = ", ".join(f"{name} {count}" for name, count in recorded["rows_of_bucket"].items())
+    return (
+        f"oversampling: {recorded['draws_an_epoch']:.0f} draws an epoch of"
+        f" {counted(recorded['rows'], 'row')}; of buckets {found}"
+    )
+
+
 def rows_line(data: Mapping[str, Any]) -> str:
     """Say which rows a run reads and which not, in one line.
 

@@ -159,7 +159,7 @@ def inner_optimizer(optimizer: keras.optimizers.Optimizer) -> Any:
 
 
 def learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
-    """Return the learning rate of the last step, or of the first, also under loss scaling."""
+    """Return the current learning rate, its schedule included, also under loss scaling."""
     own = inner_optimizer(optimizer)
     return _unscaled_rate(own) * (1.0 if own.rate_scale is None else own.rate_scale)
 
@@ -205,12 +205,21 @@ def rate_scale(train: TrainConfig, epochs: float) -> float:
     return lowest + (1 - lowest) * left
 
 
-def check_schedule(train: TrainConfig) -> None:
-    """Refuse a warm-up that never ends.
+def check_length(train: TrainConfig, steps: int) -> None:
+    """Refuse a warm-up that never ends, and gradients that are never applied.
+
+    Args:
+        train: The run's settings.
+        steps: Of its first epoch.
 
     Raises:
-        ConfigError: It is as long as the run.
+        ConfigError: The run is too short for one of them.
     """
+    if train.accumulate_steps > steps * train.epochs:
+        raise ConfigError(
+            f"[train] accumulate_steps must be at most the steps of the run, which has"
+            f" {train.epochs} epochs of {steps}; found {train.accumulate_steps}"
+        )
     if train.warmup_epochs >= train.epochs:
         raise ConfigError(
             f"[train] warmup_epochs must be below epochs, which is {train.epochs}; found"

@@ -40,7 +40,7 @@ from trainer.run.folder import Run
 from trainer.run.manifest import new_manifest
 from trainer.run.optimizer import (
     averaged,
-    check_schedule,
+    check_length,
     cut_learning_rate,
     inner_optimizer,
     is_scheduled,
@@ -150,7 +150,6 @@ class Training:
         hparams: Mapping[str, Any] | None = None,
         engines: Engines | None = None,
     ) -> None:
-        check_schedule(train)
         self.run, self.project, self.train_config = run, project, train
         self.config = Config.of(project.config, train)
         self.reporter = reporter or Reporter()
@@ -158,6 +157,7 @@ class Training:
         self._events = EventLog(run.tensorboard_path)
         self.started = self._drawn = self._saved = time.perf_counter()
         self.rows = cached_rows(project, train, "train", train.control, emphasised=True)
+        check_length(train, len(self.rows.epoch(train.batch_size, train.seed, 0)))
         self.val_rows = cached_rows(project, train, "val", train.control)
         row_shape = project.images().row_shape
         self.engines = engines or Engines(kept=0)
