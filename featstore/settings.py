@@ -36,6 +36,7 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    words: Iterable[str] | None = None,
     path: bool = False,
     preset: bool = False,
     free: bool = False,
@@ -47,8 +48,9 @@ def setting(
         default: The value when neither file nor flag names the setting.
         help: One sentence, shown in the written file and in `--help`.
         choices: The only values allowed, if any.
-        minimum, maximum: Inclusive bounds of a number.
-        above: Exclusive lower bound of a number.
+        minimum, maximum: Inclusive bounds of a number, or of a table's numbers.
+        above: Exclusive lower bound of the same.
+        words: Of a table: what may stand in its place, besides nothing (`""`).
         path: The value is a file or folder, taken relative to the file that
             names it.
         preset: The same, where it is there; another value is a preset's name.
@@ -62,6 +64,7 @@ def setting(
         "minimum": minimum,
         "maximum": maximum,
         "above": above,
+        "words": None if words is None else tuple(words),
         "path": path,
         "preset": preset,
         "free": free,
@@ -97,8 +100,13 @@ def _matches(value: Any, hint: Any) -> tuple[bool, Any]:
         items = [_matches(item, inner) for item in value]
         return all(ok for ok, _ in items), tuple(item for _, item in items)
     if origin is dict:
-        ok = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
-        return ok, value
+        inner = typing.get_args(hint)[1]
+        if inner is float and isinstance(value, str):
+            value = _typed_table(value)
+        if not isinstance(value, dict):
+            return False, value
+        pairs = {key: _matches(item, inner) for key, item in value.items()}
+        return all(ok for ok, _ in pairs.values()), {key: item for key, (_, item) in pairs.items()}
     if hint is bool:
         return isinstance(value, bool), value
     if hint is int:
@@ -112,6 +120,15 @@ def _matches(value: Any, hint: Any) -> tuple[bool, Any]:
             return False, value
         return math.isfinite(value), value
     return isinstance(value, hint), value
+
+
+def _typed_table(text: str) -> Any:
+    """Return the numbers of a table as it is typed, `red=1.5,blue=2`; other text as it is."""
+    pairs = [part.split("=") for part in text.split(",")]
+    try:
+        return {name.strip(): float(number) for name, number in pairs}
+    except ValueError:
+        return text
 
 
 def _type_name(hint: Any) -> str:
@@ -133,7 +150,15 @@ def check(section: str, field: dataclasses.Field[Any], hint: Any, value: Any, wh
         allowed = ", ".join(map(str, meta["choices"]))
         hint_text = suggest(str(value), map(str, meta["choices"]))
         raise ConfigError(f"{where}: {name} must be one of {allowed}; found {value!r}{hint_text}")
-    for number in value if isinstance(value, tuple) else (value,):
+    words = meta.get("words")
+    if words is not None and isinstance(value, str) and value not in ("", *words):
+        others = "".join(f" or {word!r}" for word in words)
+        raise ConfigError(
+            f"{where}: {name} must be a table of numbers such as {{red = 1.5, blue = 2}}, as a flag"
+            f" red=1.5,blue=2{others}; found {value!r}"
+        )
+    numbers = value.values() if isinstance(value, dict) else value
+    for number in numbers if isinstance(value, tuple | dict) else (value,):
         if not isinstance(number, int | float):
             continue
         low, high, above = meta.get("minimum"), meta.get("maximum"), meta.get("above")

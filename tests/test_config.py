@@ -55,6 +55,11 @@ def test_every_setting_has_a_help_text(name: str, field: dataclasses.Field[Any])
         ("[train]\nk_txt = -1", "k_txt must be at least 0, found -1"),
         ("[train]\ndropout = 1.0", "dropout must be at most 0.95, found 1.0"),
         ("[train]\nmonitor = 'val_los'", r"must be one of val_loss, .*\(did you mean 'val_loss'"),
+        ("[train]\noversample = 'a=x'", "oversample must be a table of numbers .*; found 'a=x'"),
+        ("[train]\noversample = {a = true}", "oversample must be dict"),
+        ("[train]\noversample = {a = 0.5}", "oversample must be at least 1, found 0.5"),
+        ("[train]\nclass_weights = 'equal'", "2 or 'balanced'; found 'equal'"),
+        ("[train]\nclass_weights = {a = 0}", "class_weights must be above 0, found 0"),
         ("[store]\ndtype = 'float64'", "dtype must be one of float16, .*, int8; found"),
         ("[store]\nroot = 3", "root must be str, found 3"),
         ("[encoders]\nsequence_length = 2", "sequence_length must be at least 3"),
@@ -88,6 +93,14 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "bom.toml").write_bytes("\ufeff[train]\nk_txt = 1\n".encode())
     assert load_config(tmp_path / "bom.toml").train.k_txt == 1
+
+
+def test_a_table_is_typed_with_commas(tmp_path: Path) -> None:
+    train = load(tmp_path, "[train]\noversample = {a = 2}", train={"class_weights": "b=1, c=2.5"})
+    assert train.train.oversample == {"a": 2.0}
+    assert train.train.class_weights == {"b": 1.0, "c": 2.5}
+    flag = load(tmp_path, "[train]\noversample = {a = 2}", train={"oversample": "b=3"})
+    assert flag.train.oversample == {"b": 3.0}
 
 
 def test_an_integer_is_a_float(tmp_path: Path) -> None:
@@ -224,14 +237,17 @@ def values_of(section: str, field: dataclasses.Field[Any], hint: Any) -> st.Sear
         return st.booleans()
     if hint is str:
         return letters
-    assert hint is float
-    return st.floats(
+    numbers = st.floats(
         low,
         meta["maximum"],
         allow_nan=False,
         allow_infinity=False,
         exclude_min=bool(meta["above"] is not None),
     )
+    if hint is float:
+        return numbers
+    words = st.sampled_from(["", *meta["words"]])
+    return words | st.dictionaries(letters, numbers, max_size=3)
 
 
 configs = st.builds(

@@ -84,6 +84,7 @@ def assert_as_new(engine: Engine, config: Config) -> None:
         {"k_txt": 3, "fast_path": False},
         {"k_txt": 1, "dtype_policy": "mixed_float16"},
         {"k_txt": 4, "dtype_policy": "mixed_bfloat16", "num_heads": 4},
+        {"k_txt": 1, "dtype_policy": "mixed_float16", "accumulate_steps": 2, "ema_momentum": 0.9},
     ],
     ids=str,
 )
@@ -202,6 +203,17 @@ def test_engines_are_shared_by_architecture_alone(tiny_text: Path) -> None:
         {"fast_path": False},
     ):
         assert architecture(with_train(base, **changes), ROW_SHAPE, "t") != same
+    options = [
+        ({"lr_schedule": "linear"}, {"lr_schedule": "cosine", "warmup_epochs": 1.0}),
+        ({"layer_decay": 0.5}, {"layer_decay": 0.9}),
+        ({"ema_momentum": 0.5}, {"ema_momentum": 0.9}),
+    ]
+    for one, other in options:
+        first = architecture(with_train(base, **one), ROW_SHAPE, "t")
+        assert first == architecture(with_train(base, **other), ROW_SHAPE, "t") != same
+    for changes in ({"oversample": {"gender": 2.0}}, {"class_weights": "balanced"}):
+        assert architecture(with_train(base, **changes), ROW_SHAPE, "t") == same
+    assert architecture(with_train(base, accumulate_steps=2), ROW_SHAPE, "t") != same
     plain = with_train(base, fast_path=False)
     assert architecture(plain, ROW_SHAPE, "t") != architecture(
         with_train(plain, dropout=0.3), ROW_SHAPE, "t"

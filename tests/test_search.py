@@ -282,6 +282,34 @@ def test_a_grid_is_run_once_also_when_it_is_stopped(place: Place) -> None:
 
 
 @pytest.mark.slow
+def test_tables_are_searched_and_rows_that_differ_are_not_shared(place: Place) -> None:
+    space = """
+[search]
+sampler = "grid"
+metric = "val_loss"
+together = 4
+
+[train]
+oversample = {{choice = ["", {{gender = 2.0}}]}}
+label_smoothing = {{choice = [0.0, 0.1]}}
+lr = {{choice = [1e-3, 2e-3]}}
+epochs = 1
+"""
+    search = place.run("tables", space=space)
+    rows = trial_rows(search)
+    assert [row["state"] for row in rows] == ["complete"] * 8
+    assert {str(row["params"]["oversample"]) for row in rows} == {"", "{'gender': 2.0}"}
+    assert len({row["value"] for row in rows}) == 8
+    assert [row["together"] for row in rows] == [2] * 8
+    for row in rows:
+        run = Run(search.folder / row["run"])
+        assert run.config.train.oversample == row["params"]["oversample"]
+        assert ("oversample" in run.manifest) == bool(row["params"]["oversample"])
+    write_leaderboard(search)
+    again = {str(p.values) for p in open_search(search.folder, None).space.parameters}
+    assert again == {str(p.values) for p in search.space.parameters}
+
+
 def test_a_stopped_search_ends_as_the_undisturbed(place: Place, whole: list[Any]) -> None:
     search = place.start("stopped", trials=2)
     # In an epoch, at its end, in the second trial, and before its first step.

@@ -13,7 +13,7 @@ from featstore.errors import StoppedError, UsageError
 from featstore.progress import SHOWN, Show
 from featstore.project import Project
 from trainer.config import config_of
-from trainer.features import extract_missing, prepare, rows_line
+from trainer.features import extract_missing, oversample_line, prepare, rows_line
 from trainer.results.score import Scorer, check_same_data, opened, project_of
 from trainer.run import folder
 from trainer.run.fit import fit
@@ -315,6 +315,8 @@ def train(
         count = training.manifest["parameters"]["trainable"]
         show.note(f"run {run.folder}: {count:,} trainable parameters")
         show.note(rows_line(training.manifest["data"]))
+        if "oversample" in training.manifest:
+            show.note(oversample_line(training.manifest["oversample"]))
         if line := project.cut_sentences(("train", "val"), config.train.k_txt).line():
             show.note(line)
         fit(training)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,8 +28,8 @@ class Batch:
         features: As stored, shape (batch, tokens, width).
         hidden: As stored, shape (batch, length, text width).
         padding_mask: bool of shape (batch, length).
-        labels: float32 of shape (batch,).
-        weights: float32 of shape (batch,), 1 or 0.
+        labels: float32 of shape (batch,), smoothed where they are to be.
+        weights: float32 of shape (batch,), that of the row's class, or 0.
         rows: int64 of shape (valid rows,): positions in the rows given.
     """
 
@@ -96,6 +97,41 @@ def other_images(positions: IntArray, seed: int) -> IntArray:
     return np.array([following[position] for position in positions.tolist()], np.int64)
 
 
+@dataclass(frozen=True)
+class Emphasis:
+    """How often the rows of a split are trained on, and how much each says in the loss.
+
+    Attributes:
+        draws: float64 of shape (rows,): expected draws of each row an epoch, at least 1; None:
+            each row once.
+        class_weights: float32 of shape (classes,): weight of a row by its label; None: 1.
+        label_smoothing: Share of a label that is spread over all classes.
+        recorded: What a run's manifest says of it.
+    """
+
+    draws: NDArray[np.float64] | None = None
+    class_weights: NDArray[np.float32] | None = None
+    label_smoothing: float = 0.0
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    def drawn(self, count: int, seed: int, epoch: int) -> IntArray:
+        """Return the rows of an epoch, in order, each as often as it is drawn.
+
+        A pure function of its arguments. A row of 2.3 draws stands there twice, and a third
+        time in three epochs of ten.
+
+        Args:
+            count: Rows of the split.
+            seed, epoch: Decide which rows are drawn once more.
+        """
+        if self.draws is None:
+            return np.arange(count)
+        whole = np.floor(self.draws)
+        # Another sequence than that of the order.
+        chance = np.random.default_rng([seed, epoch, 1]).random(count)
+        return np.repeat(np.arange(count), (whole + (chance < self.draws - whole)).astype(int))
+
+
 class ImageFeatures(Protocol):
     """What batches need of image features; a `VisionStore` has it."""
 
@@ -132,6 +168,7 @@ class CachedRows:
         control: "none", "hypothesis-only" (features are zeros) or
             "shuffled-images" (another image's).
         control_seed: Decides which other image.
+        emphasis: Of rows that are trained on.
     """
 
     def __init__(
@@ -145,8 +182,10 @@ class CachedRows:
         k_txt: int,
         control: str = "none",
         control_seed: int = 0,
+        emphasis: Emphasis | None = None,
     ) -> None:
         self.vision, self.text, self.labels = vision, text, labels
+        self.emphasis = emphasis or Emphasis()
         self.image_positions = (
             other_images(image_positions, control_seed)
             if control == "shuffled-images"
@@ -178,9 +217,13 @@ class CachedRows:
             features = self.vision.gather_stored(self.image_positions[filled])
         length = int(self.lengths[rows].max())
         hidden, mask = self.text.gather_stored(self.text_positions[filled], length)
+        given, smoothing = self.emphasis.class_weights, self.emphasis.label_smoothing
         weights = np.zeros(batch_size, np.float32)
-        weights[: len(rows)] = 1
+        weights[: len(rows)] = 1 if given is None else given[self.labels[rows]]
         labels = self.labels[filled].astype(np.float32)
+        if smoothing:
+            # As Keras smooths binary labels.
+            labels = labels * np.float32(1 - smoothing) + np.float32(smoothing / 2)
         return Batch(features, hidden, mask, labels, weights, rows)
 
     def will_need(self, rows: IntArray) -> None:
@@ -191,8 +234,10 @@ class CachedRows:
                 self.vision.will_need(self.image_positions[rows])
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[IntArray]:
-        """Return the rows of each training step of an epoch."""
-        return epoch_batches(self.lengths, batch_size, seed, epoch, group=self.k_txt > 0)
+        """Return the rows of each training step of an epoch; see `Emphasis.drawn`."""
+        rows = self.emphasis.drawn(len(self), seed, epoch)
+        batches = epoch_batches(self.lengths[rows], batch_size, seed, epoch, group=self.k_txt > 0)
+        return [rows[batch] for batch in batches]
 
     def in_order(self, batch_size: int) -> list[IntArray]:
         """Return every row once, for prediction: by length, so that little is padded."""

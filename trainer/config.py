@@ -24,6 +24,20 @@ if TYPE_CHECKING:
     from featstore.project import Project
 
 CONTROLS = ("none", "hypothesis-only", "shuffled-images")
+# What validation gives of each epoch, see `trainer.metrics.validation_figures`.
+MONITORS = (
+    *("val_loss", "val_macro_f1", "val_accuracy", "val_auc", "val_macro_f1_at_half"),
+    *("val_accuracy_at_half", "val_f1", "val_precision", "val_recall", "val_average_precision"),
+    *("val_brier", "val_calibration_error"),
+)
+LOWER_IS_BETTER = ("val_loss", "val_brier", "val_calibration_error")
+SCHEDULES = ("plateau", "constant", "linear", "cosine")
+DECAYS = ("linear", "cosine")
+# What a step with k_txt 0 reads.
+DECIDE_BATCHES = (
+    *("seed", "batch_size", "control", "oversample", "buckets", "class_weights"),
+    "label_smoothing",
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,20 @@ class TrainConfig:
     monitor: str = setting(
         "val_loss",
         "what chooses the best epoch, the learning rate's cuts and the early stop",
-        choices=("val_loss", "val_macro_f1", "val_accuracy", "val_auc"),
+        choices=MONITORS,
+    )
+    lr_schedule: str = setting(
+        "plateau",
+        "learning rate after the warm-up: cut when the monitor stops gaining, held, or falling to"
+        " min_lr by the last epoch",
+        choices=SCHEDULES,
+        before="plateau",
+    )
+    warmup_epochs: float = setting(
+        0.0, "epochs over which the learning rate rises from 0 to lr", minimum=0, before=0.0
+    )
+    min_lr: float = setting(
+        0.0, "lowest learning rate of a plateau's cuts and of a decay", minimum=0, before=0.0
     )
     reduce_lr_factor: float = setting(
         0.5, "what the learning rate is multiplied by on a plateau", above=0, maximum=1
@@ -61,6 +88,50 @@ class TrainConfig:
         2, "epochs without gain before the learning rate is cut", minimum=1
     )
     early_stop_patience: int = setting(3, "epochs without gain before training ends", minimum=1)
+    layer_decay: float = setting(
+        1.0,
+        "learning rate of each text layer over that of the layer above it, the head's being lr",
+        above=0,
+        maximum=1,
+        before=1.0,
+    )
+    accumulate_steps: int = setting(
+        1, "steps whose mean gradient makes one update of the weights", minimum=1, before=1
+    )
+    ema_momentum: float = setting(
+        0.0,
+        "share that the weights' moving average keeps at each step; it is what is judged and kept;"
+        " 0: none",
+        minimum=0,
+        maximum=0.9999,
+        before=0.0,
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "share of a label that is spread over all classes, in the training loss alone",
+        minimum=0,
+        maximum=0.9,
+        before=0.0,
+    )
+    class_weights: dict[str, float] | str = setting(
+        "",
+        "weight of each label's rows in the training loss: balanced, or"
+        " {contradiction = 1, entailment = 2}; empty: all alike",
+        above=0,
+        words=("balanced",),
+        before="",
+    )
+    oversample: dict[str, float] | str = setting(
+        "",
+        "expected draws an epoch of the rows of a bucket, such as {gender = 1.2, counting = 1.3};"
+        " empty: each row once",
+        minimum=1,
+        words=(),
+        before="",
+    )
+    buckets: str = setting(
+        "", "bucket file of oversample; empty: the ten that ship", path=True, before=""
+    )
     seed: int = setting(0, "seed of weights, order and dropout", minimum=0)
     control: str = setting(
         "none",

@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from featstore.config import SPLITS
-from featstore.data.examples import require_both_classes
-from featstore.errors import Command, MissingFeaturesError, counted
+from featstore.data.examples import Examples, require_both_classes
+from featstore.data.labels import LABELS
+from featstore.errors import Command, ConfigError, MissingFeaturesError, counted
 from featstore.extract.extract import estimate
 from featstore.extract.plan import Job, Plan
 from featstore.progress import SILENT, Show, duration
 from featstore.project import Project
-from trainer.batches import CachedRows
+from featstore.settings import suggest
+from trainer.batches import CachedRows, Emphasis
+from trainer.buckets import bucket_rows, load_buckets
 from trainer.config import TrainConfig
 
 QUARANTINED = "photo in quarantine"
@@ -114,7 +118,11 @@ def _prepare(project: Project, k_txt: int, show: Show, compare: bool) -> None:
 
 
 def cached_rows(
-    project: Project, train: TrainConfig, split: str, control: str = "none"
+    project: Project,
+    train: TrainConfig,
+    split: str,
+    control: str = "none",
+    emphasised: bool = False,
 ) -> CachedRows:
     """Return the rows of a split that have features, ready to be read in batches.
 
@@ -123,6 +131,7 @@ def cached_rows(
         train: `k_txt` and `seed` are used.
         split: "train", "val" or "test".
         control: See `CachedRows`.
+        emphasised: Draw and weigh the rows as `train` says; see `emphasis`.
 
     Raises:
         MissingFeaturesError: A photo or a sentence was never extracted.
@@ -148,7 +157,62 @@ def cached_rows(
         k_txt=train.k_txt,
         control=control,
         control_seed=train.seed,
+        emphasis=emphasis(train, examples) if emphasised else None,
     )
+
+
+def emphasis(train: TrainConfig, examples: Examples) -> Emphasis:
+    """Return how often rows are drawn and how much they weigh.
+
+    A row of several buckets gets the surplus of each: 1 + Σ (factor - 1). So gender 1.2 and
+    counting 1.3 add 0.2 of the rows of one and 0.3 of the other, as the reference study did.
+    Balanced weights are inverse to the draws of each class.
+
+    Args:
+        train: `oversample`, `buckets`, `class_weights` and `label_smoothing` are used.
+        examples: The rows.
+
+    Raises:
+        ConfigError: A bucket or a label is unknown, or the bucket file cannot be read.
+    """
+    draws, weights = None, None
+    recorded: dict[str, Any] = {}
+    labels = np.asarray(examples.labels)
+    if isinstance(train.oversample, dict) and train.oversample:
+        patterns = load_buckets(train.buckets or None)
+        _check_names("oversample", train.oversample, patterns, "bucket")
+        chosen = {name: patterns[name] for name in train.oversample}
+        members = bucket_rows(chosen, examples.hypotheses)
+        draws = np.ones(len(labels))
+        for name, factor in sorted(train.oversample.items()):
+            draws += members[name] * (factor - 1)
+        recorded["oversample"] = {
+            "rows_of_bucket": {name: int(rows.sum()) for name, rows in members.items()},
+            "rows": len(labels),
+            "draws_an_epoch": round(float(draws.sum()), 3),
+            "digest": xxhash.xxh3_128_hexdigest(draws.tobytes()),
+        }
+    if train.class_weights:
+        if isinstance(train.class_weights, dict):
+            _check_names("class_weights", train.class_weights, LABELS, "label")
+            given = [train.class_weights.get(name, 1.0) for name in LABELS]
+        else:
+            of_class = np.bincount(labels, weights=draws, minlength=len(LABELS))
+            given = list(of_class.sum() / (len(LABELS) * of_class))
+        weights = np.array(given, np.float32)
+        recorded["class_weights"] = dict(zip(LABELS, map(float, given), strict=True))
+    return Emphasis(draws, weights, train.label_smoothing, recorded)
+
+
+def _check_names(
+    setting: str, given: Mapping[str, float], known: Mapping[str, Any], what: str
+) -> None:
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"[train] {setting}: unknown {what} {name!r}{suggest(name, known)};"
+                f" known: {', '.join(known)}"
+            )
 
 
 def row_counts(project: Project, k_txt: int, read: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -189,6 +253,19 @@ def row_counts(project: Project, k_txt: int, read: Sequence[str] = ()) -> dict[s
                 "rows_cut": sum(text in cut for text in examples.hypotheses),
             }
     return counts
+
+
+def oversample_line(recorded: Mapping[str, Any]) -> str:
+    """Say how often rows are drawn, in one line.
+
+    Args:
+        recorded: `oversample` of a run's manifest.
+    """
+    found = ", ".join(f"{name} {count}" for name, count in recorded["rows_of_bucket"].items())
+    return (
+        f"oversampling: {recorded['draws_an_epoch']:.0f} draws an epoch of"
+        f" {counted(recorded['rows'], 'row')}; of buckets {found}"
+    )
 
 
 def rows_line(data: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ Label 1 (entailment) is the positive class. A row is called positive where its
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -276,6 +276,33 @@ def evaluate_logits(
         "threshold": float(threshold),
         "at_threshold": binary_metrics(truth, probabilities, threshold),
         "at_half": binary_metrics(truth, probabilities, 0.5),
+    }
+
+
+def validation_figures(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return what an epoch is judged by, under the names of `trainer.config.MONITORS`.
+
+    Args:
+        metrics: Of `evaluate_logits` on the val split.
+
+    Returns:
+        Loss in nats a row; shares in [0, 1], precision, recall and F1 of entailment at τ; None
+        where a figure is not defined for one class alone.
+    """
+    at, half = metrics["at_threshold"], metrics["at_half"]
+    return {
+        "val_loss": metrics["loss"],
+        "val_accuracy": at["accuracy"],
+        "val_macro_f1": at["macro_f1"],
+        "val_accuracy_at_half": half["accuracy"],
+        "val_macro_f1_at_half": half["macro_f1"],
+        "val_auc": metrics["auc"],
+        "val_average_precision": metrics["average_precision"],
+        "val_f1": at["entailment"]["f1"],
+        "val_precision": at["entailment"]["precision"],
+        "val_recall": at["entailment"]["recall"],
+        "val_brier": metrics["brier"],
+        "val_calibration_error": metrics["calibration_error"],
     }
 
 

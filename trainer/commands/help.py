@@ -58,6 +58,8 @@ class SettingOption(click.Option):
             options["type"] = PATH
         else:
             options["type"] = hint if hint in (int, float, bool) else str
+        if meta["words"] is not None:
+            options["metavar"] = "|".join(("NAME=NUMBER,...", *meta["words"]))
         text = meta["help"]
         options |= {"default": None, "help": f"{text[0].upper()}{text[1:]}."}
         super().__init__(declarations, **options)

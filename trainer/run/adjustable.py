@@ -3,7 +3,7 @@
 The rates of the head's dropouts, the decay and the longest gradient are Python numbers of Keras's
 layers and optimizers, which a trace makes constants of its graph. Here they are arguments of the
 graph, read from the layers at each step: a search over them traces one graph. The learning rate is
-a variable already.
+a variable already; what a schedule and a layer multiply it by is an argument too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from trainer.run.optimizer import InPlaceAdamW, inner_optimizer
 class Adjustable:
     """The numbers of one model and its optimizer that their graph takes as arguments.
 
-    Of the plain layers (`fast_path = false`) none: they are constants there.
+    Of the plain layers (`fast_path = false`) only those of the rates and of the moving average:
+    the others are constants there.
 
     Args:
         model: A cached model.
@@ -45,12 +46,14 @@ class Adjustable:
         self._dropouts = [
             layer for layer in (self._attention, self._after) if layer is not None and layer.rate
         ]
+        self._depths = depths(model)
 
     def set(self, train: TrainConfig) -> None:
         """Take over a run's numbers; those that are 0 in the graph stay so.
 
         Args:
-            train: `dropout`, `attention_dropout`, `weight_decay` and `clipnorm` are used.
+            train: `dropout`, `attention_dropout`, `weight_decay`, `clipnorm`, `layer_decay` and
+                `ema_momentum` are used.
         """
         for layer in self._dropouts:
             attends = layer is self._attention
@@ -60,6 +63,9 @@ class Adjustable:
             self._optimizer.clipnorm = train.clipnorm or None
         else:
             self._optimizer.weight_decay = train.weight_decay
+        self._optimizer.ema_momentum = train.ema_momentum
+        if self._optimizer.layer_decay is not None:
+            self._optimizer.layer_decay = train.layer_decay
 
     def values(self) -> tuple[float, ...]:
         """Return the numbers as they are now."""
@@ -70,6 +76,10 @@ class Adjustable:
             found += [self._optimizer.decoupled_decay, self._optimizer.clipnorm or 0.0]
         else:
             found.append(self._optimizer.weight_decay or 0.0)
+        found += [self._optimizer.rate_scale or 0.0, self._optimizer.ema_momentum]
+        decay = self._optimizer.layer_decay
+        if decay is not None:
+            found += [decay**depth for depth in range(1, max(self._depths, default=0) + 1)]
         return tuple(found)
 
     @contextlib.contextmanager
@@ -84,18 +94,40 @@ class Adjustable:
             for i, layer in enumerate(self._dropouts)
         }
         rest, optimizer = 3 * len(self._dropouts), self._optimizer
-        name = "given" if self._in_place else "weight_decay"
-        before = getattr(optimizer, name)
+        changed: dict[str, Any] = {}
+        if self._in_place:
+            changed["given"] = (numbers[rest], numbers[rest + 1])
+        elif optimizer.weight_decay is not None:
+            changed["weight_decay"] = numbers[rest]
+        rest += 2 if self._in_place else 1
+        if optimizer.rate_scale is not None:
+            changed["rate_scale"] = numbers[rest]
+        if optimizer.use_ema:
+            changed["ema_momentum"] = numbers[rest + 1]
+        if optimizer.layer_decay is not None:
+            changed["factors"] = tuple(
+                numbers[rest + 1 + depth] if depth else None for depth in self._depths
+            )
+        before = {name: getattr(optimizer, name) for name in changed}
         token = given_rates.set({**given_rates.get(), **rates})
         try:
-            if self._in_place:
-                optimizer.given = (numbers[rest], numbers[rest + 1])
-            elif before is not None:
-                optimizer.weight_decay = numbers[rest]
+            for name, value in changed.items():
+                setattr(optimizer, name, value)
             yield
         finally:
             given_rates.reset(token)
-            setattr(optimizer, name, before)
+            for name, value in before.items():
+                setattr(optimizer, name, value)
+
+
+def depths(model: keras.Model) -> list[int]:
+    """Return for each trainable variable how far below the head its layer is: 0 in the head."""
+    found: dict[int, int] = {}
+    tail = next((layer for layer in model.layers if layer.name == head.TAIL_NAME), None)
+    if tail is not None:
+        for depth, layer in enumerate(reversed(tail.transformer_layers), 1):
+            found |= {id(variable): depth for variable in layer.trainable_variables}
+    return [found.get(id(variable), 0) for variable in model.trainable_variables]
 
 
 class Numbers:

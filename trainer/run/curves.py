@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from featstore.errors import RunError
 from featstore.publish import write_bytes
+from trainer.config import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,23 +39,26 @@ def plot_learning_curves(
     monitor: str = "val_loss",
     title: str = "",
     majority: float | None = None,
+    cuts: bool = True,
 ) -> None:
     """Draw a run's losses (left) and val scores (right) by epoch into a PNG, atomically.
 
     The best epoch is a dotted line; an epoch that starts with a lower learning rate than
-    the one before is a grey line with the new rate; what the classes' shares alone reach is
-    a dashed line. A single epoch is drawn as points with their values.
+    the one before is a grey line with the new rate, where they are to be marked; what the
+    classes' shares alone reach is a dashed line. A single epoch is drawn as points with
+    their values.
 
     Args:
         history: One mapping for each epoch, in order: `epoch` (its number), and any of
             `loss`, `val_loss` (nats a row), `val_accuracy`, `val_macro_f1`, `val_auc`
             (0 to 1) and `lr`. A value that is absent, None or not finite leaves a gap.
         path: The file to write.
-        monitor: The key that chooses the best epoch: the lowest of a loss, the highest of
-            any other; the first of equals.
+        monitor: The key that chooses the best epoch: the lowest of a loss or an error, the
+            highest of any other; the first of equals.
         title: Text above the panels.
         majority: Share of the more frequent class in val, 0.5 to 1: the accuracy of always
             saying that class; and the loss of always saying its share is their entropy.
+        cuts: Mark where the learning rate was cut.
 
     Raises:
         RunError: The history has no epoch.
@@ -83,7 +87,8 @@ def plot_learning_curves(
             _draw_values(axes, history[0], curves)
         else:
             _draw_curves(axes, history, epochs, curves)
-            _mark_cuts(axes, history, epochs)
+            if cuts:
+                _mark_cuts(axes, history, epochs)
         if best is not None and len(history) > 1:
             axes.axvline(
                 epochs[best],
@@ -176,7 +181,7 @@ def _number(row: Mapping[str, Any], key: str) -> float:
 
 def _best(history: Sequence[Mapping[str, Any]], monitor: str) -> int | None:
     """Return the position of the best epoch, or None where the monitor was never measured."""
-    sign = 1 if monitor.endswith("loss") else -1
+    sign = 1 if monitor in LOWER_IS_BETTER else -1
     values = [(sign * _number(row, monitor), at) for at, row in enumerate(history)]
     measured = [pair for pair in values if not math.isnan(pair[0])]
     return min(measured)[1] if measured else None

@@ -31,7 +31,7 @@ from trainer.model.weights import seeded
 from trainer.run.adjustable import Adjustable
 from trainer.run.checkpoint import LayerWeights, build_model, starting_weights
 from trainer.run.folder import Run
-from trainer.run.optimizer import inner_optimizer, make_optimizer
+from trainer.run.optimizer import inner_optimizer, is_scheduled, make_optimizer
 from trainer.run.step import Stepper, make_stepper
 
 KEPT_MODELS, KEPT_BYTES = 8, 1 << 31
@@ -56,9 +56,12 @@ def architecture(config: Config, row_shape: tuple[int, int], text: str) -> Hasha
         numbers = [float(number > 0) for number in numbers]
         if keras.backend.backend() != "tensorflow":
             numbers[-1] = train.clipnorm
+    # Of these the numbers themselves are arguments in any graph.
+    options = (is_scheduled(train), train.layer_decay < 1, train.ema_momentum > 0)
     return (
         (text, row_shape, config.store.dtype, train.k_txt, train.num_heads, train.head_dim),
         (train.mlp_dim, train.dtype_policy, train.fast_path, *numbers),
+        (train.accumulate_steps, *options),
     )
 
 

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from featstore.encoders.framework import pinned_framework
 from featstore.errors import RunError, StoppedError, UsageError, WriteError
+from trainer.config import DECIDE_BATCHES
 from trainer.prefetch import Prefetcher
+from trainer.run.optimizer import averaged
 from trainer.run.step import Stepper, predict_logits
 from trainer.run.training import Training
 
@@ -55,7 +57,7 @@ def check_same_batches(trainings: Sequence[Training]) -> None:
     if len(trainings) > 1 and first.train_config.k_txt:
         raise UsageError("runs can be trained together with k_txt 0 only")
     for training in trainings[1:]:
-        for name in ("k_txt", "seed", "batch_size", "control"):
+        for name in ("k_txt", *DECIDE_BATCHES):
             ours, theirs = getattr(training.train_config, name), getattr(first.train_config, name)
             if ours != theirs:
                 raise UsageError(
@@ -138,7 +140,12 @@ def _run_epoch(
         return
     stepper.sync()
     started = time.perf_counter()
-    logits = predict_logits(stepper, first.val_rows, train.batch_size)
+    with contextlib.ExitStack() as stack:
+        for training in trainings:
+            stack.enter_context(averaged(training.model, training.optimizer))
+        logits = predict_logits(stepper, first.val_rows, train.batch_size)
+    # Of the averages, and of a learning rate that may be cut.
+    stepper.forget()
     val_seconds = time.perf_counter() - started
     for training, own in zip(trainings, logits, strict=True):
         if id(training) in failures:
@@ -187,6 +194,8 @@ def _take_steps(
     ):
         bar.update(first.progress.step)
         for batch in batches:
+            for training in trainings:
+                training.schedule(len(steps))
             pending.append((stepper.train(batch), len(batch.rows)))
             for training in trainings:
                 training.progress.step += 1

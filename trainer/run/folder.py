@@ -55,7 +55,8 @@ MANIFEST_FIELDS: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...] = (
 # Of `history.csv`, one line an epoch.
 HISTORY_COLUMNS = (
     *("epoch", "steps", "lr", "loss", "val_loss", "val_accuracy", "val_macro_f1"),
-    *("val_accuracy_at_half", "val_macro_f1_at_half", "val_auc", "threshold"),
+    *("val_accuracy_at_half", "val_macro_f1_at_half", "val_auc", "val_average_precision"),
+    *("val_f1", "val_precision", "val_recall", "val_brier", "val_calibration_error", "threshold"),
     *("seconds", "wait_share", "val_seconds"),
 )
 SEARCH_FILE = "search.json"

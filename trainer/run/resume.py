@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from featstore.errors import Advice, Command, UsageError
-from trainer.config import Config, TrainConfig
+from trainer.config import DECAYS, Config, TrainConfig
 from trainer.run.folder import Run
 
 LENGTHS = ("epochs", "early_stop_patience")
 """Settings of `[train]` that decide when a run ends and nothing else: no step or rate depends on
-them. So a run that goes on with larger ones gives what they would have given from the start."""
+them. So a run that goes on with larger ones gives what they would have given from the start.
+But for the epochs of one whose learning rate falls until the last of them."""
 
 
 def check_resumable(run: Run, config: Config) -> None:
@@ -24,7 +25,7 @@ def check_resumable(run: Run, config: Config) -> None:
     Raises:
         UsageError: The name is taken by something else, by a run with other settings, or
             by a finished run that these settings do not make longer, or that kept no
-            state to go on from.
+            state to go on from; or the learning rate depends on the epochs.
         RunError: Its state cannot be read.
     """
     if not run.exists:
@@ -34,6 +35,12 @@ def check_resumable(run: Run, config: Config) -> None:
     longer = {
         name: getattr(own, name) for name in LENGTHS if getattr(train, name) > getattr(own, name)
     }
+    if "epochs" in longer and own.lr_schedule in DECAYS:
+        raise UsageError(
+            f"{run.folder}: its learning rate falls until epoch {own.epochs} (lr_schedule"
+            f" {own.lr_schedule}), so with more epochs it is another run",
+            Advice("start one from its weights with ", Command("train", init_from=run.name)),
+        )
     same = Config.of(config, dataclasses.replace(train, **longer))
     run.check_free_or_same(same, longer=bool(longer))
     if longer and run.manifest["status"] == "finished":

@@ -237,7 +237,7 @@ class _TensorFlowStepper(_TensorFlowPredictor):
 
 def _variables_as(variables: Any, states: Any) -> keras.StatelessScope:
     """Return a scope in which variables have the values of a state, group by group."""
-    pairs = []
+    pairs: list[Any] = []
     for groups, state in zip(variables, states, strict=True):
         for group, values in zip(groups, state, strict=False):
             pairs += zip(group, values, strict=True)

@@ -23,9 +23,9 @@ from featstore.encoders.framework import pinned_framework
 from featstore.errors import RunError, counted
 from featstore.project import Project
 from featstore.publish import check_space, write_json, write_text
-from trainer.config import Config, TrainConfig
+from trainer.config import LOWER_IS_BETTER, Config, TrainConfig
 from trainer.features import cached_rows
-from trainer.metrics import evaluate_logits
+from trainer.metrics import evaluate_logits, validation_figures
 from trainer.run.checkpoint import (
     Progress,
     load_state,
@@ -38,7 +38,15 @@ from trainer.run.engine import Engines, variable_bytes
 from trainer.run.events import EventLog
 from trainer.run.folder import Run
 from trainer.run.manifest import new_manifest
-from trainer.run.optimizer import cut_learning_rate, learning_rate
+from trainer.run.optimizer import (
+    averaged,
+    check_length,
+    cut_learning_rate,
+    inner_optimizer,
+    is_scheduled,
+    learning_rate,
+    rate_scale,
+)
 
 CURVES_SECONDS = 10.0
 STATE_SECONDS = 120.0
@@ -86,7 +94,7 @@ def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
         raise RunError(
             f"[train] monitor = {train.monitor!r} cannot be computed: the val split has one class"
         )
-    return -float(value) if train.monitor == "val_loss" else float(value)
+    return -float(value) if train.monitor in LOWER_IS_BETTER else float(value)
 
 
 def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, bool]:
@@ -148,7 +156,8 @@ class Training:
         self.hparams = hparams
         self._events = EventLog(run.tensorboard_path)
         self.started = self._drawn = self._saved = time.perf_counter()
-        self.rows = cached_rows(project, train, "train", train.control)
+        self.rows = cached_rows(project, train, "train", train.control, emphasised=True)
+        check_length(train, len(self.rows.epoch(train.batch_size, train.seed, 0)))
         self.val_rows = cached_rows(project, train, "val", train.control)
         row_shape = project.images().row_shape
         self.engines = engines or Engines(kept=0)
@@ -175,6 +184,7 @@ class Training:
             **manifest,
             "init_from": None if init_from is None else str(init_from.folder),
             "initialised_layers": self.initialised,
+            **self.rows.emphasis.recorded,
         }
 
     def _check_same_start(self) -> None:
@@ -184,6 +194,7 @@ class Training:
             ("rows", found["data"]["rows_digest"], expected["data"]["rows_digest"]),
             ("split", found["data"]["splits_digest"], expected["data"]["splits_digest"]),
             ("features", found["features"], expected["features"]),
+            ("buckets", found.get("oversample"), expected.get("oversample")),
             ("--init-from", self._source, self.run.source),
             ("Keras backend", found["backend"], expected["backend"]),
         ):
@@ -278,6 +289,16 @@ class Training:
         """Whether no epoch is left to run."""
         return bool(self.progress.ended(self.train_config))
 
+    def schedule(self, steps: int) -> None:
+        """Set the learning rate of the next step, where it changes from step to step.
+
+        Args:
+            steps: Of the epoch.
+        """
+        if is_scheduled(self.train_config):
+            done = self.progress.epoch + self.progress.step / steps
+            inner_optimizer(self.optimizer).rate_scale = rate_scale(self.train_config, done)
+
     def collect(self, losses: Sequence[tuple[Any, int]], seconds: float) -> None:
         """Take over the losses of some steps.
 
@@ -310,12 +331,7 @@ class Training:
             "steps": steps,
             "lr": learning_rate(self.optimizer),
             "loss": progress.loss_sum / progress.rows,
-            "val_loss": metrics["loss"],
-            "val_accuracy": metrics["at_threshold"]["accuracy"],
-            "val_macro_f1": metrics["at_threshold"]["macro_f1"],
-            "val_accuracy_at_half": metrics["at_half"]["accuracy"],
-            "val_macro_f1_at_half": metrics["at_half"]["macro_f1"],
-            "val_auc": metrics["auc"],
+            **validation_figures(metrics),
             "threshold": metrics["threshold"],
             "seconds": round(progress.seconds, 3),
             "wait_share": round(wait_seconds / progress.seconds, 4) if progress.seconds else 0.0,
@@ -323,10 +339,11 @@ class Training:
         }
         best, cut = judge(train, progress, monitored(train, record))
         if best:
-            save_weights(self.run, self.model)
+            with averaged(self.model, self.optimizer):
+                save_weights(self.run, self.model)
             progress.best_metrics = metrics | self._threshold_interval(logits)
-        if cut:
-            cut_learning_rate(self.optimizer, train.reduce_lr_factor)
+        if cut and train.lr_schedule == "plateau":
+            cut_learning_rate(self.optimizer, train.reduce_lr_factor, train.min_lr)
         progress.history.append(record)
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum, progress.rows, progress.seconds = 0.0, 0, 0.0
@@ -396,6 +413,7 @@ class Training:
             monitor=self.train_config.monitor,
             title=self.run.name,
             majority=float(max(share := self.val_rows.labels.mean(), 1 - share)),
+            cuts=not is_scheduled(self.train_config),
         )
         if self.progress.history:
             # The next trial does not wait for the picture of this one.

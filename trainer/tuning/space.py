@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from featstore.errors import ConfigError
 from featstore.settings import build_section, setting, toml_value
-from trainer.config import SECTIONS, Config, TrainConfig
+from trainer.config import LOWER_IS_BETTER, MONITORS, SECTIONS, Config
 
 if TYPE_CHECKING:
     import optuna
@@ -27,9 +27,6 @@ KINDS = ("uniform", "log_uniform", "int", "log_int", "choice")
 LARGEST_GRID = 10_000
 DEFAULT_TRIALS = 20
 KEEP_ALL = "all"
-METRICS = next(f for f in dataclasses.fields(TrainConfig) if f.name == "monitor").metadata[
-    "choices"
-]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class SearchConfig:
         "val_macro_f1",
         "what is searched for: its best epoch is a trial's value; also the trials' [train]"
         " monitor, unless that is set",
-        choices=METRICS,
+        choices=MONITORS,
     )
     seed: int = setting(0, "seed of the draws", minimum=0, maximum=2**32 - 1)
     keep: int | str = setting(
@@ -78,7 +75,7 @@ class SearchConfig:
     @property
     def minimises(self) -> bool:
         """Whether a lower value of the metric is better."""
-        return self.metric.endswith("loss")
+        return self.metric in LOWER_IS_BETTER
 
     @property
     def group_size(self) -> int:

@@ -15,6 +15,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from featstore.errors import FeatstoreError, RunError, StoppedError, WriteError
 from featstore.publish import check_space
+from featstore.settings import toml_value
+from trainer.config import DECIDE_BATCHES
 from trainer.run.folder import Run
 from trainer.tuning.study import Claim, Search, open_search
 
@@ -88,7 +90,8 @@ def _groups(search: Search, claims: Sequence[Claim]) -> list[list[Claim]]:
         key: Any = claim.trial.number
         # One that ended its process before runs alone: it may do so again.
         if train.k_txt == 0 and not claim.trial.user_attrs["attempts"][1]:
-            key = (config.encoders, config.store, train.seed, train.batch_size, train.control)
+            deciding = [getattr(train, name) for name in DECIDE_BATCHES]
+            key = (config.encoders, config.store, toml_value(deciding))
         groups.setdefault(key, []).append(claim)
     return list(groups.values())
 
