@@ -19,7 +19,7 @@ from featstore.encoders.compiled import compile_forward
 from featstore.encoders.families import FAMILIES
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.spec import text_spec, vision_row_shape, vision_spec
-from featstore.encoders.tower import Tower, VisionEncoder, load_backbone
+from featstore.encoders.tower import Tower, VisionEncoder, load_backbone, run_blocks
 from featstore.errors import ConfigError, PresetError
 from featstore.extract.encode import encoding_of
 
@@ -98,7 +98,8 @@ def test_each_cut_is_one_block_further_down(towers: dict[str, Tower], name: str)
     hidden = [np.asarray(tower.lower(k)(inputs)) for k in range(1, BLOCKS + 1)]
     for k in range(2, BLOCKS + 1):
         block = tower.upper_layers(k)[0]
-        after = tower._run([block], hidden[k - 1], mask, training=False)
+        given = mask if tower.family.query == "first" else None
+        after = run_blocks([block], hidden[k - 1], given, False, tower.arguments)
         np.testing.assert_allclose(np.asarray(after), hidden[k - 2], atol=1e-6)
 
 

@@ -27,6 +27,7 @@ from featstore.errors import ConfigError, PresetError
 from featstore.progress import SILENT
 from trainer.config import render_config
 from trainer.model.cached import build_cached_model, load_pretrained
+from trainer.model.description import differences
 from trainer.model.end_to_end import build_end_to_end
 from trainer.model.plain import build_plain, transfer_to_plain
 from trainer.model.sizes import count_parameters
@@ -95,6 +96,11 @@ def test_the_plain_model_is_the_end_to_end_model(tiny_family: Preset, name: str)
     plain = build_plain(vision.backbone, text.backbone, settings(BLOCKS))
     transfer_to_plain(expected, plain, BLOCKS)
     np.testing.assert_allclose(plain.predict_on_batch(rows), logits, atol=1e-5)
+    # As it is imported again, when its operations have other names.
+    described = json.loads(plain.to_json())
+    again = json.loads(build_plain(vision.backbone, text.backbone, settings(BLOCKS)).to_json())
+    leading = FAMILIES[vision.preset.class_name].leading_tokens(vision.preset.config["config"])
+    assert differences(described, again, leading) == []
     modules = {type(layer).__module__.partition(".")[0] for layer in plain._flatten_layers()}
     assert modules == {"keras", "keras_hub"}
 

@@ -7,7 +7,8 @@ is run once for each input and kept, what lies above is left to training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class Tower:
         self.width = int(config["hidden_dim"])
         self.leading_tokens = self.family.leading_tokens(config)
         self.shared = self.family.shared(config)
-        self._arguments = parts.arguments
+        self.arguments = parts.arguments
         pools = parts.leaving is not None
         # Up to the hidden states that leave the norm.
         self.whole = keras.Model(backbone.input, parts.leaving) if pools else backbone
@@ -137,7 +138,7 @@ class Tower:
                 return output["sequence_output"] if isinstance(output, dict) else output
             x = self._embed(inputs, training=False)
             mask = inputs.get("padding_mask") if self.family.kind == "text" else None
-            return self._run(blocks, x, mask, training=False)
+            return run_blocks(blocks, x, self._mask(mask), False, self.arguments)
 
         return run
 
@@ -160,7 +161,7 @@ class Tower:
         blocks = self.blocks[self.num_blocks - k :]
 
         def run(hidden: Any, padding_mask: Any = None, training: bool | None = False) -> Any:
-            x = self._run(blocks, hidden, padding_mask, training)
+            x = run_blocks(blocks, hidden, self._mask(padding_mask), training, self.arguments)
             return self.norm(x) if k and self.norm is not None else x
 
         return run
@@ -176,14 +177,33 @@ class Tower:
         # One that runs several times is there once.
         return [*dict.fromkeys(self.blocks[self.num_blocks - k :]), *norm]
 
-    def _run(self, blocks: Sequence[Any], x: Any, mask: Any, training: bool | None) -> Any:
-        masked = mask is not None and self.family.query == "first"
-        arguments = {**self._arguments, "padding_mask": mask} if masked else self._arguments
-        for block in blocks:
-            x = block(x, training=training, **arguments)
-            # DeiT's blocks return their attention scores too.
-            x = x[0] if isinstance(x, tuple) else x
-        return x
+    def _mask(self, padding_mask: Any) -> Any:
+        """Return the mask that the blocks take: a causal encoder's take none."""
+        return padding_mask if self.family.query == "first" else None
+
+
+def run_blocks(
+    blocks: Sequence[Any],
+    x: Any,
+    mask: Any,
+    training: bool | None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """Run blocks one after the other; see `Tower.upper`.
+
+    Args:
+        blocks: The blocks.
+        x: Hidden states that enter the first.
+        mask: The padding mask, for blocks that take one; else None.
+        training: Whether their dropout applies.
+        arguments: What else they take; see `Parts`.
+    """
+    given = {**arguments, **({} if mask is None else {"padding_mask": mask})}
+    for block in blocks:
+        x = block(x, training=training, **given)
+        # DeiT's blocks return their attention scores too.
+        x = x[0] if isinstance(x, tuple) else x
+    return x
 
 
 class _Encoder:

@@ -430,7 +430,7 @@ def last_token(states: Any, padding_mask: Any) -> Any:
         padding_mask: Bool or int32 of shape (batch, length); padding is at the end.
     """
     mask = ops.cast(padding_mask, "int32")
-    reached = ops.cumsum(mask, axis=1) == ops.sum(mask, axis=1, keepdims=True)
+    reached = ops.equal(ops.cumsum(mask, axis=1), ops.sum(mask, axis=1, keepdims=True))
     picked = ops.cast(reached, states.dtype) * ops.cast(mask, states.dtype)
     return ops.sum(states * ops.expand_dims(picked, -1), axis=1, keepdims=True)
 
