@@ -10,10 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_parity import Rows, assert_same_numbers, random_images, settings
+from test_parity import assert_same_numbers, settings
 from tiny_presets import TINY_FAMILIES
 from tiny_runs import tiny_config, with_train
 
@@ -22,7 +23,7 @@ import trainer
 from featstore.encoders.families import FAMILIES
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.spec import text_spec, vision_spec
-from featstore.encoders.tower import TextEncoder, Tower, VisionEncoder, load_backbone
+from featstore.encoders.tower import TextEncoder, Tower, load_backbone
 from featstore.errors import ConfigError, PresetError
 from featstore.progress import SILENT
 from trainer.config import render_config
@@ -49,18 +50,36 @@ PAIRS = {
 CUTS = [(text, k) for text in PAIRS for k in range(BLOCKS + 1) if text != "albert" or k % 3 == 0]
 
 Preset = Callable[[str], Path]
-Encoders = Callable[[str], tuple[VisionEncoder, TextEncoder]]
+Pair = Callable[[str], tuple[Tower, Tower]]
 
 
 @pytest.fixture(scope="module")
-def encoders(tiny_family: Preset) -> Encoders:
-    """Both encoders of a pair, by its text family; each is loaded and compiled once."""
+def pair(tiny_family: Preset) -> Pair:
+    """Both towers of a pair, by its text family, loaded once; what a model takes over is these."""
 
     @functools.cache
-    def opened(text: str) -> tuple[VisionEncoder, TextEncoder]:
-        return VisionEncoder(tiny_family(PAIRS[text])), TextEncoder(tiny_family(text), LENGTH)
+    def opened(text: str) -> tuple[Tower, Tower]:
+        names = {"vision": PAIRS[text], "text": text}
+        presets = {k: resolve_preset(tiny_family(name)).tower(k) for k, name in names.items()}
+        loaded = {k: Tower(load_backbone(preset, "float32"), k) for k, preset in presets.items()}
+        return loaded["vision"], loaded["text"]
 
     return opened
+
+
+def rows_of(vision: Tower, text: Tower, k_txt: int) -> SimpleNamespace:
+    """Return the same three rows as both models want them."""
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(size=(3, 32, 32, 3)).astype(np.float32)
+    ids = rng.integers(5, 40, (3, 9), np.int32)
+    mask = np.arange(9) < np.array([[9], [4], [2]])
+    cached = {
+        "features": np.asarray(vision.lower(0)(vision.inputs(pixels)))[:, vision.leading_tokens :],
+        "hidden": np.asarray(text.lower(k_txt)(text.inputs(ids, mask))),
+        "padding_mask": mask,
+    }
+    given = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask.astype(np.int32)}
+    return SimpleNamespace(cached=cached, end_to_end=given)
 
 
 def test_every_family_is_run() -> None:
@@ -70,46 +89,43 @@ def test_every_family_is_run() -> None:
 
 
 @pytest.mark.parametrize(("name", "k_txt"), CUTS)
-def test_cached_is_end_to_end(encoders: Encoders, name: str, k_txt: int) -> None:
-    vision, text = encoders(name)
-    rows = Rows(vision, text, k_txt, random_images(3))
+def test_cached_is_end_to_end(tiny_family: Preset, pair: Pair, name: str, k_txt: int) -> None:
+    vision, text = pair(name)
+    rows, num_tokens = rows_of(vision, text, k_txt), vision.num_tokens - vision.leading_tokens
+    preset = resolve_preset(tiny_family(name)).tower("text")
     oracle = build_end_to_end(vision.backbone, text.backbone, settings(k_txt))
     for fast in (True, False) if k_txt == BLOCKS else (True,):
         train = settings(k_txt, fast_path=fast)
-        config = text.preset.config
-        sizes = (vision.width, vision.num_tokens)
-        model = build_cached_model(config, *sizes, train, feature_dtype="float32")
-        load_pretrained(model, text.preset)
+        model = build_cached_model(
+            preset.config, vision.width, num_tokens, train, feature_dtype="float32"
+        )
+        load_pretrained(model, preset)
         assert_same_numbers(model, oracle, rows)
-        assert count_parameters(config, vision.width, train) == model.count_params()
+        assert count_parameters(preset.config, vision.width, train) == model.count_params()
 
 
 @pytest.mark.parametrize("name", ["xlm_roberta", "albert", "clip"])
-def test_the_plain_model_is_the_end_to_end_model(tiny_family: Preset, name: str) -> None:
-    vision, text = VisionEncoder(tiny_family(PAIRS[name])), TextEncoder(tiny_family(name), LENGTH)
-    rows = Rows(vision, text, BLOCKS, random_images(3)).end_to_end
+def test_the_plain_model_is_the_end_to_end_model(pair: Pair, name: str) -> None:
+    vision, text = pair(name)
+    rows = rows_of(vision, text, BLOCKS).end_to_end
     expected = build_end_to_end(vision.backbone, text.backbone, settings(BLOCKS))
-    rng = np.random.default_rng(0)
-    for weight in trained_weights(expected).values():
-        weight.assign(rng.normal(size=weight.shape, scale=0.3))
-    logits = expected.predict_on_batch(rows)
+    logits = np.asarray(expected(rows))
     plain = build_plain(vision.backbone, text.backbone, settings(BLOCKS))
     transfer_to_plain(expected, plain, BLOCKS)
-    np.testing.assert_allclose(plain.predict_on_batch(rows), logits, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(plain(rows)), logits, atol=1e-6)
     # As it is imported again, when its operations have other names.
     described = json.loads(plain.to_json())
     again = json.loads(build_plain(vision.backbone, text.backbone, settings(BLOCKS)).to_json())
-    leading = FAMILIES[vision.preset.class_name].leading_tokens(vision.preset.config["config"])
-    assert differences(described, again, leading) == []
+    assert differences(described, again, vision.leading_tokens) == []
     modules = {type(layer).__module__.partition(".")[0] for layer in plain._flatten_layers()}
     assert modules == {"keras", "keras_hub"}
 
 
-def test_the_query_of_clip_is_its_end_token(encoders: Encoders) -> None:
+def test_the_query_of_clip_is_its_end_token(tiny_family: Preset) -> None:
     """As keras-hub's own pooler has it; what stands behind it, or is cut off, changes nothing."""
     from keras_hub.src.models.clip.clip_layers import CLIPTextPooler
 
-    _, text = encoders("clip")
+    text = TextEncoder(tiny_family("clip"), LENGTH)
     ids, mask = text.tokenize(["a dog", "The DOG runs in the park , the man is not on a red ball"])
     end = text.preprocessor.tokenizer.end_token_id
     assert ids[1, -1] == ids[0, mask[0].sum() - 1] == end
