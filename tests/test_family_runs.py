@@ -35,6 +35,8 @@ from trainer.model.sizes import count_parameters
 from trainer.model.weights import trained_weights
 
 BLOCKS, LENGTH = 3, 16
+# DistilBERT is in most other tests, and ALBERT's groups differ from its one in the model alone.
+OTHERWISE_RUN = ("distil_bert", "albert_groups")
 # Each family once at the least; "clip" and "siglip" have both towers.
 PAIRS = {
     "distil_bert": "vit_without_class_token",
@@ -172,7 +174,7 @@ def test_what_cannot_be_cut_is_one_line(tiny_family: Preset, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", PAIRS)
+@pytest.mark.parametrize("text", [text for text in PAIRS if text not in OTHERWISE_RUN])
 def test_from_photos_to_an_export(tiny_family: Preset, tmp_path: Path, text: str) -> None:
     vision = tiny_family(PAIRS[text])
     k_txt = BLOCKS if text == "albert" else 2
