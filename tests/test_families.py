@@ -159,8 +159,9 @@ def test_a_tower_changes_nothing_of_its_backbone(presets: dict[str, Path]) -> No
 @pytest.mark.parametrize("name", VISION)
 def test_leading_tokens(towers: dict[str, Tower], presets: dict[str, Path], name: str) -> None:
     assert towers[name].leading_tokens == LEADING[name]
-    backbone = towers[name].backbone
-    assert backbone.output.shape[1] == 16 + LEADING[name]
+    tower = towers[name]
+    pixels, _ = inputs_of(tower)
+    assert tower.num_tokens == tower.lower(0)(pixels).shape[1] == 16 + LEADING[name]
 
 
 @pytest.mark.parametrize("name", VISION)
