@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,20 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_presets import write_tiny_text
 
     return write_tiny_text(tmp_path_factory.mktemp("presets") / "tiny_text")
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of the preset of a tiny encoder, by its name in `TINY_FAMILIES`; written once."""
+    from tiny_presets import write_tiny_family
+
+    folder = tmp_path_factory.mktemp("families")
+
+    def written(name: str) -> Path:
+        path = folder / name
+        return path if path.exists() else write_tiny_family(name, path)
+
+    return written
 
 
 @pytest.fixture(scope="session")

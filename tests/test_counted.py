@@ -15,7 +15,7 @@ import trainer
 from featstore.care.info import describe_store
 from featstore.care.sources import extract_again
 from featstore.care.verify import verify_store
-from featstore.encoders import tower
+from featstore.encoders import tokens
 from featstore.errors import Advice, Command, StaleFeaturesError
 from featstore.extract import lengths
 from featstore.extract.lengths import LENGTHS, count_cut, find_cut
@@ -116,7 +116,7 @@ def test_sentences_are_counted_once_and_again_where_the_list_is_damaged(
 
     def counting(preset: object, sentences: list[str]) -> list[int]:
         counted.extend(sentences)
-        return tower.token_counts(preset, sentences)  # type: ignore[arg-type]
+        return tokens.token_counts(preset, sentences)  # type: ignore[arg-type]
 
     monkeypatch.setattr(lengths, "token_counts", counting)
     assert list(count_cut(opened, SENTENCES, preset).tokens) == CUT

@@ -322,7 +322,7 @@ class TestVision:
         )
         with pytest.raises(
             PresetError,
-            match=r"a ResNetBackbone cannot .* choose a ViT, DeiT or DINOv2 ",
+            match=r"a ResNetBackbone cannot .* choose a ViT, DeiT, DINOv2, ",
         ):
             Tower(resnet, "vision")
 

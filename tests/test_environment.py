@@ -422,8 +422,8 @@ def test_a_model_of_no_family_is_told_the_families(tmp_path: Path, model_type: s
     with pytest.raises(PresetError) as caught:
         resolve_preset(tmp_path)
     line = str(caught.value)
-    assert f"a {model_type} model is of no supported family" in line
-    assert titles("vision") == "ViT, DeiT or DINOv2"
+    assert f"a {model_type} model, which keras-hub converts into no supported family" in line
+    assert titles("vision") == "ViT, DeiT, DINOv2, DINOv3, CLIP or SigLIP"
     assert all(family.title in line for family in FAMILIES.values())
 
 
@@ -435,12 +435,12 @@ def test_a_model_of_a_family_is_told_how_to_convert_it(tmp_path: Path) -> None:
                 resolve_preset(tmp_path)
 
 
-@pytest.mark.parametrize("class_name", ["CLIPBackbone", "SigLIPBackbone"])
+@pytest.mark.parametrize("class_name", ["SwinTransformerBackbone", "ResNetBackbone"])
 def test_a_backbone_of_no_family_is_told_the_families(tmp_path: Path, class_name: str) -> None:
-    content = {"class_name": class_name, "config": {"vision_encoder": {}}}
+    content = {"class_name": class_name, "config": {}}
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.weights.h5").write_bytes(b"weights")
     config = tiny_config(tmp_path / "data", tmp_path, tmp_path)
     with pytest.raises(PresetError) as caught:
         vision_spec(config.encoders, config.store)
-    assert "choose a ViT, DeiT or DINOv2 preset" in str(caught.value)
+    assert "choose a ViT, DeiT, DINOv2, DINOv3, CLIP or SigLIP preset" in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import keras_hub
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_presets import TINY_FAMILIES, randomise, write_tiny_family
+from tiny_presets import TINY_FAMILIES, randomise
 
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.encoders.compiled import compile_forward
 from featstore.encoders.families import FAMILIES
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.spec import text_spec, vision_row_shape, vision_spec
-from featstore.encoders.tower import Tower, VisionEncoder, load_backbone
+from featstore.encoders.tower import Tower, VisionEncoder, load_backbone, run_blocks
 from featstore.errors import ConfigError, PresetError
 from featstore.extract.encode import encoding_of
 
@@ -30,14 +31,19 @@ LEADING = {
     "deit": 2,
     "dinov2": 1,
     "dinov2_registers": 5,
+    "dinov3": 3,
+    "clip_vision": 1,
+    "siglip_vision": 0,
 }
-CUTS = list(itertools.product(TINY_FAMILIES, range(BLOCKS + 1)))
+# One layer that runs three times is not to be parted.
+PARTS = [name for name in TINY_FAMILIES if name != "albert"]
+CUTS = [*itertools.product(PARTS, range(BLOCKS + 1)), ("albert", 0), ("albert", BLOCKS)]
+WITHOUT_DROPOUT = ("clip_vision", "siglip_vision", "clip_text")
 
 
 @pytest.fixture(scope="module")
-def presets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("families")
-    return {name: write_tiny_family(name, folder / name) for name in TINY_FAMILIES}
+def presets(tiny_family: Callable[[str], Path]) -> dict[str, Path]:
+    return {name: tiny_family(name) for name in TINY_FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,7 @@ def inputs_of(tower: Tower) -> tuple[Any, np.ndarray | None]:
 
 
 def whole(tower: Tower, inputs: Any) -> np.ndarray:
-    output = tower.backbone(inputs, training=False)
+    output = tower.whole(inputs, training=False)
     return np.asarray(output["sequence_output"] if isinstance(output, dict) else output)
 
 
@@ -85,16 +91,15 @@ def test_both_parts_together_are_the_backbone(towers: dict[str, Tower], name: st
         assert np.abs(np.asarray(hidden) - expected).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", TINY_FAMILIES)
+@pytest.mark.parametrize("name", PARTS)
 def test_each_cut_is_one_block_further_down(towers: dict[str, Tower], name: str) -> None:
     tower = towers[name]
     inputs, mask = inputs_of(tower)
     hidden = [np.asarray(tower.lower(k)(inputs)) for k in range(1, BLOCKS + 1)]
     for k in range(2, BLOCKS + 1):
         block = tower.upper_layers(k)[0]
-        masked = {} if mask is None else {"padding_mask": mask}
-        after = block(hidden[k - 1], training=False, **masked)
-        after = after[0] if isinstance(after, tuple) else after
+        given = mask if tower.family.query == "first" else None
+        after = run_blocks([block], hidden[k - 1], given, False, tower.arguments)
         np.testing.assert_allclose(np.asarray(after), hidden[k - 2], atol=1e-6)
 
 
@@ -111,11 +116,12 @@ def test_compiled_is_eager(towers: dict[str, Tower], name: str, k: int) -> None:
 def test_dropout_is_above_the_cut_alone(towers: dict[str, Tower], name: str) -> None:
     tower = towers[name]
     inputs, mask = inputs_of(tower)
-    hidden = tower.lower(1)(inputs)
-    np.testing.assert_array_equal(np.asarray(hidden), np.asarray(tower.lower(1)(inputs)))
-    still = np.asarray(tower.upper(1)(hidden, mask))
-    moved = np.asarray(tower.upper(1)(hidden, mask, training=True))
-    assert np.abs(moved - still).max() > 1e-3
+    k = tower.shared
+    hidden = tower.lower(k)(inputs)
+    np.testing.assert_array_equal(np.asarray(hidden), np.asarray(tower.lower(k)(inputs)))
+    still = np.asarray(tower.upper(k)(hidden, mask))
+    moved = np.asarray(tower.upper(k)(hidden, mask, training=True))
+    assert (np.abs(moved - still).max() > 1e-3) == (name not in WITHOUT_DROPOUT)
 
 
 @pytest.mark.parametrize("name", TINY_FAMILIES)
@@ -123,8 +129,9 @@ def test_upper_layers_hold_the_weights_above_the_cut(towers: dict[str, Tower], n
     tower = towers[name]
     assert tower.upper_layers(0) == []
     norm = [] if tower.norm is None else [tower.norm]
-    assert tower.upper_layers(2) == [*tower.blocks[1:], *norm]
-    assert (tower.norm is not None) == (tower.family.kind == "vision")
+    if tower.shared == 1:
+        assert tower.upper_layers(2) == [*tower.blocks[1:], *norm]
+    assert (tower.norm is not None) == tower.family.final_norm
     known = {id(weight) for weight in tower.backbone.weights}
     found = [weight for layer in tower.upper_layers(BLOCKS) for weight in layer.weights]
     assert found
@@ -152,17 +159,13 @@ def test_a_tower_changes_nothing_of_its_backbone(presets: dict[str, Path]) -> No
 @pytest.mark.parametrize("name", VISION)
 def test_leading_tokens(towers: dict[str, Tower], presets: dict[str, Path], name: str) -> None:
     assert towers[name].leading_tokens == LEADING[name]
-    backbone = towers[name].backbone
-    assert backbone.output.shape[1] == 16 + LEADING[name]
-
-
-def write_converter(folder: Path) -> None:
-    keras_hub.layers.ViTImageConverter(image_size=(32, 32)).save_to_preset(str(folder))
+    tower = towers[name]
+    pixels, _ = inputs_of(tower)
+    assert tower.num_tokens == tower.lower(0)(pixels).shape[1] == 16 + LEADING[name]
 
 
 @pytest.mark.parametrize("name", VISION)
 def test_row_shape_is_the_encoders(presets: dict[str, Path], tmp_path: Path, name: str) -> None:
-    write_converter(presets[name])
     encoders = EncodersConfig(vit=str(presets[name]))
     for tokens, count in (("patches", 16), ("all", 16 + LEADING[name])):
         spec = vision_spec(encoders, StoreConfig(root=str(tmp_path), tokens=tokens))
@@ -170,7 +173,6 @@ def test_row_shape_is_the_encoders(presets: dict[str, Path], tmp_path: Path, nam
 
 
 def test_each_boundary_has_its_own_fingerprint(presets: dict[str, Path], tmp_path: Path) -> None:
-    write_converter(presets["vit"])
     encoders, store = EncodersConfig(vit=str(presets["vit"])), StoreConfig(root=str(tmp_path))
     specs = [vision_spec(encoders, store, k) for k in range(BLOCKS + 1)]
     assert len({spec.fingerprint for spec in specs}) == BLOCKS + 1
@@ -182,11 +184,10 @@ def test_each_boundary_has_its_own_fingerprint(presets: dict[str, Path], tmp_pat
             vision_spec(encoders, store, k)
 
 
-@pytest.mark.parametrize("name", ["deit", "dinov2_registers"])
+@pytest.mark.parametrize("name", VISION)
 def test_photos_are_encoded_up_to_their_specs_boundary(
     presets: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    write_converter(presets[name])
     photo = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
     encoder = VisionEncoder(str(presets[name]))
@@ -203,7 +204,7 @@ def test_photos_are_encoded_up_to_their_specs_boundary(
 def test_a_preset_of_the_other_kind_is_refused(presets: dict[str, Path], tmp_path: Path) -> None:
     store = StoreConfig(root=str(tmp_path))
     encoders = EncodersConfig(vit=str(presets["bert"]), text=str(presets["vit"]))
-    with pytest.raises(PresetError, match=r"a BertBackbone .* choose a ViT, DeiT or DINOv2") as one:
+    with pytest.raises(PresetError, match=r"a BertBackbone .* choose a ViT, DeiT, DINOv2") as one:
         vision_spec(encoders, store)
     with pytest.raises(PresetError, match=r"a ViTBackbone .* DistilBERT, BERT, RoBERTa") as two:
         text_spec(encoders, store, 0)

@@ -6,6 +6,7 @@ For a folder nothing heavy is imported: `train` asks for fingerprints often.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 
 import xxhash
 
-from featstore.encoders.families import FAMILIES, titles
+from featstore.encoders.families import FAMILIES, TOWERS, TWO_TOWERS, titles
 from featstore.encoders.framework import import_framework
 from featstore.errors import FeatstoreError, PresetError
 from featstore.publish import read_checked, write_checked
@@ -125,6 +126,7 @@ class Preset:
         class_name: The backbone's class, such as `ViTBackbone`.
         weights_files: The local files that hold the weights.
         digests: Where the digest of the weights is kept.
+        part: Of a tower: the attribute of the preset's backbone that holds it.
     """
 
     name: str
@@ -133,6 +135,28 @@ class Preset:
     class_name: str
     weights_files: tuple[Path, ...] = field(repr=False)
     digests: Digests = field(repr=False, compare=False)
+    part: str = ""
+
+    def tower(self, kind: str) -> Preset:
+        """Return the tower for photos or sentences of a preset that has both; else itself.
+
+        Args:
+            kind: "vision" or "text".
+
+        Raises:
+            PresetError: The preset's configuration does not hold it.
+        """
+        if self.class_name not in TWO_TOWERS:
+            return self
+        part = TOWERS[kind]
+        inner = self.config["config"].get(part)
+        if not isinstance(inner, dict) or not isinstance(inner.get("config"), dict):
+            raise PresetError(
+                f"preset {self.name}: config.json of a {self.class_name} has no {part}; fetch or"
+                " save the preset again, with the installed keras-hub"
+            )
+        class_name = str(inner.get("class_name"))
+        return dataclasses.replace(self, config=inner, class_name=class_name, part=part)
 
     @functools.cached_property
     def weights_digest(self) -> str:
@@ -211,8 +235,9 @@ def _not_of_keras_hub(name: str, config: dict[str, Any]) -> PresetError:
     known = {model_type for family in FAMILIES.values() for model_type in family.model_types}
     if isinstance(found, str) and found not in known:
         return PresetError(
-            f"preset {name}: a {found} model is of no supported family; choose a"
-            f" {titles('vision')} preset for photos, a {titles('text')} preset for sentences"
+            f"preset {name}: a {found} model, which keras-hub converts into no supported family;"
+            f" choose a {titles('vision')} preset for photos, a {titles('text')} preset for"
+            " sentences"
         )
     return PresetError(
         f"preset {name}: config.json is not keras-hub's; convert it with"
@@ -303,6 +328,14 @@ def tokenizer_digest(preset: Preset) -> str:
 def one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def load_failure(preset: Preset, part: str, error: Exception) -> PresetError:
+    """Return the error that keras-hub cannot load a part of a preset."""
+    return PresetError(
+        f"preset {preset.name}: its {part} cannot be loaded ({one_line(error)}); fetch or save the"
+        " preset again, with the installed keras-hub"
+    )
 
 
 def _builtin_name(name: str) -> str:

@@ -177,7 +177,7 @@ def vision_spec(
         PresetError: The preset cannot be found or is not a vision encoder.
         ConfigError: The encoder has fewer than `k_vit` blocks.
     """
-    preset = resolve_preset(encoders.vit, digests)
+    preset = resolve_preset(encoders.vit, digests).tower("vision")
     family_of(preset.class_name, "vision", preset.name)
     fields = architecture(preset, "num_layers", "image_shape", "patch_size", "hidden_dim")
     layers = int(fields["num_layers"])
@@ -205,13 +205,13 @@ def text_spec(
 
     Raises:
         PresetError: The preset cannot be found or is not a text encoder.
-        ConfigError: The encoder has fewer than `k_txt` blocks.
+        ConfigError: The encoder has fewer than `k_txt` blocks, or is not to be cut there.
     """
-    preset = resolve_preset(encoders.text, digests)
-    family_of(preset.class_name, "text", preset.name)
+    preset = resolve_preset(encoders.text, digests).tower("text")
+    family = family_of(preset.class_name, "text", preset.name)
     fields = architecture(preset, "num_layers", "hidden_dim", "vocabulary_size")
     layers = int(fields["num_layers"])
-    check_k(k_txt, layers, "text")
+    check_k(k_txt, layers, "text", family.shared(fields))
     return TextSpec(
         encoder=preset.class_name,
         weights=preset.weights_digest,

@@ -7,7 +7,8 @@ is run once for each input and kept, what lies above is left to training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,13 @@ from featstore.encoders.presets import (
     IMAGE_CONVERTER_FILE,
     Preset,
     image_converter_fields,
-    one_line,
+    load_failure,
     resolve_preset,
 )
+from featstore.encoders.tokens import load_preprocessor
 from featstore.errors import ConfigError, PresetError
 
 TOKENIZE_ROWS = 4096
-# Tokens of a whole sentence are counted up to here, so many sentences at a time.
-MOST_COUNTED, COUNTED_ROWS = 4096, 256
 
 
 class Tower:
@@ -58,7 +58,15 @@ class Tower:
         self.blocks, self.norm = parts.blocks, parts.norm
         self.width = int(config["hidden_dim"])
         self.leading_tokens = self.family.leading_tokens(config)
+        self.shared = self.family.shared(config)
+        self.arguments = parts.arguments
+        pools = parts.leaving is not None
+        # Up to the hidden states that leave the norm.
+        self.whole = keras.Model(backbone.input, parts.leaving) if pools else backbone
+        # Of an image; a sentence has as many as it has.
+        self.num_tokens = 0
         if kind == "vision":
+            self.num_tokens = int(parts.num_tokens or self.whole.output.shape[1])
             self._check_image(config, name)
         self._embed = keras.Model(backbone.input, parts.entering)
 
@@ -69,7 +77,7 @@ class Tower:
                 f"vision preset {name}: expected images of shape (height, width, 3), found"
                 f" {shape[1:]}; choose another"
             )
-        found, expected = self.backbone.output.shape[1], self.leading_tokens + num_patches(config)
+        found, expected = self.num_tokens, self.leading_tokens + num_patches(config)
         if found != expected:
             raise PresetError(
                 f"vision preset {name}: expected {expected} tokens of an image, of which"
@@ -80,6 +88,14 @@ class Tower:
     def num_blocks(self) -> int:
         """Transformer blocks of the backbone."""
         return len(self.blocks)
+
+    def check_k(self, k: int) -> None:
+        """Check how many last blocks are left to training.
+
+        Raises:
+            ConfigError: `k` is outside 0..num_blocks, or would part blocks of one layer.
+        """
+        check_k(k, self.num_blocks, self.family.kind, self.shared)
 
     def inputs(self, first: Any, padding_mask: Any = None) -> Any:
         """Return what the backbone wants, in the structure that it wants.
@@ -92,7 +108,8 @@ class Tower:
         """
         if not isinstance(self.backbone.input, dict):
             return first
-        given = {"images": first, "token_ids": first, "padding_mask": padding_mask}
+        names = ("images", "pixel_values", "token_ids")
+        given = {**dict.fromkeys(names, first), "padding_mask": padding_mask}
         if "segment_ids" in self.backbone.input:
             # A lone sentence is all segment 0; the zeros keep the type of arrays and tensors alike.
             given["segment_ids"] = first * 0
@@ -112,16 +129,16 @@ class Tower:
         Raises:
             ConfigError: `k` is outside 0..num_blocks.
         """
-        check_k(k, self.num_blocks, self.family.kind)
+        self.check_k(k)
         blocks = self.blocks[: self.num_blocks - k]
 
         def run(inputs: Any) -> Any:
             if k == 0:
-                output = self.backbone(inputs, training=False)
+                output = self.whole(inputs, training=False)
                 return output["sequence_output"] if isinstance(output, dict) else output
             x = self._embed(inputs, training=False)
-            mask = inputs["padding_mask"] if self.family.kind == "text" else None
-            return _run_blocks(blocks, x, mask, training=False)
+            mask = inputs.get("padding_mask") if self.family.kind == "text" else None
+            return run_blocks(blocks, x, self._mask(mask), False, self.arguments)
 
         return run
 
@@ -140,11 +157,11 @@ class Tower:
         Raises:
             ConfigError: `k` is outside 0..num_blocks.
         """
-        check_k(k, self.num_blocks, self.family.kind)
+        self.check_k(k)
         blocks = self.blocks[self.num_blocks - k :]
 
         def run(hidden: Any, padding_mask: Any = None, training: bool | None = False) -> Any:
-            x = _run_blocks(blocks, hidden, padding_mask, training)
+            x = run_blocks(blocks, hidden, self._mask(padding_mask), training, self.arguments)
             return self.norm(x) if k and self.norm is not None else x
 
         return run
@@ -155,15 +172,35 @@ class Tower:
         Raises:
             ConfigError: `k` is outside 0..num_blocks.
         """
-        check_k(k, self.num_blocks, self.family.kind)
+        self.check_k(k)
         norm = [self.norm] if k and self.norm is not None else []
-        return [*self.blocks[self.num_blocks - k :], *norm]
+        # One that runs several times is there once.
+        return [*dict.fromkeys(self.blocks[self.num_blocks - k :]), *norm]
+
+    def _mask(self, padding_mask: Any) -> Any:
+        """Return the mask that the blocks take: a causal encoder's take none."""
+        return padding_mask if self.family.query == "first" else None
 
 
-def _run_blocks(blocks: Sequence[Any], x: Any, mask: Any, training: bool | None) -> Any:
-    masked = {} if mask is None else {"padding_mask": mask}
+def run_blocks(
+    blocks: Sequence[Any],
+    x: Any,
+    mask: Any,
+    training: bool | None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """Run blocks one after the other; see `Tower.upper`.
+
+    Args:
+        blocks: The blocks.
+        x: Hidden states that enter the first.
+        mask: The padding mask, for blocks that take one; else None.
+        training: Whether their dropout applies.
+        arguments: What else they take; see `Parts`.
+    """
+    given = {**arguments, **({} if mask is None else {"padding_mask": mask})}
     for block in blocks:
-        x = block(x, training=training, **masked)
+        x = block(x, training=training, **given)
         # DeiT's blocks return their attention scores too.
         x = x[0] if isinstance(x, tuple) else x
     return x
@@ -173,7 +210,8 @@ class _Encoder:
     """A preset's frozen backbone, compiled once for each place where it is cut."""
 
     def __init__(self, kind: str, preset: Preset | str, precision: str) -> None:
-        self.preset = preset if isinstance(preset, Preset) else resolve_preset(preset)
+        found = preset if isinstance(preset, Preset) else resolve_preset(preset)
+        self.preset = found.tower(kind)
         self.precision = precision
         family_of(self.preset.class_name, kind, self.preset.name)
         self.backbone = load_backbone(self.preset, precision)
@@ -222,17 +260,19 @@ class VisionEncoder(_Encoder):
         if tokens not in ("patches", "all"):
             raise ConfigError(f'[store] tokens must be "patches" or "all", found {tokens!r}')
         super().__init__("vision", preset, precision)
-        import keras_hub
+        import keras
 
         image_converter_fields(self.preset)
         self.first_token = self.tower.leading_tokens if tokens == "patches" else 0
+        saved = self.preset.read_json(IMAGE_CONVERTER_FILE) or {}
         try:
-            # float32 whatever Keras's global policy is: pixels are part of the fingerprint.
-            self.converter = keras_hub.layers.ImageConverter.from_preset(
-                self.preset.location, dtype="float32"
+            # float32 whatever Keras's global policy is: pixels are part of the fingerprint. By its
+            # own class: keras-hub knows of a lone tower's no converter.
+            self.converter = keras.saving.deserialize_keras_object(
+                {**saved, "config": {**saved["config"], "dtype": "float32"}}
             )
         except Exception as error:
-            raise _load_failure(self.preset, "image converter", error) from error
+            raise load_failure(self.preset, "image converter", error) from error
         if tuple(self.converter.image_size) != self.image_size:
             raise PresetError(
                 f"preset {self.preset.name}: the image converter gives"
@@ -250,7 +290,7 @@ class VisionEncoder(_Encoder):
     @property
     def num_tokens(self) -> int:
         """Tokens of one image, after `tokens` was applied."""
-        return int(self.backbone.output.shape[1]) - self.first_token
+        return self.tower.num_tokens - self.first_token
 
     def to_pixels(self, image: np.ndarray) -> np.ndarray:
         """Convert one photo as the preset asks; may be called from several threads.
@@ -313,7 +353,7 @@ class TextEncoder(_Encoder):
                 f"[encoders] sequence_length must be at most {limit}, the positions of preset"
                 f" {self.preset.name}; found {sequence_length}"
             )
-        self.preprocessor = _load_preprocessor(self.preset, sequence_length)
+        self.preprocessor = load_preprocessor(self.preset, sequence_length)
 
     @pinned_framework()
     def tokenize(self, sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -351,33 +391,6 @@ class TextEncoder(_Encoder):
         return self._encode(self.tower.inputs(token_ids, padding_mask), k_txt)
 
 
-def _load_preprocessor(preset: Preset, sequence_length: int) -> Any:
-    """Load what turns sentences of a preset into token ids, without its backbone."""
-    import keras_hub
-
-    try:
-        return keras_hub.models.TextClassifierPreprocessor.from_preset(
-            preset.location, sequence_length=sequence_length
-        )
-    except Exception as error:
-        raise _load_failure(preset, "tokenizer", error) from error
-
-
-@pinned_framework()
-def token_counts(preset: Preset, sentences: Sequence[str]) -> list[int]:
-    """Return the tokens of whole sentences, start and end included; `MOST_COUNTED` at most.
-
-    Raises:
-        PresetError: The tokenizer cannot be loaded.
-    """
-    preprocessor = _load_preprocessor(preset, MOST_COUNTED)
-    counts: list[int] = []
-    for start in range(0, len(sentences), COUNTED_ROWS):
-        packed = preprocessor(list(sentences[start : start + COUNTED_ROWS]))
-        counts += np.asarray(packed["padding_mask"]).sum(axis=1).tolist()
-    return counts
-
-
 @pinned_framework()
 def load_backbone(preset: Preset, precision: str) -> Any:
     """Load a preset's backbone with its weights.
@@ -393,13 +406,17 @@ def load_backbone(preset: Preset, precision: str) -> Any:
     import keras_hub
 
     try:
-        return keras_hub.models.Backbone.from_preset(preset.location, dtype=precision)
+        backbone = keras_hub.models.Backbone.from_preset(preset.location, dtype=precision)
+        return _tower_of(backbone, preset.part, precision) if preset.part else backbone
     except Exception as error:
-        raise _load_failure(preset, "backbone", error) from error
+        raise load_failure(preset, "backbone", error) from error
 
 
-def _load_failure(preset: Preset, part: str, error: Exception) -> PresetError:
-    return PresetError(
-        f"preset {preset.name}: its {part} cannot be loaded ({one_line(error)}); fetch or save the"
-        " preset again, with the installed keras-hub"
-    )
+def _tower_of(backbone: Any, part: str, precision: str) -> Any:
+    """Return one tower of two, in a precision that keras-hub gives to what is around them."""
+    tower = getattr(backbone, part)
+    if tower.dtype_policy.name == precision:
+        return tower
+    cast = type(tower).from_config({**tower.get_config(), "dtype": precision})
+    cast.set_weights(tower.get_weights())
+    return cast

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.encoders.presets import resolve_preset
-from featstore.encoders.tower import token_counts
+from featstore.encoders.tokens import token_counts
 from featstore.errors import FeatstoreError, counted, short
 from featstore.publish import read_checked, write_checked
 from featstore.store.store import TextStore

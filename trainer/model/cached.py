@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import h5py
 import keras
 
-from featstore.encoders.families import check_k, family_of
+from featstore.encoders.families import FAMILIES, check_k, family_of
 from featstore.encoders.framework import pinned_framework
 from featstore.encoders.presets import WEIGHTS_FILE, Preset
 from featstore.encoders.spec import QUANTISED
@@ -41,7 +42,7 @@ def text_layer_configs(text_config: Mapping[str, Any], k_txt: int) -> list[dict[
         k_txt: How many layers.
 
     Returns:
-        `get_config()` of each layer, in the order in which they run.
+        `layer_configs` of a `TextTail`; one that runs several times is there once.
 
     Raises:
         ConfigError: `k_txt` is outside 0..number of layers.
@@ -50,18 +51,38 @@ def text_layer_configs(text_config: Mapping[str, Any], k_txt: int) -> list[dict[
     import keras_hub
 
     name = str(text_config["class_name"])
-    family_of(name, "text", name)
-    num_layers = int(text_config["config"]["num_layers"])
-    check_k(k_txt, num_layers, "text")
+    family = family_of(name, "text", name)
+    settings = text_config["config"]
+    num_layers, shared = int(settings["num_layers"]), family.shared(settings)
+    check_k(k_txt, num_layers, "text", shared)
     # keras-hub alone knows how its class sets up a layer: ask a backbone of that class, made small
     # where size does not matter.
-    arguments = {**text_config["config"], "dtype": "float32", "num_layers": 1}
-    template_arguments = {**arguments, "vocabulary_size": 8, "max_sequence_length": 8}
-    template = getattr(keras_hub.models, name).from_config(template_arguments)
-    layer = Tower(template, "text").blocks[0]
+    small = {"num_layers": 1, "vocabulary_size": 8, "max_sequence_length": 8}
+    small |= {"num_groups": 1} if "num_groups" in settings else {}
+    arguments = {**settings, "dtype": "float32", **small}
+    template = getattr(keras_hub.models, name).from_config(arguments)
+    block, *norm = Tower(template, "text").upper_layers(1)
+    layers = range((num_layers - k_txt) // shared, num_layers // shared)
+    configs = [_layer_config(block, _NUMBER.sub(rf"{i}\g<1>", block.name)) for i in layers]
+    return configs + [_layer_config(layer, layer.name) for layer in norm if k_txt]
+
+
+# The number of the first layer in its name: `transformer_layer_0`, of ALBERT
+# `group_0_inner_layer_0`.
+_NUMBER = re.compile(r"0(_inner_layer_0)?$")
+
+
+def _layer_config(layer: Any, name: str) -> dict[str, Any]:
+    """Return what `TextTail` makes a layer of, without its dtype, under another name."""
+    import keras_hub
+
     config = {key: value for key, value in layer.get_config().items() if key != "dtype"}
-    stem = config["name"].removesuffix("0")
-    return [{**config, "name": f"{stem}{i}"} for i in range(num_layers - k_txt, num_layers)]
+    config["name"] = name
+    if type(layer) is keras_hub.layers.TransformerEncoder:
+        return config
+    saved = keras.saving.serialize_keras_object(layer)
+    names = ("module", "class_name", "registered_name")
+    return {**{name: saved[name] for name in names}, "config": config}
 
 
 @pinned_framework()
@@ -107,8 +128,17 @@ def build_cached_model(
     padding_mask = keras.Input((None,), dtype="bool", name="padding_mask")
     inputs["padding_mask"] = padding_mask
     configs = text_layer_configs(text_config, train.k_txt)
+    family = FAMILIES[text_config["class_name"]]
+    runs = family.shared(text_config["config"])
     with seeded(f"text {train.seed}"):
-        tail = TextTail(configs, fast=train.fast_path, dtype=train.dtype_policy, name=TAIL_NAME)
+        tail = TextTail(
+            configs,
+            fast=train.fast_path,
+            runs=runs,
+            query=family.query,
+            dtype=train.dtype_policy,
+            name=TAIL_NAME,
+        )
         cls = tail(hidden, padding_mask=padding_mask)
     with seeded(f"head {train.seed}"):
         logit = apply_head(cls, features, train, fast=train.fast_path)
@@ -174,6 +204,7 @@ def load_text_layers(model: keras.Model, text_backbone: Any) -> None:
         RunError: A weight's shape differs.
     """
     tail = model.get_layer(TAIL_NAME).transformer_layers
-    source = Tower(text_backbone, "text").upper_layers(len(tail))
-    for layer, pretrained in zip(tail, source, strict=True):
+    tower = Tower(text_backbone, "text")
+    source = tower.upper_layers(tower.num_blocks)
+    for layer, pretrained in zip(tail, source[len(source) - len(tail) :], strict=True):
         copy_weights(layer_weights(pretrained), layer_weights(layer))

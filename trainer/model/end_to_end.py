@@ -11,6 +11,7 @@ from featstore.encoders.tower import Tower
 from featstore.errors import PresetError
 from trainer.config import TrainConfig
 from trainer.model.head import TEXT_NAME, VISION_NAME, apply_head
+from trainer.model.tails import query_token
 from trainer.model.weights import seeded, trained_weights
 
 
@@ -100,7 +101,7 @@ class FrozenVision(_TowerLayer):
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Return (batch, tokens, width)."""
-        return (input_shape[0], self.backbone.output.shape[1] - self._skipped, self.tower.width)
+        return (input_shape[0], self.tower.num_tokens - self._skipped, self.tower.width)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -135,9 +136,10 @@ class TextTower(_TowerLayer):
             training: Whether the dropout of the trained blocks applies.
 
         Returns:
-            Shape (batch, 1, width): the state of the first token.
+            Shape (batch, 1, width): the state of the token that the head reads.
         """
-        return self.run(token_ids, attention_mask, training)[:, :1]
+        states = self.run(token_ids, attention_mask, training)
+        return query_token(states, attention_mask, self.tower.family.query)
 
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...], **_: Any

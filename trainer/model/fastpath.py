@@ -7,8 +7,8 @@ variables and dropout generators, in a form of few large matrix products:
   can be regrouped so that no token is projected: `(W_kᵀ q)·x_j` for the scores,
   and `W_v (Σ a_j x_j) + b_v Σ a_j` for the result. `Σ a_j` stays because dropout
   on the scores moves it away from 1.
-- Only the first token leaves the text tower, so its last layer needs the query,
-  output projection and feed-forward of one token.
+- Only one token leaves the text tower (the first, of CLIP the last), so its last
+  layer needs the query, output projection and feed-forward of that token.
 - Dense products are taken over (rows · tokens, width) matrices. Over
   (rows, tokens, width) the gradient of a kernel becomes one product a row,
   added up afterwards, which costs several times as much.
@@ -418,3 +418,40 @@ def first_token_layer(
         layer._self_attention_layer, tokens[:, 0], tokens, mask, training, queries=length
     )
     return ops.expand_dims(_after_attention(layer, x, y, drop), 1)
+
+
+def last_token(states: Any, padding_mask: Any) -> Any:
+    """Return the state of each row's last real token, of shape (batch, 1, width).
+
+    As a sum in which one term is not zero: exact, and any other program has its operations.
+
+    Args:
+        states: Float of shape (batch, length, width).
+        padding_mask: Bool or int32 of shape (batch, length); padding is at the end.
+    """
+    mask = ops.cast(padding_mask, "int32")
+    reached = ops.equal(ops.cumsum(mask, axis=1), ops.sum(mask, axis=1, keepdims=True))
+    picked = ops.cast(reached, states.dtype) * ops.cast(mask, states.dtype)
+    return ops.sum(states * ops.expand_dims(picked, -1), axis=1, keepdims=True)
+
+
+def last_token_layer(layer: Any, hidden: Any, padding_mask: Any) -> Any:
+    """Run a built, causal keras-hub `CLIPEncoderLayer` for each row's last real token only.
+
+    That token sees the real tokens and nothing else, so that the padding mask is its mask. The
+    layer has no dropout.
+
+    Args:
+        layer: The layer.
+        hidden: Float of shape (batch, length, width).
+        padding_mask: Bool of shape (batch, length); padding is at the end.
+
+    Returns:
+        Shape (batch, 1, width).
+    """
+    tokens = layer.layer_norm_1(hidden)
+    query = last_token(tokens, padding_mask)[:, 0]
+    y, _ = single_query_attention(layer.attention, query, tokens, ops.cast(padding_mask, "bool"))
+    x = last_token(ops.cast(hidden, y.dtype), padding_mask)[:, 0] + y
+    y = layer.activation(apply_dense(layer.dense_1, layer.layer_norm_2(x)))
+    return ops.expand_dims(x + apply_dense(layer.dense_2, y), 1)

@@ -7,10 +7,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from featstore.encoders.families import check_k
 from featstore.encoders.framework import pinned_framework
 from featstore.encoders.tower import Tower
 from trainer.config import TrainConfig
+from trainer.model.fastpath import last_token
 from trainer.model.head import HEAD_LAYERS, TEXT_NAME, VISION_NAME, apply_head
 from trainer.model.weights import copy_weights, layer_weights, seeded, trained_weights
 
@@ -32,7 +32,7 @@ def build_plain(
 
     Args:
         vision_backbone: keras-hub backbone with its weights. It is taken over: named
-            `vit_backbone`, and frozen.
+            `vit_backbone`, and frozen. Of one that pools its tokens, the part before that is.
         text_backbone: keras-hub backbone with its weights. It is taken over: named
             `txt_backbone`, all but its last `train.k_txt` layers frozen.
         train: `k_txt`, the head's sizes, `seed` and `dtype_policy` are used. The head has
@@ -49,22 +49,24 @@ def build_plain(
         PresetError: A backbone is of no family, or has the wrong shape.
     """
     vision, text = Tower(vision_backbone, "vision"), Tower(text_backbone, "text")
-    check_k(train.k_txt, text.num_blocks, "text")
-    vision_backbone.name, text_backbone.name = VISION_NAME, TEXT_NAME
+    text.check_k(train.k_txt)
+    vision.whole.name, text_backbone.name = VISION_NAME, TEXT_NAME
     _freeze(vision_backbone, [])
+    _freeze(vision.whole, [])
     _freeze(text_backbone, text.upper_layers(train.k_txt))
     pixels = keras.Input(vision_backbone.inputs[0].shape[1:], name="pixel_values")
     input_ids = keras.Input((None,), dtype="int32", name="input_ids")
     attention_mask = keras.Input((None,), dtype="int32", name="attention_mask")
-    features = vision_backbone(vision.inputs(pixels), training=False)
+    features = vision.whole(vision.inputs(pixels), training=False)
     if tokens == "patches" and vision.leading_tokens:
         features = features[:, vision.leading_tokens :]
     states = text_backbone(text.inputs(input_ids, attention_mask))
     # BERT's output has more than the hidden states.
     states = states["sequence_output"] if isinstance(states, dict) else states
-    cls = ops.expand_dims(states[:, 0], 1)
+    first = text.family.query == "first"
+    query = ops.expand_dims(states[:, 0], 1) if first else last_token(states, attention_mask)
     with seeded(f"head {train.seed}"):
-        logit = apply_head(cls, features, train, fast=False)
+        logit = apply_head(query, features, train, fast=False)
     inputs = {
         "pixel_values": pixels,
         "input_ids": input_ids,

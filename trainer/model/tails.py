@@ -7,33 +7,52 @@ from typing import Any
 import keras
 from keras import ops
 
-from trainer.model.fastpath import encoder_layer, first_token_layer
+from trainer.model.fastpath import (
+    encoder_layer,
+    first_token_layer,
+    last_token,
+    last_token_layer,
+)
+
+
+def query_token(states: Any, padding_mask: Any, query: str) -> Any:
+    """Return the state of the token that the head reads, of shape (batch, 1, width).
+
+    Args:
+        states: Float of shape (batch, length, width).
+        padding_mask: Bool or int32 of shape (batch, length); padding is at the end.
+        query: "first" or "last"; see `featstore.encoders.families.Family`.
+    """
+    return states[:, :1] if query == "first" else last_token(states, padding_mask)
 
 
 @keras.saving.register_keras_serializable(package="featstore")
 class TextTail(keras.layers.Layer):
-    """The last layers of a text backbone, of which only the first token's state leaves.
+    """The last layers of a text backbone, of which only one token's state leaves.
 
     Args:
-        layer_configs: `get_config()` of each keras-hub `TransformerEncoder`,
-            in the order in which they run. None at all: the layer only picks
-            the first token.
-        fast: Run the layers by `trainer.model.fastpath`, the last for the first
+        layer_configs: Of each layer, in the order in which they run: of a
+            keras-hub `TransformerEncoder` its `get_config()`, of others (such
+            as a final norm) what `keras.saving.serialize_keras_object` makes.
+            None at all: the layer only picks the token.
+        fast: Run the layers by `trainer.model.fastpath`, the last for the one
             token alone. Weights, draws and result are the plain layers'.
+        runs: How often each layer runs before the next does.
+        query: The token that leaves: "first" or "last".
     """
 
     def __init__(
-        self, layer_configs: list[dict[str, Any]], fast: bool = True, **kwargs: Any
+        self,
+        layer_configs: list[dict[str, Any]],
+        fast: bool = True,
+        runs: int = 1,
+        query: str = "first",
+        **kwargs: Any,
     ) -> None:
-        import keras_hub
-
         super().__init__(**kwargs)
         self.layer_configs = layer_configs
-        self.fast = fast
-        self.transformer_layers = [
-            keras_hub.layers.TransformerEncoder.from_config({**config, "dtype": self.dtype_policy})
-            for config in layer_configs
-        ]
+        self.fast, self.runs, self.query = fast, runs, query
+        self.transformer_layers = [_layer_of(config, self.dtype_policy) for config in layer_configs]
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Create the layers' variables for hidden states of `input_shape`."""
@@ -52,16 +71,34 @@ class TextTail(keras.layers.Layer):
             training: Whether the layers' own dropout applies.
 
         Returns:
-            Shape (batch, 1, width): the state of the first token.
+            Shape (batch, 1, width): the state of the one token.
         """
+        steps = [layer for layer in self.transformer_layers for _ in range(self.runs)]
+        norms = [step for step in steps if isinstance(step, keras.layers.LayerNormalization)]
+        blocks = steps[: len(steps) - len(norms)]
         x = hidden
-        if not self.fast or not self.transformer_layers:
-            for layer in self.transformer_layers:
-                x = layer(x, padding_mask=padding_mask, training=training)
-            return ops.expand_dims(x[:, 0], 1)
-        for layer in self.transformer_layers[:-1]:
-            x = encoder_layer(layer, x, padding_mask, training)
-        return first_token_layer(self.transformer_layers[-1], x, padding_mask, training)
+        if self.fast and blocks:
+            for block in blocks[:-1]:
+                x = self._run(block, x, padding_mask, training)
+            if self.query == "first":
+                x = first_token_layer(blocks[-1], x, padding_mask, training)
+            else:
+                x = last_token_layer(blocks[-1], x, padding_mask)
+        else:
+            for block in blocks:
+                x = self._run(block, x, padding_mask, training)
+            x = query_token(x, padding_mask, self.query)
+        for norm in norms:
+            x = norm(x)
+        return x
+
+    def _run(self, block: Any, x: Any, padding_mask: Any, training: bool | None) -> Any:
+        if self.query == "last":
+            # Causal: no real token sees the padding behind it.
+            return block(x, training=training)
+        if self.fast:
+            return encoder_layer(block, x, padding_mask, training)
+        return block(x, padding_mask=padding_mask, training=training)
 
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...], **_: Any
@@ -71,8 +108,18 @@ class TextTail(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        config = super().get_config()
-        return {**config, "layer_configs": self.layer_configs, "fast": self.fast}
+        names = ("layer_configs", "fast", "runs", "query")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+def _layer_of(config: dict[str, Any], policy: Any) -> Any:
+    """Make a layer of `TextTail.layer_configs`."""
+    import keras_hub
+
+    if "class_name" not in config:
+        return keras_hub.layers.TransformerEncoder.from_config({**config, "dtype": policy})
+    inner = {**config["config"], "dtype": policy.name}
+    return keras.saving.deserialize_keras_object({**config, "config": inner})
 
 
 @keras.saving.register_keras_serializable(package="featstore")

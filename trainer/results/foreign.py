@@ -108,7 +108,10 @@ def read_model(file: Path, kind: str, project: Project, k_txt: int | None) -> Fo
     if card is not None:
         card.check(project)
     train = dataclasses.replace(config.train, k_txt=0, dtype_policy="float32")
-    presets = resolve_preset(config.encoders.vit), resolve_preset(config.encoders.text)
+    presets = (
+        resolve_preset(config.encoders.vit).tower("vision"),
+        resolve_preset(config.encoders.text).tower("text"),
+    )
     num_bytes = sum(part.stat().st_size for preset in presets for part in preset.weights_files)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(open_weights(file, kind, num_bytes))
@@ -248,7 +251,8 @@ def trained_layers(
     Raises:
         RunError: Other layers differ: then the stored features are not the file's.
     """
-    blocks = {layer.name: i for i, layer in enumerate(text.blocks)}
+    # Of a layer that runs several times, the first.
+    blocks = {layer.name: i for i, layer in reversed([*enumerate(text.blocks)])}
     if text.norm is not None:
         blocks[text.norm.name] = text.num_blocks - 1  # It trains with the last block.
     lowest, rounded = text.num_blocks, False

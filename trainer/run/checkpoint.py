@@ -41,7 +41,7 @@ def build_model(config: Config, row_shape: tuple[int, int]) -> keras.Model:
         row_shape: Tokens and width of the image features.
     """
     tokens, width = row_shape
-    text = resolve_preset(config.encoders.text)
+    text = resolve_preset(config.encoders.text).tower("text")
     return build_cached_model(
         text.config, width, tokens, config.train, feature_dtype=config.store.dtype
     )

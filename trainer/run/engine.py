@@ -123,7 +123,7 @@ class Engine:
         # Every layer that Keras makes draws a seed from Python's random state, used or not.
         with seeded("spared"), _watched_weights() as initializers:
             self.model = build_model(config, row_shape)
-            load_pretrained(self.model, resolve_preset(config.encoders.text))
+            load_pretrained(self.model, resolve_preset(config.encoders.text).tower("text"))
         self.optimizer = make_optimizer(train)
         self.optimizer.build(self.model.trainable_variables)
         if not again:
