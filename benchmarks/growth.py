@@ -48,7 +48,7 @@ def _rows(root: Path, vision: VisionSpec, text: TextSpec, size: Size) -> CachedR
         np.arange(images.rows),
         generator.integers(0, sentences.rows, images.rows),
         generator.integers(0, 2, images.rows).astype(np.int8),
-        k_txt=0,
+        whole=False,
     )
 
 

@@ -32,7 +32,7 @@ from trainer.config import TrainConfig
 from trainer.model.cached import build_cached_model
 from trainer.model.end_to_end import build_end_to_end
 from trainer.run.optimizer import make_optimizer
-from trainer.run.step import Stepper, binary_cross_entropy, make_stepper
+from trainer.run.step import Stepper, cross_entropy, make_stepper
 
 
 def random_batch(rows: int, length: int, seed: int = 0, size: Size = STUDY) -> Batch:
@@ -176,7 +176,7 @@ def end_to_end(
     def train_step() -> Any:
         with tf.GradientTape() as tape:
             logits = model(inputs, training=True)[:, 0]
-            loss = binary_cross_entropy(labels, logits, weights)
+            loss = cross_entropy(labels, logits, weights)
         optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
         return loss
 

@@ -73,7 +73,7 @@ def end_to_end_seconds(run: Path, ks: Sequence[int], rounds: int = 3) -> dict[in
     from trainer.model.end_to_end import build_end_to_end
     from trainer.run.folder import Run
     from trainer.run.optimizer import make_optimizer
-    from trainer.run.step import binary_cross_entropy
+    from trainer.run.step import cross_entropy
 
     config = Run(run).config
     rng = np.random.default_rng(0)
@@ -100,7 +100,7 @@ def end_to_end_seconds(run: Path, ks: Sequence[int], rounds: int = 3) -> dict[in
             model: Any = model, optimizer: Any = optimizer, inputs: Any = inputs, y: Any = labels
         ) -> Any:
             with tf.GradientTape() as tape:
-                loss = binary_cross_entropy(y, model(inputs, training=True)[:, 0], tf.ones_like(y))
+                loss = cross_entropy(y, model(inputs, training=True)[:, 0], tf.ones_like(y))
             gradients = tape.gradient(loss, model.trainable_variables)
             optimizer.apply(gradients, model.trainable_variables)
             return loss

@@ -49,6 +49,13 @@ class DataConfig:
     encoding: str = setting(
         "", "text encoding of the row files; empty: UTF-8, or told from the bytes and said"
     )
+    classes: int = setting(
+        2,
+        "classes told apart: 2, neutral rows being left out, or 3 with neutral",
+        minimum=2,
+        maximum=3,
+        before=2,
+    )
 
 
 @dataclass(frozen=True)

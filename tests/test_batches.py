@@ -59,7 +59,7 @@ def make_rows(
         rng.integers(0, IMAGES, count),
         rng.integers(0, len(SENTENCE_LENGTHS), count),
         rng.integers(0, 2, count).astype(np.int8),
-        k_txt=k_txt,
+        whole=k_txt > 0,
         control=control,
     )
 

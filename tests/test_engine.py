@@ -85,6 +85,7 @@ def assert_as_new(engine: Engine, config: Config) -> None:
         {"k_txt": 1, "dtype_policy": "mixed_float16"},
         {"k_txt": 4, "dtype_policy": "mixed_bfloat16", "num_heads": 4},
         {"k_txt": 1, "dtype_policy": "mixed_float16", "accumulate_steps": 2, "ema_momentum": 0.9},
+        {"k_txt": 0, "queries": "all", "fusion_layers": 2},
     ],
     ids=str,
 )
@@ -201,6 +202,8 @@ def test_engines_are_shared_by_architecture_alone(tiny_text: Path) -> None:
         {"weight_decay": 0.0},
         {"clipnorm": 0.0},
         {"fast_path": False},
+        {"queries": "all"},
+        {"fusion_layers": 2},
     ):
         assert architecture(with_train(base, **changes), ROW_SHAPE, "t") != same
     options = [
@@ -219,6 +222,8 @@ def test_engines_are_shared_by_architecture_alone(tiny_text: Path) -> None:
         with_train(plain, dropout=0.3), ROW_SHAPE, "t"
     )
     assert architecture(base, ROW_SHAPE, "u") != same
+    of_three = dataclasses.replace(base, data=dataclasses.replace(base.data, classes=3))
+    assert architecture(of_three, ROW_SHAPE, "t") != same
     assert architecture(base, (17, 16), "t") != same
 
 
@@ -348,19 +353,29 @@ def test_real_pretrained_layers_are_read_alone(
         {"k_txt": 3, "mlp_dim": 5},
         {"k_txt": 1, "num_heads": 0, "head_dim": 8},
         {"k_txt": 4, "num_heads": 3, "head_dim": 5},
+        {"k_txt": 1, "queries": "all", "fusion_layers": 3},
     ],
     ids=json.dumps,
 )
-def test_parameters_are_counted_without_a_model(tiny_text: Path, train: dict[str, Any]) -> None:
+@pytest.mark.parametrize("classes", [2, 3])
+def test_parameters_are_counted_without_a_model(
+    tiny_text: Path, train: dict[str, Any], classes: int
+) -> None:
     config = config_of(tiny_text, **train)
     text = resolve_preset(str(tiny_text)).config
-    model = build_cached_model(text, 24, 16, config.train)
+    model = build_cached_model(text, 24, 16, config.train, classes=classes)
     expected = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-    assert count_parameters(text, 24, config.train) == expected
+    assert count_parameters(text, 24, config.train, classes) == expected
 
 
 def test_the_study_has_its_parameters() -> None:
     text = {"config": {"hidden_dim": 768, "intermediate_dim": 3072}}
+    head = {"k_txt": 0, "num_heads": 12, "head_dim": 64, "mlp_dim": 512}
+    assert count_parameters(text, 768, TrainConfig(**head)) == 2_758_145
+    # A fusion layer: four projections of 768 and a normalisation.
+    more = count_parameters(text, 768, TrainConfig(**head, fusion_layers=2))
+    assert more - 2_758_145 == 4 * (768**2 + 768) + 2 * 768
+    assert count_parameters(text, 768, TrainConfig(**head), 3) - 2_758_145 == 2 * 513
     layer = count_parameters(text, 768, TrainConfig(k_txt=1)) - count_parameters(
         text, 768, TrainConfig(k_txt=0)
     )

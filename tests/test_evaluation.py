@@ -554,7 +554,7 @@ def test_the_description_names_every_field(run: trainer.Run, spoken: Any, tmp_pa
     text = (Path(__file__).parent.parent / "docs" / "EVALUATION.md").read_text()
     described = {
         name
-        for line in text.split("## Every figure")[1].splitlines()
+        for line in text.split("## Every figure")[1].split("\n## ")[0].splitlines()
         if line.startswith("| `")
         for name in re.findall(r"`(\w+)`", line.split("|")[1])
     }

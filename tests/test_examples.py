@@ -22,7 +22,7 @@ from featstore.data.examples import (
     RowIssue,
     UnusableRowsError,
     drop_missing,
-    require_both_classes,
+    require_every_class,
     summarise,
     write_report,
 )
@@ -397,11 +397,35 @@ def test_not_a_file(tmp_path: Path) -> None:
         read_examples(tmp_path / "pipe")
 
 
-def test_require_both_classes(rows: Path) -> None:
+def test_three_classes_keep_neutral_rows(rows: Path) -> None:
+    lines = [a2(Hypothesis=f"h{i}", Label=label) for i, label in enumerate(("neutral", "N", 1, 0))]
+    path = jsonl(rows, *lines, a2(Hypothesis="h0"), a2(Hypothesis="h9", Label="none"))
+    two, three = read_examples(path), read_examples(path, classes=3)
+    assert two.examples.labels.tolist() == [1, 0, 1]
+    assert [issue.reason for issue in two.issues] == ["neutral", "neutral", "unknown label"]
+    assert three.examples.labels.tolist() == [2, 2, 1, 0, 1]
+    # What contradicts a neutral row is another label, wherever it stands.
+    assert [(i.line, i.reason, i.detail) for i in three.issues] == [
+        (1, "conflicting labels", "the other label stands in line 5"),
+        (5, "conflicting labels", "the other label stands in line 1"),
+        (6, "unknown label", "label 'none'"),
+    ]
+    require_every_class(three.examples, "train", 3)
+    with pytest.raises(DataError, match=r"all three classes, found 0 contradiction.*--classes 2"):
+        require_every_class(three.examples.select([0, 2]), "train", 3)
+    alone = jsonl(rows, lines[0])
+    with pytest.raises(RowError, match="--classes 3 keeps neutral rows"):
+        read_examples(alone)
+    ids = jsonl(rows, *(a2(Hypothesis=f"h{i}", Label=i) for i in range(3)))
+    with pytest.raises(RowError, match="would be read inverted"):
+        read_examples(ids, classes=3)
+
+
+def test_require_every_class(rows: Path) -> None:
     both = read_examples(jsonl(rows, A2, a2(Label=0, Hypothesis="b"))).examples
-    require_both_classes(both, "train")
+    require_every_class(both, "train")
     with pytest.raises(DataError, match=r"train: .*found 0 contradiction, 1 entailment"):
-        require_both_classes(both.select([0]), "train")
+        require_every_class(both.select([0]), "train")
 
 
 def test_drop_missing_keeps_order_and_asks_once(rows: Path) -> None:

@@ -52,23 +52,25 @@ def tiny(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("vision", "text", "tokens", "k_txt"),
+    ("vision", "text", "tokens", "k_txt", "head", "classes"),
     [
-        ("vit", "distil_bert", "all", 0),
-        ("vit", "bert", "patches", 2),
-        pytest.param("deit", "distil_bert", "patches", 3, marks=pytest.mark.slow),
-        pytest.param("dinov2_registers", "roberta", "patches", 1, marks=pytest.mark.slow),
+        ("vit", "distil_bert", "all", 0, {}, 2),
+        ("vit", "bert", "patches", 2, {}, 2),
+        ("vit", "distil_bert", "patches", 1, {"queries": "all", "fusion_layers": 2}, 3),
+        pytest.param("deit", "distil_bert", "patches", 3, {}, 2, marks=pytest.mark.slow),
+        pytest.param("dinov2_registers", "roberta", "patches", 1, {}, 2, marks=pytest.mark.slow),
+        pytest.param("deit", "bert", "all", 0, {"queries": "all"}, 2, marks=pytest.mark.slow),
     ],
 )
 def test_the_plain_model_is_the_end_to_end_model(
-    vision: str, text: str, tokens: str, k_txt: int
+    vision: str, text: str, tokens: str, k_txt: int, head: dict[str, Any], classes: int
 ) -> None:
-    train = TrainConfig(k_txt=k_txt, num_heads=2, head_dim=4, mlp_dim=8)
-    expected = build_end_to_end(tiny(vision), tiny(text), train, tokens)
+    train = TrainConfig(k_txt=k_txt, num_heads=2, head_dim=4, mlp_dim=8, **head)
+    expected = build_end_to_end(tiny(vision), tiny(text), train, tokens, classes)
     rng = np.random.default_rng(0)
     for weight in trained_weights(expected).values():
         weight.assign(rng.normal(size=weight.shape, scale=0.3))
-    plain = build_plain(tiny(vision), tiny(text), train, tokens)
+    plain = build_plain(tiny(vision), tiny(text), train, tokens, classes)
     transfer_to_plain(expected, plain, k_txt)
     assert plain_weights(plain, k_txt).keys() == trained_weights(expected).keys()
     trained = {id(weight) for weight in plain_weights(plain, k_txt).values()}
@@ -83,7 +85,8 @@ def test_the_plain_model_is_the_end_to_end_model(
         plain.predict_on_batch(rows), expected.predict_on_batch(rows), atol=1e-5
     )
     names = {layer.name for layer in plain.layers}
-    assert {*NAMES, "vit_backbone", "txt_backbone", *HEAD_LAYERS} <= names
+    if not head:
+        assert {*NAMES, "vit_backbone", "txt_backbone", *HEAD_LAYERS} <= names
     modules = {type(layer).__module__.partition(".")[0] for layer in plain._flatten_layers()}
     assert modules == {"keras", "keras_hub"}
 

@@ -20,7 +20,7 @@ from trainer.config import TrainConfig
 from trainer.model.cached import build_cached_model
 from trainer.model.fastpath import encoder_layer, first_token_layer
 from trainer.run.optimizer import make_optimizer
-from trainer.run.step import binary_cross_entropy, make_stepper
+from trainer.run.step import cross_entropy, make_stepper
 
 WIDTH = 8
 
@@ -170,5 +170,5 @@ def test_plain_and_fast_models_train_alike(tiny_text: Path, tmp_path: Path, k_tx
 def test_loss_has_a_gradient_at_zero() -> None:
     logits = tf.Variable([0.0, 0.0])
     with tf.GradientTape() as tape:
-        loss = binary_cross_entropy(tf.constant([1.0, 0.0]), logits, tf.ones(2))
+        loss = cross_entropy(tf.constant([1.0, 0.0]), logits, tf.ones(2))
     np.testing.assert_allclose(tape.gradient(loss, logits), [-0.25, 0.25])

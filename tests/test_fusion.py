@@ -116,7 +116,7 @@ def test_fast_path_projects_no_token() -> None:
 @pytest.mark.parametrize(
     ("queries", "kwargs"),
     [
-        (3, {}),
+        (5, {}),
         (1, {"attention_mask": np.array([[[True, False, True, True]]] * 2)}),
         (1, {"key": np.ones((2, 4, 5), np.float32)}),
     ],
@@ -127,6 +127,25 @@ def test_other_calls_are_the_parents(queries: int, kwargs: dict[str, Any]) -> No
     features = features.astype(np.float32)
     expected = np.asarray(plain(query, features, **kwargs))
     np.testing.assert_array_equal(np.asarray(fast(query, features, **kwargs)), expected)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("queries", [2, 4])
+def test_few_queries_are_kerass(queries: int, use_bias: bool) -> None:
+    """Values, gradients and dropout, of as many queries as a head is wide."""
+    plain, fast = pair(6, 5, 3, use_bias=use_bias, dropout=0.4, seed=7)
+    query, features = arrays(3, queries, 6, 7, 5)
+    features = features.astype(np.float32)
+    for training in (False, True, True):
+        expected = output_and_gradients(plain, query, features, training=training)
+        found = output_and_gradients(fast, query, features, training=training)
+        assert_close(found, expected, 1e-5)
+    _, weights = fast(query, features, return_attention_scores=True)
+    assert weights.shape == (3, 3, queries, 7)
+    graph = tf.function(fast).get_concrete_function(query, features).graph
+    shapes = {tuple(out.shape) for op in graph.get_operations() for out in op.outputs}
+    # No token was projected.
+    assert not shapes & {(3, 7, 3, 4), (21, 12)}
 
 
 def test_gate_is_the_parents() -> None:
@@ -190,6 +209,44 @@ def test_weights_file_goes_either_way(tmp_path: Path, direction: str) -> None:
 def head(train: TrainConfig, text_width: int, width: int, tokens: int, fast: bool) -> Any:
     cls, features = keras.Input((1, text_width)), keras.Input((tokens, width))
     return keras.Model([cls, features], apply_head(cls, features, train, fast=fast))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_several_layers_ask_with_what_the_one_before_found(fast: bool) -> None:
+    train = TrainConfig(num_heads=2, head_dim=4, mlp_dim=3, fusion_layers=3)
+    model = head(train, 6, 5, 4, fast)
+    names = [layer.name for layer in model.layers]
+    assert [name for name in names if name.startswith("xattn")] == [
+        f"{stem}{part}"
+        for stem in ("xattn", "xattn_2", "xattn_3")
+        for part in ("", "_residual", "_norm")
+    ]
+    query, features = arrays(2, 1, 6, 4, 5)
+    inner = {name: model.get_layer(name).output for name in names[2:]}
+    found = keras.Model(model.inputs, inner)([query, features.astype(np.float32)])
+    for before, number in (("xattn_norm", 2), ("xattn_2_norm", 3)):
+        attended = model.get_layer(f"xattn_{number}")(found[before], features.astype(np.float32))
+        expected = model.get_layer(f"xattn_{number}_norm")(attended + found[before])
+        np.testing.assert_allclose(found[f"xattn_{number}_norm"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_every_token_asks_and_padding_counts_nothing(fast: bool) -> None:
+    train = TrainConfig(num_heads=2, head_dim=4, mlp_dim=3, queries="all")
+    inputs = keras.Input((None, 6)), keras.Input((4, 5)), keras.Input((None,), dtype="bool")
+    output = apply_head(*inputs[:2], train, fast, mask=inputs[2])
+    model = keras.Model(inputs, output)
+    query, features = arrays(2, 7, 6, 4, 5)
+    features = features.astype(np.float32)
+    mask = np.arange(7) < np.array([[3], [7]])
+    logits = np.asarray(model([query, features, mask]))
+    other = np.where(mask[..., None], query, 9.0)
+    np.testing.assert_allclose(np.asarray(model([other, features, mask])), logits, atol=1e-6)
+    cut = np.asarray(model([query[:1, :3], features[:1], mask[:1, :3]]))
+    np.testing.assert_allclose(cut, logits[:1], atol=1e-6)
+    pooled = keras.Model(inputs, model.get_layer("mean_tokens").output)([query, features, mask])
+    normed = keras.Model(inputs, model.get_layer("xattn_norm").output)([query, features, mask])
+    np.testing.assert_allclose(pooled[0], np.asarray(normed)[0, :3].mean(axis=0), atol=1e-6)
 
 
 @pytest.mark.parametrize("fast", [True, False])

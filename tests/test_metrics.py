@@ -18,8 +18,12 @@ from trainer.metrics import (
     auc,
     binary_metrics,
     calibration_error,
+    confidence_of,
+    decided,
     evaluate_logits,
     log_loss,
+    predicted_labels,
+    probabilities_of,
     sigmoid,
     sweep_threshold,
 )
@@ -209,6 +213,61 @@ def test_evaluate_logits(rows: list[tuple[int, float]]) -> None:
     assert found["at_threshold"]["macro_f1"] >= found["at_half"]["macro_f1"]
     assert found["auc"] == auc(y, z)
     assert found["loss"] == log_loss(y, z)
+
+
+rows_of_three = st.lists(
+    st.tuples(st.integers(0, 2), st.tuples(logits, logits, logits)), min_size=1, max_size=40
+)
+
+
+@given(rows_of_three)
+def test_evaluate_logits_of_three_classes(rows: list[tuple[int, tuple[float, ...]]]) -> None:
+    y = np.array([label for label, _ in rows], np.int8)
+    z = np.array([values for _, values in rows], np.float32) / 4
+    found = evaluate_logits(y, z)
+    assert plain({**found, "at_argmax": None})
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert [found[name] for name in ("contradiction", "entailment", "neutral")] == [
+        int((y == label).sum()) for label in range(3)
+    ]
+    shares = probabilities_of(z)
+    called = z.argmax(axis=1)
+    assert predicted_labels(z, None).tolist() == called.tolist()
+    assert confidence_of(z, None) == pytest.approx(shares.max(axis=1))
+    assert found["loss"] == pytest.approx(sk.log_loss(y, shares, labels=[0, 1, 2]), abs=1e-6)
+    at = found["at_argmax"]
+    assert at["accuracy"] == pytest.approx(sk.accuracy_score(y, called))
+    matrix = sk.confusion_matrix(y, called, labels=[0, 1, 2])
+    assert [list(line.values()) for line in at["confusion"].values()] == matrix.tolist()
+    each = sk.precision_recall_fscore_support(y, called, labels=[0, 1, 2], zero_division=0)
+    assert at["macro_f1"] == pytest.approx(each[2].mean())
+    one_hot = np.eye(3)[y]
+    assert found["brier"] == pytest.approx(((shares - one_hot) ** 2).sum(axis=1).mean() / 2)
+    if len(set(y.tolist())) < 3:
+        assert found["auc"] is found["average_precision"] is None
+    else:
+        area = sk.roc_auc_score(y, shares, multi_class="ovr")
+        assert found["auc"] == pytest.approx(area)
+        precision = sk.average_precision_score(one_hot, shares, average="macro")
+        assert found["average_precision"] == pytest.approx(precision)
+
+
+def test_three_classes_have_no_threshold() -> None:
+    found = evaluate_logits([0, 1, 2, 2], [[9, 0, 0], [0, 9, 0], [0, 0, 9], [0, 9, 0]])
+    assert found["threshold"] is found["at_threshold"] is found["at_half"] is None
+    assert decided(found) is found["at_argmax"]
+    assert found["at_argmax"]["neutral"] == {
+        "precision": 1.0,
+        "recall": 0.5,
+        "f1": pytest.approx(2 / 3),
+        "rows": 2,
+    }
+    with pytest.raises(ValueError, match="one probability a row"):
+        binary_metrics([0, 1], [[0.2, 0.8], [0.4, 0.6]], 0.5)
+    with pytest.raises(ValueError, match="labels 0 to 2"):
+        evaluate_logits([0, 3], [[0, 0, 1], [0, 1, 0]])
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate_logits([0, 1], [[0, 0, np.nan], [0, 1, 0]])
 
 
 def test_a_given_threshold_is_applied_to_probabilities() -> None:

@@ -76,7 +76,8 @@ def random_images(count: int) -> list[np.ndarray]:
 def logits_and_gradients(
     model: keras.Model, inputs: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    labels = tf.constant([[1.0], [0.2]] * 8)[: len(next(iter(inputs.values())))]
+    labels = tf.constant([[1.0, 0.7, 0.1], [0.2, 0.0, 0.9]] * 8)
+    labels = labels[: len(next(iter(inputs.values()))), : model.output.shape[-1]]
     weights = trained_weights(model)
     with tf.GradientTape() as tape:
         logits = model(inputs, training=False)
@@ -154,6 +155,32 @@ def test_same_formula_for_any_length(
     load_text_layers(model, text.backbone)
     oracle = build_end_to_end(vision.backbone, text.backbone, train)
     # The logit itself is float32.
+    assert_same_numbers(model, oracle, rows, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(
+    ("k_txt", "queries", "fusion_layers", "classes"),
+    [(0, "all", 1, 2), (2, "all", 2, 3), (4, "all", 1, 2), (0, "cls", 2, 3), (3, "cls", 3, 2)],
+)
+def test_other_heads_are_the_same_formula(
+    exact: tuple[VisionEncoder, TextEncoder],
+    k_txt: int,
+    queries: str,
+    fusion_layers: int,
+    classes: int,
+    fast: bool,
+) -> None:
+    """Over sentences of several lengths, padded otherwise on either side."""
+    vision, text = exact
+    rows = Rows(vision, text, k_txt, random_images(4))
+    head: dict[str, Any] = {"queries": queries, "fusion_layers": fusion_layers}
+    train = settings(k_txt, dtype_policy="float64", fast_path=fast, **head)
+    options: dict[str, Any] = {"feature_dtype": "float64", "classes": classes}
+    model = build_cached_model(text.preset.config, 16, 16, train, **options)
+    load_text_layers(model, text.backbone)
+    oracle = build_end_to_end(vision.backbone, text.backbone, train, classes=classes)
+    assert model.output.shape == oracle.output.shape == (None, 1 if classes == 2 else 3)
     assert_same_numbers(model, oracle, rows, tolerance=1e-6)
 
 

@@ -128,7 +128,7 @@ def test_accuracy_is_seen_where_macro_f1_lies_on_it(tmp_path: Path, figures: lis
 
 
 def test_the_chance_line(tmp_path: Path, figures: list[Figure]) -> None:
-    plot_learning_curves(history(6), tmp_path / "c.png", majority=0.75)
+    plot_learning_curves(history(6), tmp_path / "c.png", shares=(0.75, 0.25))
     for axes, chance in zip(figures[0].axes, (0.5623351446188083, 0.75), strict=True):
         assert any(set(item.get_ydata()) == {chance} for item in axes.lines)
         assert f"chance {chance:.2f}" in [text.get_text() for text in axes.texts]

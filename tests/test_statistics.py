@@ -122,6 +122,47 @@ def test_each_draw_is_what_the_drawn_rows_give(
             assert np.isnan(shown) if value is None else shown == pytest.approx(value, abs=1e-9)
 
 
+def of_three(count: int, images: int, seed: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return groups, labels and logits of three classes; ties among them."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count).astype(np.int8)
+    logits = np.round(2 * rng.normal(size=(count, 3)) + 2 * np.eye(3)[labels], 1)
+    return [f"i{i}" for i in rng.integers(0, images, count)], labels, logits
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_draw_of_three_classes_is_what_the_drawn_rows_give(seed: int) -> None:
+    # So few rows that a draw may lack a class.
+    groups, labels, logits = of_three(12, 5, seed)
+    clustered = Clustered(groups, draws=12)
+    found = bootstrap(labels, logits, None, clustered)
+    for draw, at in enumerate(resampled(clustered)):
+        expected = evaluate_logits(labels[at], logits[at])
+        flat = {
+            **{name: expected["at_argmax"][name] for name in ("accuracy", "macro_f1")},
+            **{name: expected[name] for name in ("auc", "average_precision", "brier", "loss")},
+            "calibration_error": expected["calibration_error"],
+        }
+        assert flat.keys() == found.keys()
+        for name, value in flat.items():
+            shown = found[name][draw]
+            assert np.isnan(shown) if value is None else shown == pytest.approx(value, abs=1e-9)
+
+
+def test_two_logits_of_two_classes_are_one() -> None:
+    """The softmax of (0, z) is the sigmoid of z: every figure is the same either way."""
+    groups, labels, logits = made(40, 6)
+    clustered = Clustered(groups, draws=20)
+    pairs = np.stack([np.zeros(len(logits)), logits], axis=1)
+    one, two = (bootstrap(labels, z, t, clustered) for z, t in ((logits, 0.5), (pairs, None)))
+    for name in ("accuracy", "macro_f1", "auc", "brier", "calibration_error", "loss"):
+        np.testing.assert_allclose(one[name], two[name], atol=1e-12, err_msg=name)
+    assert fit_temperature(labels, pairs) == pytest.approx(fit_temperature(labels, logits))
+    assert reliability(labels, np.stack([1 - sigmoid(logits), sigmoid(logits)], axis=1)) == [
+        pytest.approx(line) for line in reliability(labels, sigmoid(logits))
+    ]
+
+
 def test_weights_agree_with_scikit_learn() -> None:
     groups, labels, logits = made(30, 4)
     logits = np.round(logits, 1)

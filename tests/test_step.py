@@ -26,7 +26,7 @@ from trainer.run.optimizer import (
     learning_rate,
     make_optimizer,
 )
-from trainer.run.step import binary_cross_entropy, make_stepper, padded
+from trainer.run.step import cross_entropy, make_stepper, padded
 
 ROWS, TOKENS, WIDTH, LENGTH = 8, 3, 6, 4
 PLAIN = TrainConfig(lr=1e-2, weight_decay=0.1, clipnorm=0.5)
@@ -96,20 +96,20 @@ def test_the_loss_is_the_mean_cross_entropy() -> None:
     p = 1 / (1 + np.exp(-logits.astype(np.float64)))
     terms = -(labels * np.log(p) + (1 - labels) * np.log1p(-p))
     expected = (terms * weights).sum() / weights.sum()
-    found = float(binary_cross_entropy(labels, logits, weights))
+    found = float(cross_entropy(labels, logits, weights))
     assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_loss_of_huge_logits_is_finite_and_right() -> None:
     logits = np.array([1e4, -1e4, 1e4, -1e4], np.float32)
     labels = np.array([1, 0, 0, 1], np.float32)
-    assert float(binary_cross_entropy(labels, logits, np.ones(4, np.float32))) == 5e3
+    assert float(cross_entropy(labels, logits, np.ones(4, np.float32))) == 5e3
 
 
 def test_the_loss_has_the_right_gradient_at_0() -> None:
     logits = tf.Variable([0.0, 0.0])
     with tf.GradientTape() as tape:
-        loss = binary_cross_entropy(tf.constant([1.0, 0.0]), logits, tf.ones(2))
+        loss = cross_entropy(tf.constant([1.0, 0.0]), logits, tf.ones(2))
     np.testing.assert_allclose(tape.gradient(loss, logits), [-0.25, 0.25])
 
 

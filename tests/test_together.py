@@ -33,6 +33,7 @@ SETTINGS = (
     TrainConfig(
         k_txt=0, lr=1e-3, num_heads=3, head_dim=8, mlp_dim=8, attention_dropout=0.3, seed=4
     ),
+    TrainConfig(k_txt=0, lr=1e-2, num_heads=2, head_dim=4, mlp_dim=4, fusion_layers=2),
 )
 
 
@@ -48,13 +49,11 @@ def batch_of(dtype: str, seed: int) -> Batch:
     return Batch(features, hidden, mask, labels, weights, np.arange(ROWS))
 
 
-def train(
-    together: bool, policy: str = "float32", dtype: str = "float16", fast: bool = True
-) -> Any:
+def train(together: bool, policy: str = "float32", dtype: str = "float16", **changes: Any) -> Any:
     """Take three steps; return each model's losses, last logits and weights."""
     members = []
     for settings in SETTINGS:
-        settings = dataclasses.replace(settings, dtype_policy=policy, fast_path=fast)
+        settings = dataclasses.replace(settings, dtype_policy=policy, **changes)
         model = build_cached_model(
             TINY.text_config, TINY.width, TOKENS, settings, feature_dtype=dtype
         )
@@ -102,8 +101,9 @@ def test_heads_together_are_the_heads_alone(
     assert alone[0][0] != alone[1][0]
 
 
-def test_plain_layers_are_called_one_after_the_other() -> None:
-    together, alone = train(True, fast=False), train(False, fast=False)
+@pytest.mark.parametrize("changes", [{"fast_path": False}, {"queries": "all"}], ids=str)
+def test_others_are_called_one_after_the_other(changes: dict[str, Any]) -> None:
+    together, alone = train(True, **changes), train(False, **changes)
     assert [losses for losses, *_ in together] == [losses for losses, *_ in alone]
 
 

@@ -25,14 +25,17 @@ SENTENCES = (
     "the woman is not sleeping , the dog runs in the park .",
 )
 IMAGES_OF_SPLIT = {"train": 32, "val": 12, "test": 12}
+# What the colour of a photo says.
+CHANNELS = {"contradiction": 2, "entailment": 0, "neutral": 1}
 
 
-def write_data(folder: Path, seed: int = 0) -> dict[str, Any]:
+def write_data(folder: Path, seed: int = 0, classes: int = 2) -> dict[str, Any]:
     """Write photos, rows and a split; return the `[data]` settings.
 
-    A row is entailment exactly where its photo is red rather than blue. Each
-    photo has every sentence, and each split as many red photos as blue: a
-    model of the sentence alone is right for exactly half the rows.
+    A row is entailment exactly where its photo is red rather than blue, and of
+    three classes neutral where it is green. Each photo has every sentence, and
+    each split as many red photos as blue: a model of the sentence alone is right
+    for exactly half the rows.
     """
     rng = np.random.default_rng(seed)
     images = folder / "images"
@@ -44,10 +47,10 @@ def write_data(folder: Path, seed: int = 0) -> dict[str, Any]:
         for i in range(count):
             image_id = f"photo{next(numbers):03d}"
             pixels = rng.integers(0, 90, (40, 48, 3), np.uint8)
-            pixels[..., 0 if i % 2 else 2] += 150
+            label = list(CHANNELS)[i % classes]
+            pixels[..., CHANNELS[label]] += 150
             Image.fromarray(pixels).save(images / f"{image_id}.png")
             splits[split].append(image_id)
-            label = "entailment" if i % 2 else "contradiction"
             rows += [
                 {"Image_ID": image_id, "Hypothesis": text, "Label": label} for text in SENTENCES
             ]
@@ -61,7 +64,7 @@ def write_data(folder: Path, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def tiny_config(folder: Path, vit: Path, text: Path, **train: Any) -> Config:
+def tiny_config(folder: Path, vit: Path, text: Path, classes: int = 2, **train: Any) -> Config:
     """Write a data set into `folder` and return the settings of a run on it."""
     settings = {
         "k_txt": 0,
@@ -73,7 +76,7 @@ def tiny_config(folder: Path, vit: Path, text: Path, **train: Any) -> Config:
         "mlp_dim": 8,
     }
     return Config(
-        data=DataConfig(**write_data(folder)),
+        data=DataConfig(**write_data(folder, classes=classes), classes=classes),
         encoders=EncodersConfig(vit=str(vit), text=str(text), sequence_length=24),
         store=StoreConfig(
             root=str(folder / "cache"), dtype="float32", shard_rows=20, encode_batch_size=8

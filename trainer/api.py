@@ -14,6 +14,7 @@ from featstore.progress import SHOWN, Show
 from featstore.project import Project
 from trainer.config import config_of
 from trainer.features import extract_missing, oversample_line, prepare, rows_line
+from trainer.metrics import decided
 from trainer.results.score import Scorer, check_same_data, opened, project_of
 from trainer.run import folder
 from trainer.run.fit import fit
@@ -39,7 +40,7 @@ class Run(folder.Run):
         manifest = self.manifest
         figures = ""
         if self.metrics_path.exists():
-            at = self.metrics["at_threshold"]
+            at = decided(self.metrics)
             epoch = "imported" if "imported" in manifest else f"epoch {self.metrics['epoch']}"
             figures = f", {epoch}: val accuracy {at['accuracy']:.2%}, macro-F1 {at['macro_f1']:.2%}"
         return f"<Run {str(self.folder)!r}: {manifest['status']}{figures}>"
@@ -175,7 +176,8 @@ class Run(folder.Run):
 
         Returns:
             One line for each row, in their order: `Image_ID`, `Hypothesis`, `Label`
-            ("entailment", "contradiction", or missing), `probability_entailment` (0 to 1),
+            ("entailment", "contradiction", of three classes "neutral", or missing),
+            `probability_entailment` (0 to 1; of three classes that of each),
             `confidence` (probability of the label), and `reason`: why a row has none, else
             "". `attrs["metrics"]` has the metrics of the labelled rows, None without any.
         """

@@ -28,7 +28,8 @@ class Batch:
         features: As stored, shape (batch, tokens, width).
         hidden: As stored, shape (batch, length, text width).
         padding_mask: bool of shape (batch, length).
-        labels: float32 of shape (batch,), smoothed where they are to be.
+        labels: float32 of shape (batch,), 1 for entailment; of three classes (batch, 3), 1 for
+            the row's own; smoothed where they are to be.
         weights: float32 of shape (batch,), that of the row's class, or 0.
         rows: int64 of shape (valid rows,): positions in the rows given.
     """
@@ -164,7 +165,8 @@ class CachedRows:
         image_positions: int64 of shape (rows,), in `vision`.
         text_positions: int64 of shape (rows,), in `text`.
         labels: int8 of shape (rows,).
-        k_txt: 0 reads the `[CLS]` states alone.
+        whole: Read all tokens of a sentence; else the first one's state alone.
+        classes: 2 or 3.
         control: "none", "hypothesis-only" (features are zeros) or
             "shuffled-images" (another image's).
         control_seed: Decides which other image.
@@ -179,7 +181,8 @@ class CachedRows:
         text_positions: IntArray,
         labels: NDArray[np.int8],
         *,
-        k_txt: int,
+        whole: bool,
+        classes: int = 2,
         control: str = "none",
         control_seed: int = 0,
         emphasis: Emphasis | None = None,
@@ -193,8 +196,8 @@ class CachedRows:
         )
         self.text_positions = text_positions
         self.blind = control == "hypothesis-only"
-        self.k_txt = k_txt
-        self.lengths = text.lengths(text_positions) if k_txt else np.ones(len(labels), np.int64)
+        self.whole, self.classes = whole, classes
+        self.lengths = text.lengths(text_positions) if whole else np.ones(len(labels), np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -220,10 +223,13 @@ class CachedRows:
         given, smoothing = self.emphasis.class_weights, self.emphasis.label_smoothing
         weights = np.zeros(batch_size, np.float32)
         weights[: len(rows)] = 1 if given is None else given[self.labels[rows]]
-        labels = self.labels[filled].astype(np.float32)
+        labels = self.labels[filled]
+        if self.classes > 2:
+            labels = labels[:, None] == np.arange(self.classes)
+        labels = labels.astype(np.float32)
         if smoothing:
-            # As Keras smooths binary labels.
-            labels = labels * np.float32(1 - smoothing) + np.float32(smoothing / 2)
+            # As Keras smooths labels.
+            labels = labels * np.float32(1 - smoothing) + np.float32(smoothing / self.classes)
         return Batch(features, hidden, mask, labels, weights, rows)
 
     def will_need(self, rows: IntArray) -> None:
@@ -236,7 +242,7 @@ class CachedRows:
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[IntArray]:
         """Return the rows of each training step of an epoch; see `Emphasis.drawn`."""
         rows = self.emphasis.drawn(len(self), seed, epoch)
-        batches = epoch_batches(self.lengths[rows], batch_size, seed, epoch, group=self.k_txt > 0)
+        batches = epoch_batches(self.lengths[rows], batch_size, seed, epoch, group=self.whole)
         return [rows[batch] for batch in batches]
 
     def in_order(self, batch_size: int) -> list[IntArray]:

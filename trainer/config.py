@@ -35,7 +35,7 @@ SCHEDULES = ("plateau", "constant", "linear", "cosine")
 DECAYS = ("linear", "cosine")
 # What a step with k_txt 0 reads.
 DECIDE_BATCHES = (
-    *("seed", "batch_size", "control", "oversample", "buckets", "class_weights"),
+    *("queries", "seed", "batch_size", "control", "oversample", "buckets", "class_weights"),
     "label_smoothing",
 )
 
@@ -63,6 +63,15 @@ class TrainConfig:
     num_heads: int = setting(0, "heads of the cross-attention; 0: text width / head_dim", minimum=0)
     head_dim: int = setting(64, "width of one head", minimum=1)
     mlp_dim: int = setting(512, "width of the hidden layer before the logit", minimum=1)
+    queries: str = setting(
+        "cls",
+        'what asks the image: the first text token ("cls"), or every one, then averaged ("all")',
+        choices=("cls", "all"),
+        before="cls",
+    )
+    fusion_layers: int = setting(
+        1, "cross-attention layers, each asking with what the one before found", minimum=1, before=1
+    )
     monitor: str = setting(
         "val_loss",
         "what chooses the best epoch, the learning rate's cuts and the early stop",
@@ -153,6 +162,11 @@ class TrainConfig:
         True,
         "take the step's exact shortcuts; otherwise the plain Keras layers, many times slower",
     )
+
+    @property
+    def reads_sentences(self) -> bool:
+        """Whether a step reads all tokens of a sentence, rather than the first one's state."""
+        return self.k_txt > 0 or self.queries == "all"
 
 
 @dataclass(frozen=True)

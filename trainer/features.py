@@ -9,8 +9,8 @@ import numpy as np
 import xxhash
 
 from featstore.config import SPLITS
-from featstore.data.examples import Examples, require_both_classes
-from featstore.data.labels import LABELS
+from featstore.data.examples import Examples, class_counts, require_every_class
+from featstore.data.labels import labels_of
 from featstore.errors import Command, ConfigError, MissingFeaturesError, counted
 from featstore.extract.extract import estimate
 from featstore.extract.plan import Job, Plan
@@ -39,7 +39,7 @@ def prepare(project: Project, k_txt: int, show: Show = SILENT, compare: bool = T
         MissingFeaturesError: A photo of the train or val split was not extracted.
         StaleFeaturesError: One was replaced since; see `Project.compare_photos`.
         StaleFeaturesError: What was extracted is of other specs.
-        DataError: The train or val split has rows of one class only.
+        DataError: The train or val split lacks rows of a class.
     """
     fingerprint = project.text_spec(k_txt).fingerprint
     key = f"prepared {fingerprint} {project.vision_spec.fingerprint} {project.config.data!r}"
@@ -107,7 +107,8 @@ def _compare(project: Project, show: Show) -> None:
 def _prepare(project: Project, k_txt: int, show: Show, compare: bool) -> None:
     for split in ("train", "val"):
         rows = project.dataset.rows(split)
-        require_both_classes(project.dataset.examples.select(rows), f"split {split!r}")
+        examples = project.dataset.examples.select(rows)
+        require_every_class(examples, f"split {split!r}", project.config.data.classes)
     for split in ("train", "val"):
         # Before the sentences are encoded, which would be for nothing.
         project.usable(split)
@@ -128,7 +129,7 @@ def cached_rows(
 
     Args:
         project: Its rows and stores.
-        train: `k_txt` and `seed` are used.
+        train: `k_txt`, `queries` and `seed` are used.
         split: "train", "val" or "test".
         control: See `CachedRows`.
         emphasised: Draw and weigh the rows as `train` says; see `emphasis`.
@@ -138,6 +139,7 @@ def cached_rows(
         DataError: No row is left.
     """
     rows, _ = project.usable(split)
+    classes = project.config.data.classes
     examples = project.dataset.examples.select(rows)
     vision, text = project.images(), project.sentences(train.k_txt)
     sentences = text.lookup(examples.hypotheses)
@@ -154,14 +156,15 @@ def cached_rows(
         vision.lookup(examples.image_ids),
         sentences,
         examples.labels,
-        k_txt=train.k_txt,
+        whole=train.reads_sentences,
+        classes=classes,
         control=control,
         control_seed=train.seed,
-        emphasis=emphasis(train, examples) if emphasised else None,
+        emphasis=emphasis(train, examples, classes) if emphasised else None,
     )
 
 
-def emphasis(train: TrainConfig, examples: Examples) -> Emphasis:
+def emphasis(train: TrainConfig, examples: Examples, classes: int = 2) -> Emphasis:
     """Return how often rows are drawn and how much they weigh.
 
     A row of several buckets gets the surplus of each: 1 + Σ (factor - 1). So gender 1.2 and
@@ -171,13 +174,14 @@ def emphasis(train: TrainConfig, examples: Examples) -> Emphasis:
     Args:
         train: `oversample`, `buckets`, `class_weights` and `label_smoothing` are used.
         examples: The rows.
+        classes: 2 or 3.
 
     Raises:
         ConfigError: A bucket or a label is unknown, or the bucket file cannot be read.
     """
     draws, weights = None, None
     recorded: dict[str, Any] = {}
-    labels = np.asarray(examples.labels)
+    labels, names = np.asarray(examples.labels), labels_of(classes)
     if isinstance(train.oversample, dict) and train.oversample:
         patterns = load_buckets(train.buckets or None)
         _check_names("oversample", train.oversample, patterns, "bucket")
@@ -194,13 +198,13 @@ def emphasis(train: TrainConfig, examples: Examples) -> Emphasis:
         }
     if train.class_weights:
         if isinstance(train.class_weights, dict):
-            _check_names("class_weights", train.class_weights, LABELS, "label")
-            given = [train.class_weights.get(name, 1.0) for name in LABELS]
+            _check_names("class_weights", train.class_weights, names, "label")
+            given = [train.class_weights.get(name, 1.0) for name in names]
         else:
-            of_class = np.bincount(labels, weights=draws, minlength=len(LABELS))
-            given = list(of_class.sum() / (len(LABELS) * of_class))
+            of_class = np.bincount(labels, weights=draws, minlength=len(names))
+            given = list(of_class.sum() / (len(names) * of_class))
         weights = np.array(given, np.float32)
-        recorded["class_weights"] = dict(zip(LABELS, map(float, given), strict=True))
+        recorded["class_weights"] = dict(zip(names, map(float, given), strict=True))
     return Emphasis(draws, weights, train.label_smoothing, recorded)
 
 
@@ -237,12 +241,10 @@ def row_counts(project: Project, k_txt: int, read: Sequence[str] = ()) -> dict[s
         if split in read:
             rows, _ = project.usable(split)
         examples = project.dataset.examples.select(rows)
-        labels = np.asarray(examples.labels)
         counts[split] = {
             "rows": len(rows),
             "images": len(set(examples.image_ids)),
-            "entailment": int((labels == 1).sum()),
-            "contradiction": int((labels == 0).sum()),
+            **class_counts(examples.labels, project.config.data.classes),
         }
         if split in read:
             left_out = len(of_split) - len(rows)

@@ -21,7 +21,15 @@ from featstore.data.examples import (
     UnusableRowsError,
     summarise,
 )
-from featstore.data.labels import ACCEPTED, UNKNOWN_LABEL, UNLABELLED, FileLabels, read_label
+from featstore.data.labels import (
+    ACCEPTED,
+    ACCEPTED_OF_THREE,
+    NEUTRAL,
+    UNKNOWN_LABEL,
+    UNLABELLED,
+    FileLabels,
+    read_label,
+)
 from featstore.data.values import is_missing, read_hypothesis, read_image_id
 
 WRONG_CELLS = "wrong number of cells"
@@ -39,7 +47,12 @@ class Raw(NamedTuple):
 
 
 def collect(
-    path: Path, records: Iterable[Raw], labelled: bool, unique: bool, detected: str = ""
+    path: Path,
+    records: Iterable[Raw],
+    labelled: bool,
+    unique: bool,
+    detected: str = "",
+    classes: int = 2,
 ) -> ReadResult:
     """Check every record's values; keep the usable rows and report the others.
 
@@ -49,6 +62,7 @@ def collect(
         labelled: Rows without a label are dropped.
         unique: Repeats are dropped.
         detected: The encoding of the file, where nobody named it.
+        classes: 2 leaves neutral rows out, 3 keeps them.
 
     Raises:
         RowError: The labels are class ids, or letters of a choice.
@@ -72,7 +86,7 @@ def collect(
             reason, detail = text_reason, text_detail
         odd, odd_detail, coded = "", "", ""
         if not record.problem and (labelled or not is_missing(record.label)):
-            label, odd, odd_detail = read_label(record.label)
+            label, odd, odd_detail = read_label(record.label, classes)
             coded = kinds.see(record.label, line)
             if labelled and not reason:
                 reason, detail = odd, odd_detail
@@ -97,7 +111,9 @@ def collect(
             issues.append(RowIssue("dropped", file, line, image_id, reason, text, detail))
 
     if not rows:
-        raise UnusableRowsError(f"{path}: has no usable row: {_why_none(issues)}", issues=issues)
+        raise UnusableRowsError(
+            f"{path}: has no usable row: {_why_none(issues, classes)}", issues=issues
+        )
     for row, reason, detail in kinds.not_labels():
         image_id, text, _, line = rows[row]
         rows[row] = (image_id, text, UNLABELLED, line)
@@ -105,7 +121,8 @@ def collect(
     if conflicts:
         for image_id, text, label, line in rows:
             if (image_id, text) in conflicts and label != UNLABELLED:
-                other = first[image_id, text][1 - label]
+                lines_of = first[image_id, text]
+                other = next(lines_of[o] for o in lines_of if o not in (label, UNLABELLED))
                 detail = f"the other label stands in line {other}"
                 issues.append(RowIssue("kept", file, line, image_id, CONFLICT, text, detail))
     issues.sort(key=lambda issue: issue.line)
@@ -120,7 +137,7 @@ def collect(
     return ReadResult(examples, issues)
 
 
-def _why_none(issues: Sequence[RowIssue]) -> str:
+def _why_none(issues: Sequence[RowIssue], classes: int) -> str:
     """Say why no row can be used, with the first of the most frequent reason as an example."""
     counts = summarise(issues)
     if not counts:
@@ -128,5 +145,7 @@ def _why_none(issues: Sequence[RowIssue]) -> str:
     why = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     first = next(issue for issue in issues if issue.reason == next(iter(counts)))
     detail = f" ({first.detail})" if first.detail else ""
-    accepted = f"; labels read: {ACCEPTED}" if UNKNOWN_LABEL in counts else ""
-    return f"all were dropped ({why}): line {first.line}: {first.reason}{detail}{accepted}"
+    words = ACCEPTED if classes == 2 else ACCEPTED_OF_THREE
+    accepted = f"; labels read: {words}" if UNKNOWN_LABEL in counts else ""
+    kept = "; --classes 3 keeps neutral rows" if NEUTRAL in counts else ""
+    return f"all were dropped ({why}): line {first.line}: {first.reason}{detail}{accepted}{kept}"

@@ -176,7 +176,11 @@ def _no_photo(issues: list[RowIssue], images: ImageIndex, nearest: Nearest) -> U
 
 
 def rows_to_predict(
-    rows: RowSource, images: str | os.PathLike[str], root: Path, encoding: str = ""
+    rows: RowSource,
+    images: str | os.PathLike[str],
+    root: Path,
+    encoding: str = "",
+    classes: int = 2,
 ) -> Dataset:
     """Read rows that need no label, and find their photos.
 
@@ -186,6 +190,7 @@ def rows_to_predict(
         images: Folder of the photos.
         root: The store's root.
         encoding: Of the file's text; "": UTF-8, or told from the bytes.
+        classes: Of the labels that are there; with 2, neutral is none.
 
     Returns:
         The rows that can be predicted, in order, repeats included, in no split.
@@ -195,9 +200,11 @@ def rows_to_predict(
         RowError, DataError: None of the rows can be used, or they cannot be read.
     """
     if hasattr(rows, "columns"):
-        result = read_frame(cast("pd.DataFrame", rows))
+        result = read_frame(cast("pd.DataFrame", rows), classes)
     else:
-        result = read_examples(rows, labelled=False, duplicates="keep", encoding=encoding)
+        result = read_examples(
+            rows, labelled=False, duplicates="keep", encoding=encoding, classes=classes
+        )
     index = index_images(images)
     name = result.examples.sources[0]
     kept, issues = _with_photos({name: result}, index, unique=False)
@@ -245,7 +252,9 @@ def _load(data: DataConfig, rows: str | dict[str, str], images: ImageIndex, root
     """Read the rows of `load_dataset`, find their photos, make or read the split."""
 
     def read(path: str) -> ReadResult:
-        return read_examples(path, duplicates=data.duplicates, encoding=data.encoding)
+        return read_examples(
+            path, duplicates=data.duplicates, encoding=data.encoding, classes=data.classes
+        )
 
     unique = data.duplicates == "drop"
     if isinstance(rows, dict):

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from featstore.data.labels import LABELS
+from featstore.data.labels import labels_of
 from featstore.errors import Advice, Command, DataError, RowError
 from featstore.publish import write_bytes
 
@@ -34,7 +34,8 @@ class Examples:
     Attributes:
         image_ids: object of shape (rows,), str.
         hypotheses: object of shape (rows,), str.
-        labels: int8 of shape (rows,): 1 entailment, 0 contradiction, -1 unlabelled.
+        labels: int8 of shape (rows,): 1 entailment, 0 contradiction, of three classes 2
+            neutral; -1 unlabelled.
         source_lines: int64 of shape (rows,): 1-based line where the row starts.
         sources: object of shape (rows,), str: the file of each row.
         written_ids: object of shape (rows,), str: the image ids as the files spell them.
@@ -141,22 +142,36 @@ def summarise(issues: Iterable[RowIssue]) -> dict[str, int]:
     return dict(Counter(issue.reason for issue in issues).most_common())
 
 
-def require_both_classes(examples: Examples, where: str) -> None:
+def class_counts(labels: npt.ArrayLike, classes: int) -> dict[str, int]:
+    """Return the rows of each class by its name.
+
+    Args:
+        labels: int8 of shape (rows,).
+        classes: 2 or 3.
+    """
+    truth = np.asarray(labels)
+    return {name: int((truth == label).sum()) for name, label in labels_of(classes).items()}
+
+
+def require_every_class(examples: Examples, where: str, classes: int = 2) -> None:
     """Check that there is something to tell apart.
 
     Args:
         examples: Labelled rows.
         where: What to call them in the error, such as "train split of rows.jsonl".
+        classes: 2 or 3.
 
     Raises:
         DataError: A class has no row.
     """
-    counts = {name: int(np.sum(examples.labels == label)) for name, label in LABELS.items()}
+    counts = class_counts(examples.labels, classes)
     if min(counts.values()) == 0:
         found = ", ".join(f"{count} {name}" for name, count in counts.items())
+        each = "both classes" if classes == 2 else "all three classes"
+        mend = "" if classes == 2 else ", or set [data] classes = 2 (--classes 2)"
         raise DataError(
-            f"{where}: expected rows of both classes, found {found};"
-            " add rows of the missing class, or check the file's labels"
+            f"{where}: expected rows of {each}, found {found};"
+            f" add rows of the missing class, or check the file's labels{mend}"
         )
 
 

@@ -1,9 +1,10 @@
 """What a label is: entailment is 1, the positive class, everywhere.
 
-Labels are words in any case, or the numbers 1 (entailment) and 0 (contradiction). No other
-coding by numbers is read: the class ids of SNLI on the Hugging Face hub (0 entailment,
-1 neutral, 2 contradiction) contradict this one. E and C are read where they are not letters
-of a multiple choice.
+A data set has two classes, contradiction (0) and entailment (1), or three with neutral (2);
+of three, a model's logits stand in this order. Labels are words in any case, or the numbers
+1 (entailment) and 0 (contradiction). No other coding by numbers is read: the class ids of
+SNLI on the Hugging Face hub (0 entailment, 1 neutral, 2 contradiction) contradict this one.
+E and C are read where they are not letters of a multiple choice.
 """
 
 from __future__ import annotations
@@ -18,30 +19,42 @@ from featstore.errors import RowError, short
 
 LABELS = {"contradiction": 0, "entailment": 1}
 """The polarity of the whole project: entailment is 1, the positive class."""
-LABEL_NAMES = {label: name for name, label in LABELS.items()}
+NEUTRAL = "neutral"
+ALL_LABELS = {**LABELS, NEUTRAL: 2}
+LABEL_NAMES = {label: name for name, label in ALL_LABELS.items()}
 
 UNLABELLED = -1
-NEUTRAL = "neutral"
 UNKNOWN_LABEL = "unknown label"
 CLASS_IDS = "class ids for labels"
 CHOICES = "letters of choices for labels"
-ACCEPTED = (
-    "entailment/contradiction, 1/0, true/false, yes/no or E/C, in any case; neutral (N) is left out"
-)
+_ACCEPTED = "entailment/contradiction, 1/0, true/false, yes/no or E/C, in any case"
+ACCEPTED = f"{_ACCEPTED}; neutral (N) is left out"
+ACCEPTED_OF_THREE = f"{_ACCEPTED}; neutral or N"
 _WORDS = {**LABELS, "0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "c": 0, "e": 1}
+_NEUTRAL_WORDS = (NEUTRAL, "n")
 _INTEGER = re.compile(r"([+-]?\d{1,18})(?:\.0*)?")
 
 
-def read_label(value: Any) -> tuple[int, str, str]:
-    """Return a label, and the reason and detail why it cannot be used."""
+def labels_of(classes: int) -> dict[str, int]:
+    """Return the labels of a data set of 2 or 3 classes, by name, in the order of their numbers."""
+    return {name: label for name, label in ALL_LABELS.items() if label < classes}
+
+
+def read_label(value: Any, classes: int = 2) -> tuple[int, str, str]:
+    """Return a label, and the reason and detail why it cannot be used.
+
+    Args:
+        value: As parsed.
+        classes: 2 leaves neutral out, 3 reads it.
+    """
     word = value.strip().lower() if isinstance(value, str) else str(value).lower()
     code = integer_label(value)
     word = word if code is None else str(code)
     if isinstance(value, str | int | float):
         if word in _WORDS:
             return _WORDS[word], "", ""
-        if word in (NEUTRAL, "n"):
-            return UNLABELLED, NEUTRAL, ""
+        if word in _NEUTRAL_WORDS:
+            return (UNLABELLED, NEUTRAL, "") if classes == 2 else (ALL_LABELS[NEUTRAL], "", "")
     return UNLABELLED, UNKNOWN_LABEL, "missing" if value is None else f"label {short(value)}"
 
 

@@ -69,25 +69,27 @@ def read_examples(
     labelled: bool = True,
     duplicates: Literal["drop", "keep"] | str = "drop",
     encoding: str = "",
+    classes: int = 2,
 ) -> ReadResult:
     """Read a row file; see the module for formats, columns and labels.
 
-    Image ids and hypotheses are kept as written, without surrounding white space; an
-    whole number of JSON becomes its decimal text. Dropped, each with its reason: neutral
-    rows, unknown labels, empty or undecodable text, missing or unsafe image ids, CSV
-    records with too many or too few cells and, by choice, repeats of an earlier row
-    (same image id, hypothesis and label). Rows that say both labels of one hypothesis
+    Image ids and hypotheses are kept as written, without surrounding white space; a
+    whole number of JSON becomes its decimal text. Dropped, each with its reason: of two
+    classes neutral rows, unknown labels, empty or undecodable text, missing or unsafe image
+    ids, CSV records with too many or too few cells and, by choice, repeats of an earlier row
+    (same image id, hypothesis and label). Rows that say several labels of one hypothesis
     about one image are kept and reported.
 
     Args:
         path: The file; or one that is open for reading bytes, such as `sys.stdin.buffer`.
         labelled: False reads rows to predict: no label is needed. One that is there is read
-            where it says entailment or contradiction; any other is reported and comes back
+            where it says one of the classes; any other is reported and comes back
             as `UNLABELLED`, and so does every integer of a file that has class ids. Of
             several label columns none is read.
         duplicates: "drop" or "keep" exact repeats.
         encoding: Of the file's text; "": UTF-8, or told from the bytes, in which case each
             row with a character beyond ASCII is reported as "read as …".
+        classes: 2 leaves neutral rows out, 3 keeps them.
 
     Returns:
         The rows in the order of the file, and the issues in the order of their lines.
@@ -109,7 +111,7 @@ def read_examples(
             # A pipe is read once, and rows are looked at twice: for their format and encoding.
             shutil.copyfileobj(path, kept)
             kept.seek(0)
-            return _read(STREAM, kept, labelled, unique, encoding)
+            return _read(STREAM, kept, labelled, unique, encoding, classes)
     path = Path(path)
     if not path.exists():
         raise RowError(f"{path}: no such file; name a JSONL or CSV file of rows")
@@ -118,12 +120,14 @@ def read_examples(
         raise RowError(f"{path}: is {kind}; name a JSONL or CSV file of rows")
     try:
         with path.open("rb") as file:
-            return _read(path, file, labelled, unique, encoding)
+            return _read(path, file, labelled, unique, encoding, classes)
     except OSError as error:
         raise RowError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _read(path: Path, packed: IO[bytes], labelled: bool, unique: bool, encoding: str) -> ReadResult:
+def _read(
+    path: Path, packed: IO[bytes], labelled: bool, unique: bool, encoding: str, classes: int
+) -> ReadResult:
     """Read a seekable file from its start."""
     with unpacked(path, packed) as file:
         name, detected = encoding_of(path, file, encoding)
@@ -132,15 +136,16 @@ def _read(path: Path, packed: IO[bytes], labelled: bool, unique: bool, encoding:
         # In JSONL only \n ends a line; in CSV \r does too.
         with io.TextIOWrapper(file, encoding=name, newline="\n" if is_json else "") as text:
             records = (_jsonl if is_json else _csv)(path, text, labelled)
-            return collect(path, records, labelled, unique, name if detected else "")
+            return collect(path, records, labelled, unique, name if detected else "", classes)
 
 
-def read_frame(frame: pd.DataFrame) -> ReadResult:
+def read_frame(frame: pd.DataFrame, classes: int = 2) -> ReadResult:
     """Read rows to predict from a table whose columns are named as those of a file.
 
     Args:
         frame: Columns as in the module; labels are read as `labelled=False` reads those of
             a file. A missing value (NaN, None) is an empty cell.
+        classes: As of `read_examples`.
 
     Returns:
         As `read_examples`; a row's line is its place in the table, from 1.
@@ -161,7 +166,7 @@ def read_frame(frame: pd.DataFrame) -> ReadResult:
 
     rows = zip(*map(values, at), strict=True)
     records = (Raw(line, *row) for line, row in enumerate(rows, 1))
-    return collect(path, records, labelled=False, unique=False)
+    return collect(path, records, labelled=False, unique=False, classes=classes)
 
 
 def _is_json(path: Path, file: IO[bytes], encoding: str) -> bool:

@@ -15,6 +15,7 @@ from trainer.commands.console import (
     check_kept,
     encoding_option,
     open_run,
+    print_confusion,
     quoted,
     run_options,
     split_option,
@@ -29,33 +30,19 @@ SHOWN_BUCKET_ROWS = 20
 
 def _print_result(result: dict[str, Any]) -> None:
     """Print a screenful: figures, controls, calibration, buckets, errors."""
-    from trainer.results.summary import between, number, title
-
-    def with_interval(value: float, name: str) -> str:
-        return f"{value:.2%} ({between(result['intervals'][name])})"
+    from trainer.results.summary import between, class_line, number, title
 
     if result["control"] != "none":
         click.echo(f"control: {result['control']}")
     click.echo(
         f"{result['run']} on {title(result)}: {counted(result['rows'], 'row')} of"
         f" {counted(result['images'], 'photo')}"
-        f" ({result['entailment']} entailment, {result['contradiction']} contradiction)"
+        f" ({class_line(result)})"
     )
-    click.echo(
-        f"{'threshold':>24} {'accuracy (95 %)':>23} {'macro-F1 (95 %)':>23}"
-        f" {'tp':>5} {'fp':>5} {'fn':>5} {'tn':>5}"
-    )
-    tau = f"τ = {result['threshold']:.2f}"
-    if result["threshold_interval"]:
-        tau += f" ({between(result['threshold_interval'], 1, 2)})"
-    for name, found, suffix in (
-        (tau, result["at_threshold"], ""),
-        ("0.50", result["at_half"], "_at_half"),
-    ):
-        accuracy = with_interval(found["accuracy"], f"accuracy{suffix}")
-        macro_f1 = with_interval(found["macro_f1"], f"macro_f1{suffix}")
-        counts = " ".join(f"{found[key]:5d}" for key in ("tp", "fp", "fn", "tn"))
-        click.echo(f"{name:>24} {accuracy:>23} {macro_f1:>23} {counts}")
+    if result["threshold"] is None:
+        _print_of_three(result)
+    else:
+        _print_at_thresholds(result)
     figures = [
         f"{name} {number(result[key])} ({between(result['intervals'][key], 1, 3)})"
         for name, key in (("AUC", "auc"), ("average precision", "average_precision"))
@@ -69,10 +56,45 @@ def _print_result(result: dict[str, Any]) -> None:
             f" {calibration['temperature']:.3f} of val"
         )
     elif result["without_val"]:
-        line += f"; no temperature and no interval of τ: {result['without_val']}"
+        tau = "" if result["threshold"] is None else " and no interval of τ"
+        line += f"; no temperature{tau}: {result['without_val']}"
     click.echo(line)
     _print_controls(result)
     _print_extremes(result)
+
+
+def _with_interval(result: dict[str, Any], value: float, name: str) -> str:
+    from trainer.results.summary import between
+
+    return f"{value:.2%} ({between(result['intervals'][name])})"
+
+
+def _print_of_three(result: dict[str, Any]) -> None:
+    """Print the shares and the confusion matrix of a run without threshold."""
+    at = result["at_argmax"]
+    accuracy, macro_f1 = (_with_interval(result, at[n], n) for n in ("accuracy", "macro_f1"))
+    click.echo(f"accuracy {accuracy}, macro-F1 {macro_f1}")
+    print_confusion(at)
+
+
+def _print_at_thresholds(result: dict[str, Any]) -> None:
+    from trainer.results.summary import between
+
+    click.echo(
+        f"{'threshold':>24} {'accuracy (95 %)':>23} {'macro-F1 (95 %)':>23}"
+        f" {'tp':>5} {'fp':>5} {'fn':>5} {'tn':>5}"
+    )
+    tau = f"τ = {result['threshold']:.2f}"
+    if result["threshold_interval"]:
+        tau += f" ({between(result['threshold_interval'], 1, 2)})"
+    for name, found, suffix in (
+        (tau, result["at_threshold"], ""),
+        ("0.50", result["at_half"], "_at_half"),
+    ):
+        accuracy = _with_interval(result, found["accuracy"], f"accuracy{suffix}")
+        macro_f1 = _with_interval(result, found["macro_f1"], f"macro_f1{suffix}")
+        counts = " ".join(f"{found[key]:5d}" for key in ("tp", "fp", "fn", "tn"))
+        click.echo(f"{name:>24} {accuracy:>23} {macro_f1:>23} {counts}")
 
 
 def _warn(result: dict[str, Any]) -> None:
@@ -109,7 +131,8 @@ def _print_controls(result: dict[str, Any]) -> None:
                 f" {gained(found['difference'])}"
             )
     if blind := result["controls"]["hypothesis-only"]:
-        click.echo(f"trained on the sentence alone: {blind['run']}, at its own τ")
+        tau = "" if blind["threshold"] is None else ", at its own τ"
+        click.echo(f"trained on the sentence alone: {blind['run']}{tau}")
     click.echo(result["verdict"].replace(". ", ".\n"))
 
 
@@ -167,6 +190,8 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure a run at its own threshold, with intervals, beside its controls.
+
+    A run of three classes has none: the largest probability decides.
 
     Leaves evaluate-SPLIT.json, predictions-SPLIT.csv and summary.md in the run's folder;
     docs/EVALUATION.md says what each figure is.

@@ -24,7 +24,8 @@ from trainer.commands.help import PATH, command
 @click.option("--as", "name", required=True, help="Name of the run.")
 @click.option(
     "--labels",
-    help="Positive class of the file: entailment=1 or contradiction=1.  [default: entailment=1]",
+    help="Positive class of the file: entailment=1 or contradiction=1; of three classes its logits"
+    " in their order.  [default: entailment=1; contradiction,entailment,neutral]",
 )
 @click.option(
     "--threshold", type=float, help="The run's τ.  [default: the export's own, or swept on val]"

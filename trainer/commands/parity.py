@@ -13,6 +13,13 @@ from trainer.commands.console import check_kept, open_run, run_options, split_op
 from trainer.commands.help import command
 
 
+def _logit(found: Any) -> str:
+    """Write a row's logit, or those of three classes."""
+    if isinstance(found, list):
+        return f"({', '.join(map(_logit, found))})"
+    return "not finite" if found is None else f"{found:.4f}"
+
+
 def _print_parity(result: dict[str, Any]) -> None:
     click.echo(
         f"{result['split']}: {result['rows']} of {counted(result['rows_of_split'], 'row')},"
@@ -37,11 +44,14 @@ def _print_parity(result: dict[str, Any]) -> None:
         f" over {counted(recorded['rows'], 'row')}; {'met' if recorded['met'] else 'NOT met'}"
         f" ({recorded['tolerance']:.1e})"
     )
-    click.echo(f"{'predictions':>20} {len(differing)} differ at τ = {result['threshold']:.2f}")
+    tau = "" if result["threshold"] is None else f" at τ = {result['threshold']:.2f}"
+    click.echo(f"{'predictions':>20} {len(differing)} differ{tau}")
     for row in differing:
+        cut = row["threshold_logit"]
         click.echo(
-            f"{row['image_id']!r}, {row['hypothesis']!r}: logit {row['cached_logit']:.4f} cached,"
-            f" {row['end_to_end_logit']:.4f} end to end, threshold {row['threshold_logit']:.4f}"
+            f"{row['image_id']!r}, {row['hypothesis']!r}: logit {_logit(row['cached_logit'])}"
+            f" cached, {_logit(row['end_to_end_logit'])} end to end"
+            + ("" if cut is None else f", threshold {cut:.4f}")
         )
     for path, found in result["metrics"].items():
         figures = "not finite"

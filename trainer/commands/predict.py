@@ -59,7 +59,7 @@ def predict(
     runs: str,
     as_json: bool,
 ) -> None:
-    """Say whether photos entail sentences, at the run's own threshold."""
+    """Say whether photos entail sentences, at the run's own threshold if it has one."""
     if (rows is None) == (image is None and text is None) or (image is None) != (text is None):
         raise UsageError("give --rows FILE, or --image PHOTO and --text SENTENCE")
     if image is not None and text is not None:
@@ -69,12 +69,14 @@ def predict(
     if as_json and to_stream:
         raise UsageError("--json: standard output has the predictions; give --out FILE")
     found = open_run(run, runs)
+    from trainer.results.predict import line_type
     from trainer.results.predictions_file import format_of, opened_for
 
     path = None if to_stream else Path(out)
     format_name = format_of(path, format_name)
     source: Any = sys.stdin.buffer if rows == STREAM else rows
-    with opened_for(path or sys.stdout.buffer, format_name) as write:
+    columns = line_type(found.config.data.classes)._fields
+    with opened_for(path or sys.stdout.buffer, format_name, columns) as write:
         predictions = found.predictions(source, images, cache=cache, encoding=encoding)
         write(predictions.lines())
     for line in predictions.dataset.notes():
@@ -98,6 +100,10 @@ def _predict_pair(run: str, runs: str, image: str, text: str, as_json: bool) -> 
     if as_json:
         answer(result)
         return
+    if result["threshold"] is None:
+        shares = result["probabilities"].items()
+        click.echo(f"{result['label']} ({', '.join(f'{name} {p:.2%}' for name, p in shares)})")
+        return
     click.echo(
         f"{result['label']} (confidence {result['confidence']:.2%}; probability of entailment"
         f" {result['probability_entailment']:.4f}, τ = {result['threshold']:.2f})"
@@ -106,18 +112,26 @@ def _predict_pair(run: str, runs: str, image: str, text: str, as_json: bool) -> 
 
 def _print_summary(summary: dict[str, Any], err: bool) -> None:
     """Print what was predicted, and the figures of labelled rows."""
-    said = ", ".join(f"{count} {label}" for label, count in summary["labels"].items())
+    from trainer.metrics import decided
+    from trainer.results.summary import class_line
+
+    threshold = summary["threshold"]
+    tau = "" if threshold is None else f" at τ = {threshold:.2f}"
     click.echo(
-        f"{summary['predicted']} of {counted(summary['rows'], 'row')} predicted at τ ="
-        f" {summary['threshold']:.2f} ({said}), {summary['rows_per_second']:.3g} rows/s",
+        f"{summary['predicted']} of {counted(summary['rows'], 'row')} predicted{tau}"
+        f" ({class_line(summary['labels'])}), {summary['rows_per_second']:.3g} rows/s",
         err=err,
     )
     if metrics := summary["metrics"]:
-        at = metrics["at_threshold"]
+        at = decided(metrics)
         auc = "undefined" if metrics["auc"] is None else f"{metrics['auc']:.4f}"
+        counts = (
+            ""
+            if threshold is None
+            else "; " + ", ".join(f"{key} {at[key]}" for key in ("tp", "fp", "fn", "tn"))
+        )
         click.echo(
             f"{counted(metrics['rows'], 'labelled row')}: accuracy {at['accuracy']:.2%}, macro-F1"
-            f" {at['macro_f1']:.2%}, AUC {auc}; tp {at['tp']}, fp {at['fp']}, fn {at['fn']},"
-            f" tn {at['tn']}",
+            f" {at['macro_f1']:.2%}, AUC {auc}{counts}",
             err=err,
         )

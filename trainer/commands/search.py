@@ -253,9 +253,10 @@ def search_best(
             return
         params = ", ".join(f"{key} {shown(value)}" for key, value in best["params"].items())
         click.echo(f"{search.run_of(best['trial']).folder}: {params}")
+        tau = "" if best["threshold"] is None else f", τ {best['threshold']:.2f}"
         click.echo(
             f"{search.space.search.metric} {best['value']:.4f} in epoch {best['best_epoch']},"
-            f" accuracy {best['val_accuracy']:.2%}, τ {best['threshold']:.2f}"
+            f" accuracy {best['val_accuracy']:.2%}{tau}"
         )
         return
     import_framework()

@@ -93,6 +93,7 @@ def build_cached_model(
     train: TrainConfig,
     *,
     feature_dtype: str = "float16",
+    classes: int = 2,
 ) -> keras.Model:
     """Build the model that trains over cached features, with random weights.
 
@@ -109,13 +110,14 @@ def build_cached_model(
             are used.
         feature_dtype: The store's dtype. Features enter the graph in it and
             are cast inside, so that fewer bytes are moved.
+        classes: 2 or 3.
 
     Returns:
         keras.Model from `features` (batch, num_tokens, vision_width), `hidden`
         (batch, length, width) and `padding_mask` (bool, batch, length) to the
-        logit (float32, batch, 1). Where `feature_dtype` is "int8", also from
-        `feature_scales` (float32, batch, num_tokens) and `hidden_scales`
-        (float32, batch, length).
+        logits (float32, batch, 1 or 3), see `apply_head`. Where `feature_dtype` is
+        "int8", also from `feature_scales` (float32, batch, num_tokens) and
+        `hidden_scales` (float32, batch, length).
 
     Raises:
         ConfigError: `k_txt` or the heads do not fit the text encoder.
@@ -131,18 +133,22 @@ def build_cached_model(
     family = FAMILIES[text_config["class_name"]]
     runs = family.shared(text_config["config"])
     with seeded(f"text {train.seed}"):
+        whole = train.queries == "all"
         tail = TextTail(
             configs,
             fast=train.fast_path,
             runs=runs,
             query=family.query,
+            whole=whole,
             dtype=train.dtype_policy,
             name=TAIL_NAME,
         )
-        cls = tail(hidden, padding_mask=padding_mask)
+        states = tail(hidden, padding_mask=padding_mask)
     with seeded(f"head {train.seed}"):
-        logit = apply_head(cls, features, train, fast=train.fast_path)
-    return keras.Model(inputs, logit, name="cached")
+        logits = apply_head(
+            states, features, train, train.fast_path, classes=classes, mask=padding_mask
+        )
+    return keras.Model(inputs, logits, name="cached")
 
 
 @pinned_framework()

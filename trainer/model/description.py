@@ -7,11 +7,11 @@ more layer, the last token in place of the first. The description in the archive
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from featstore.publish import text_digest
-from trainer.model.head import HEAD_LAYERS, TEXT_NAME, VISION_NAME
+from trainer.model.head import POOL_NAME, TEXT_NAME, VISION_NAME, is_of_head
 
 PACKAGES = ("keras", "keras_hub")
 # Of a setting that decides no prediction.
@@ -20,14 +20,6 @@ FREE_SETTINGS = (
     *("rate", "dropout", "dropout_rate", "attention_dropout"),
 )
 FREE_ENDINGS = ("_initializer", "_regularizer", "_constraint")
-# What each layer of the study reads.
-READS: dict[str, set[str]] = {
-    VISION_NAME: {"pixel_values"},
-    TEXT_NAME: {"input_ids", "attention_mask"},
-    "xattn": {TEXT_NAME, VISION_NAME},
-    "xattn_residual": {TEXT_NAME, "xattn"},
-    **dict(zip(HEAD_LAYERS[2:], ({name} for name in HEAD_LAYERS[1:]), strict=False)),
-}
 # Operations that only pick or arrange tokens, and so may stand between two layers.
 PICKING = ("GetItem", "ExpandDims", "Reshape", "Squeeze")
 
@@ -79,7 +71,9 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], skipped: 
     """
     try:
         ours, theirs = _layers(expected), _layers(found)
-        lines = [line for name in READS for line in _differing_settings(name, ours, theirs)]
+        names = _compared(ours)
+        lines = [line for name in names for line in _differing_settings(name, ours, theirs)]
+        lines += [f"expected no layer {name}" for name in _compared(theirs) if name not in names]
         return lines or _differing_connections(ours, theirs, found, skipped)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError):
         return ["its description is not that of a functional model of Keras 3"]
@@ -112,24 +106,24 @@ def _plain(value: Any) -> Any:
     return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
 
 
-def _ways(layers: Mapping[str, Any], name: str) -> set[str]:
+def _ways(layers: Mapping[str, Any], name: str, names: Sequence[str]) -> set[str]:
     """Return the `_way` of each thing that a layer reads."""
-    return {_way(layers, source, {}) for source in _sources(layers[name])}
+    return {_way(layers, source, names, {}) for source in _sources(layers[name])}
 
 
-def _way(layers: Mapping[str, Any], name: str, known: dict[str, str]) -> str:
+def _way(layers: Mapping[str, Any], name: str, names: Sequence[str], known: dict[str, str]) -> str:
     """Return a digest of how a layer is made of the study's layers and of inputs.
 
     Operations between them are named by a counter, so their names decide nothing.
     """
     layer = layers[name]
-    if name in READS or layer["class_name"] == "InputLayer":
+    if name in names or layer["class_name"] == "InputLayer":
         return name
     if name not in known:
 
         def plain(part: Any) -> Any:
             if isinstance(part, dict) and part.get("class_name") == "__keras_tensor__":
-                return _way(layers, part["config"]["keras_history"][0], known)
+                return _way(layers, part["config"]["keras_history"][0], names, known)
             if isinstance(part, dict):
                 return {key: plain(value) for key, value in part.items()}
             return [plain(value) for value in part] if isinstance(part, list) else part
@@ -142,26 +136,24 @@ def _way(layers: Mapping[str, Any], name: str, known: dict[str, str]) -> str:
 
 
 def _differing_connections(
-    ours: Mapping[str, Any], layers: Mapping[str, Any], config: Mapping[str, Any], skipped: int
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], config: Mapping[str, Any], skipped: int
 ) -> list[str]:
     lines: list[str] = []
-    for name, expected in READS.items():
-        if _ways(layers, name) == _ways(ours, name):
+    names = _compared(ours)
+    known = {*names, *(n for n, layer in theirs.items() if layer["class_name"] == "InputLayer")}
+    for name in names:
+        if _ways(theirs, name, names) == _ways(ours, name, names):
             continue
-        found: set[str] = set()
-        for source in _sources(layers[name]):
-            for _ in layers:  # A description may go in circles.
-                if source in READS or layers[source]["class_name"] not in PICKING:
-                    break
-                lines += _wrong_pick(layers[source], skipped)
-                source = _sources(layers[source])[0]
-            found.add(source)
-        if name == "xattn" and VISION_NAME in _sources(layers[name]) and skipped:
+        expected, _ = _read(ours, name, names)
+        found, picked = _read(theirs, name, names)
+        for layer in picked:
+            lines += _wrong_pick(layer, POOL_NAME in names, skipped)
+        if VISION_NAME in expected and VISION_NAME in _sources(theirs[name]) and skipped:
             lines.append(
-                f"xattn attends over every token of {VISION_NAME}, {skipped} of them before the"
+                f"{name} attends over every token of {VISION_NAME}, {skipped} of them before the"
                 ' patches; set [store] tokens to "all"'
             )
-        if found != expected:
+        if found != expected or not found <= known:
             lines.append(
                 f"{name} reads {', '.join(sorted(found))}; expected {', '.join(sorted(expected))}"
             )
@@ -169,6 +161,27 @@ def _differing_connections(
     if "logit" not in (outputs[0], *outputs[0]):
         lines.append(f"its output is {outputs}; expected the layer logit")
     return list(dict.fromkeys(lines))
+
+
+def _compared(layers: Mapping[str, Any]) -> list[str]:
+    """Return the layers that decide a prediction: backbones and head."""
+    return [name for name in layers if name in (VISION_NAME, TEXT_NAME) or is_of_head(name)]
+
+
+def _read(
+    layers: Mapping[str, Any], name: str, names: Sequence[str]
+) -> tuple[set[str], list[dict[str, Any]]]:
+    """Return which of the layers that count a layer reads, and what picks tokens in between."""
+    found: set[str] = set()
+    picked: list[dict[str, Any]] = []
+    for source in _sources(layers[name]):
+        for _ in layers:  # A description may go in circles.
+            if source in names or layers[source]["class_name"] not in PICKING:
+                break
+            picked.append(layers[source])
+            source = _sources(layers[source])[0]
+        found.add(source)
+    return found, picked
 
 
 def _sources(layer: Mapping[str, Any]) -> list[str]:
@@ -186,7 +199,7 @@ def _sources(layer: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _wrong_pick(layer: Mapping[str, Any], skipped: int) -> Iterator[str]:
+def _wrong_pick(layer: Mapping[str, Any], every: bool, skipped: int) -> Iterator[str]:
     """Say where an operation takes other tokens than the first of the text or the image's."""
     if layer["class_name"] != "GetItem":
         return
@@ -202,5 +215,7 @@ def _wrong_pick(layer: Mapping[str, Any], skipped: int) -> Iterator[str]:
             f"xattn attends over the tokens of {VISION_NAME} from {start} on; expected {skipped}:"
             ' set [store] tokens to "patches", or to "all" where it starts at 0'
         )
+    elif source == TEXT_NAME and every:
+        yield f"xattn asks for a token of {TEXT_NAME} alone; expected every one, or --queries cls"
     elif source == TEXT_NAME and (start, stop) != (0, 1):
         yield f"xattn asks for token {start} of {TEXT_NAME}; expected the first"

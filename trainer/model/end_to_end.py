@@ -116,6 +116,7 @@ class TextTower(_TowerLayer):
         backbone: A keras-hub text backbone, taken over: its layers' `trainable`
             flags are set here.
         k_txt: The last blocks that train.
+        whole: Every token's state leaves, rather than the first's.
 
     Raises:
         ConfigError: `k_txt` is outside 0..number of blocks.
@@ -124,8 +125,9 @@ class TextTower(_TowerLayer):
 
     kind = "text"
 
-    def __init__(self, backbone: Any, k_txt: int, **kwargs: Any) -> None:
+    def __init__(self, backbone: Any, k_txt: int, whole: bool = False, **kwargs: Any) -> None:
         super().__init__(backbone, k_txt, **kwargs)
+        self.whole = whole
 
     def call(self, token_ids: Any, attention_mask: Any, training: bool | None = None) -> Any:
         """Run the backbone.
@@ -136,25 +138,32 @@ class TextTower(_TowerLayer):
             training: Whether the dropout of the trained blocks applies.
 
         Returns:
-            Shape (batch, 1, width): the state of the token that the head reads.
+            Shape (batch, 1, width): the state of the token that the head reads; or that of
+            each, (batch, length, width).
         """
         states = self.run(token_ids, attention_mask, training)
+        if self.whole:
+            return states
         return query_token(states, attention_mask, self.tower.family.query)
 
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...], **_: Any
     ) -> tuple[int | None, ...]:
-        """Return (batch, 1, width)."""
-        return (input_shape[0], 1, self.tower.width)
+        """Return (batch, 1, width), or (batch, length, width)."""
+        return (input_shape[0], input_shape[1] if self.whole else 1, self.tower.width)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        return {**super().get_config(), "k_txt": self.k}
+        return {**super().get_config(), "k_txt": self.k, "whole": self.whole}
 
 
 @pinned_framework()
 def build_end_to_end(
-    vision_backbone: Any, text_backbone: Any, train: TrainConfig, tokens: str = "patches"
+    vision_backbone: Any,
+    text_backbone: Any,
+    train: TrainConfig,
+    tokens: str = "patches",
+    classes: int = 2,
 ) -> keras.Model:
     """Build the model from pixels and tokens, with plain Keras layers.
 
@@ -167,11 +176,12 @@ def build_end_to_end(
         train: `k_txt`, the head's sizes, `seed` and `dtype_policy` are used. The
             head starts as the cached model's does.
         tokens: As the store's: `"patches"` or `"all"`.
+        classes: 2 or 3.
 
     Returns:
         keras.Model from `pixel_values` (float32, batch, height, width, 3; see
         `VisionEncoder.to_pixels`), `input_ids` and `attention_mask` (int32,
-        batch, length) to the logit (float32, batch, 1).
+        batch, length) to the logits (float32, batch, 1 or 3), see `apply_head`.
 
     Raises:
         ConfigError: `k_txt` or the heads do not fit the text backbone.
@@ -181,15 +191,16 @@ def build_end_to_end(
     input_ids = keras.Input((None,), dtype="int32", name="input_ids")
     attention_mask = keras.Input((None,), dtype="int32", name="attention_mask")
     features = FrozenVision(vision_backbone, tokens, name=VISION_NAME)(pixels)
-    cls = TextTower(text_backbone, train.k_txt, name=TEXT_NAME)(input_ids, attention_mask)
+    tower = TextTower(text_backbone, train.k_txt, train.queries == "all", name=TEXT_NAME)
+    states = tower(input_ids, attention_mask)
     with seeded(f"head {train.seed}"):
-        logit = apply_head(cls, features, train, fast=False)
+        logits = apply_head(states, features, train, False, classes=classes, mask=attention_mask)
     inputs = {
         "pixel_values": pixels,
         "input_ids": input_ids,
         "attention_mask": attention_mask,
     }
-    model = keras.Model(inputs, logit, name="end_to_end")
+    model = keras.Model(inputs, logits, name="end_to_end")
     check_frozen(model)
     return model
 

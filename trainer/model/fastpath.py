@@ -7,6 +7,8 @@ variables and dropout generators, in a form of few large matrix products:
   can be regrouped so that no token is projected: `(W_kᵀ q)·x_j` for the scores,
   and `W_v (Σ a_j x_j) + b_v Σ a_j` for the result. `Σ a_j` stays because dropout
   on the scores moves it away from 1.
+- The same regrouping holds for a few queries: it costs more with each, and less than
+  projecting the tokens while they are fewer than a head is wide.
 - Only one token leaves the text tower (the first, of CLIP the last), so its last
   layer needs the query, output projection and feed-forward of that token.
 - Dense products are taken over (rows · tokens, width) matrices. Over
@@ -190,6 +192,57 @@ def _by_layer(attentions: Sequence[keras.layers.MultiHeadAttention], joined: Any
         return [joined]
     ends = list(itertools.accumulate(attention.num_heads for attention in attentions))
     return list(ops.split(joined, ends[:-1], axis=1))
+
+
+def absorbed_attention(
+    attention: keras.layers.MultiHeadAttention,
+    query: Any,
+    tokens: Any,
+    training: bool | None = None,
+) -> tuple[Any, Any]:
+    """Apply a built `MultiHeadAttention` to a few queries without projecting the tokens.
+
+    Args:
+        attention: A built layer; its own weights and dropout are used.
+        query: Float of shape (batch, queries, query_width).
+        tokens: Float of shape (batch, tokens, width): keys and values.
+        training: Whether dropout applies to the attention weights.
+
+    Returns:
+        The output, of shape (batch, queries, output_width), and the attention weights
+        before dropout, of shape (batch, heads, queries, tokens).
+    """
+    dtype = attention.compute_dtype
+    tokens = ops.cast(tokens, dtype)
+    heads, head_dim = attention.num_heads, attention.key_dim
+    batch, queries, width = ops.shape(query)[0], ops.shape(query)[1], tokens.shape[-1]
+
+    def turned(x: Any, first: Any, second: Any) -> Any:
+        """Swap two leading axes of (first, second, queries, width), laid out as matrices."""
+        return ops.transpose(ops.reshape(x, (first, second, queries, width)), (1, 0, 2, 3))
+
+    q = project(attention.query_dense, ops.reshape(query, (-1, query.shape[-1])))
+    q = ops.reshape(q, (-1, heads, head_dim)) * ops.cast(attention._inverse_sqrt_key_dim, dtype)
+    key_kernel = ops.transpose(ops.cast(attention.key_dense.kernel, dtype), (1, 2, 0))
+    absorbed = turned(ops.matmul(_swap_heads(q), key_kernel), heads, batch)
+    scores = _token_scores(ops.reshape(absorbed, (batch, -1, width)), tokens)
+    if attention.use_bias:
+        scores = _tie(scores, ops.cast(attention.key_dense.bias, dtype))
+    shape = (batch, heads, queries, ops.shape(tokens)[1])
+    weights = ops.reshape(ops.softmax(scores, axis=-1), shape)
+    kept = weights
+    if training and attention._dropout > 0:
+        kept = drop(attention._dropout_layer, weights)
+    pooled = _token_sums(ops.reshape(kept, (batch, -1, shape[-1])), tokens)
+    value_kernel = ops.transpose(ops.cast(attention.value_dense.kernel, dtype), (1, 0, 2))
+    pooled = ops.reshape(turned(pooled, batch, heads), (heads, -1, width))
+    value = _swap_heads(ops.matmul(pooled, value_kernel))
+    if attention.use_bias:
+        value_bias = ops.cast(attention.value_dense.bias, dtype)
+        sums = ops.transpose(ops.sum(kept, axis=-1), (0, 2, 1))
+        value = value + ops.reshape(sums, (-1, heads, 1)) * value_bias
+    output = project(attention.output_dense, ops.reshape(value, (-1, heads * value.shape[-1])))
+    return ops.reshape(output, (batch, queries, output.shape[-1])), weights
 
 
 def _swap(x: Any) -> Any:

@@ -11,21 +11,25 @@ from featstore.encoders.framework import pinned_framework
 from featstore.encoders.tower import Tower
 from trainer.config import TrainConfig
 from trainer.model.fastpath import last_token
-from trainer.model.head import HEAD_LAYERS, TEXT_NAME, VISION_NAME, apply_head
+from trainer.model.head import TEXT_NAME, VISION_NAME, apply_head, head_layers
 from trainer.model.weights import copy_weights, layer_weights, seeded, trained_weights
 
 
 @pinned_framework()
 def build_plain(
-    vision_backbone: Any, text_backbone: Any, train: TrainConfig, tokens: str = "patches"
+    vision_backbone: Any,
+    text_backbone: Any,
+    train: TrainConfig,
+    tokens: str = "patches",
+    classes: int = 2,
 ) -> keras.Model:
     """Build the model from pixels and token ids, as the reference study built it.
 
     `build_end_to_end` is the same function of its inputs. This one has no class of this
     project, so that `keras.models.load_model` reads it where only Keras and keras-hub are
     installed, and its weights file has the layout of the study's: `vit_backbone` and
-    `txt_backbone` are the backbones themselves, the head's layers are named as in
-    `trainer.model.head.HEAD_LAYERS`.
+    `txt_backbone` are the backbones themselves, the head's layers are named as by
+    `trainer.model.head.apply_head`.
 
     It is meant to predict: trained further, the dropout of the text layers that stay frozen
     would run too.
@@ -39,10 +43,12 @@ def build_plain(
             random weights; see `transfer_to_plain`.
         tokens: `"all"`: the head attends over every token of the image, class token
             included, as the study's does. `"patches"`: the leading tokens are left out.
+        classes: 2 or 3.
 
     Returns:
         keras.Model from `pixel_values` (float32, batch, height, width, 3), `input_ids` and
-        `attention_mask` (int32, batch, length) to the logit of entailment (float32, batch, 1).
+        `attention_mask` (int32, batch, length) to the logit of entailment (float32, batch, 1);
+        of three classes to that of each (batch, 3).
 
     Raises:
         ConfigError: `k_txt` or the heads do not fit the text backbone.
@@ -63,22 +69,23 @@ def build_plain(
     states = text_backbone(text.inputs(input_ids, attention_mask))
     # BERT's output has more than the hidden states.
     states = states["sequence_output"] if isinstance(states, dict) else states
-    first = text.family.query == "first"
-    query = ops.expand_dims(states[:, 0], 1) if first else last_token(states, attention_mask)
+    if train.queries == "cls":
+        first = text.family.query == "first"
+        states = ops.expand_dims(states[:, 0], 1) if first else last_token(states, attention_mask)
     with seeded(f"head {train.seed}"):
-        logit = apply_head(query, features, train, fast=False)
+        logits = apply_head(states, features, train, False, classes=classes, mask=attention_mask)
     inputs = {
         "pixel_values": pixels,
         "input_ids": input_ids,
         "attention_mask": attention_mask,
     }
-    return keras.Model(inputs, logit, name="visual_entailment")
+    return keras.Model(inputs, logits, name="visual_entailment")
 
 
 def plain_weights(model: keras.Model, k_txt: int) -> dict[str, Any]:
     """Return the weights of a plain model that train, named as by `trained_weights`."""
     text = Tower(model.get_layer(TEXT_NAME), "text").upper_layers(k_txt)
-    layers = [*text, *(model.get_layer(name) for name in HEAD_LAYERS)]
+    layers = [*text, *head_layers(model)]
     return {
         f"{layer.name}/{path}": weight
         for layer in layers

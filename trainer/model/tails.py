@@ -28,7 +28,7 @@ def query_token(states: Any, padding_mask: Any, query: str) -> Any:
 
 @keras.saving.register_keras_serializable(package="featstore")
 class TextTail(keras.layers.Layer):
-    """The last layers of a text backbone, of which only one token's state leaves.
+    """The last layers of a text backbone, and which of its tokens' states leave.
 
     Args:
         layer_configs: Of each layer, in the order in which they run: of a
@@ -36,9 +36,11 @@ class TextTail(keras.layers.Layer):
             as a final norm) what `keras.saving.serialize_keras_object` makes.
             None at all: the layer only picks the token.
         fast: Run the layers by `trainer.model.fastpath`, the last for the one
-            token alone. Weights, draws and result are the plain layers'.
+            token alone where only that leaves. Weights, draws and result are
+            the plain layers'.
         runs: How often each layer runs before the next does.
         query: The token that leaves: "first" or "last".
+        whole: Every token leaves instead.
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class TextTail(keras.layers.Layer):
         fast: bool = True,
         runs: int = 1,
         query: str = "first",
+        whole: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.layer_configs = layer_configs
-        self.fast, self.runs, self.query = fast, runs, query
+        self.fast, self.runs, self.query, self.whole = fast, runs, query, whole
         self.transformer_layers = [_layer_of(config, self.dtype_policy) for config in layer_configs]
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -71,13 +74,14 @@ class TextTail(keras.layers.Layer):
             training: Whether the layers' own dropout applies.
 
         Returns:
-            Shape (batch, 1, width): the state of the one token.
+            Shape (batch, 1, width): the state of the one token; or that of each,
+            (batch, length, width).
         """
         steps = [layer for layer in self.transformer_layers for _ in range(self.runs)]
         norms = [step for step in steps if isinstance(step, keras.layers.LayerNormalization)]
         blocks = steps[: len(steps) - len(norms)]
         x = hidden
-        if self.fast and blocks:
+        if self.fast and blocks and not self.whole:
             for block in blocks[:-1]:
                 x = self._run(block, x, padding_mask, training)
             if self.query == "first":
@@ -87,7 +91,7 @@ class TextTail(keras.layers.Layer):
         else:
             for block in blocks:
                 x = self._run(block, x, padding_mask, training)
-            x = query_token(x, padding_mask, self.query)
+            x = x if self.whole else query_token(x, padding_mask, self.query)
         for norm in norms:
             x = norm(x)
         return x
@@ -103,12 +107,12 @@ class TextTail(keras.layers.Layer):
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...], **_: Any
     ) -> tuple[int | None, ...]:
-        """Return (batch, 1, width)."""
-        return (input_shape[0], 1, input_shape[2])
+        """Return (batch, 1, width), or the shape of the states."""
+        return (input_shape[0], input_shape[1] if self.whole else 1, input_shape[2])
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        names = ("layer_configs", "fast", "runs", "query")
+        names = ("layer_configs", "fast", "runs", "query", "whole")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from featstore.errors import RunError
-from trainer.model.head import HEAD_LAYERS, TAIL_NAME, TEXT_NAME
+from trainer.model.head import TAIL_NAME, TEXT_NAME, head_layers
 
 
 def layer_weights(layer: Any) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def trained_weights(model: keras.Model) -> dict[str, Any]:
     names = {layer.name for layer in model.layers}
     tower = model.get_layer(TAIL_NAME if TAIL_NAME in names else TEXT_NAME)
     text = tower.transformer_layers if TAIL_NAME in names else tower.trained_layers
-    layers = [*text, *(model.get_layer(name) for name in HEAD_LAYERS)]
+    layers = [*text, *head_layers(model)]
     return {
         f"{layer.name}/{path}": weight
         for layer in layers

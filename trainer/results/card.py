@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featstore.data.labels import LABELS
+from featstore.data.labels import labels_of
 from featstore.encoders.spec import differing_fields
 from featstore.errors import RunError
 from featstore.project import Project
 from featstore.publish import read_json
+from trainer.config import Config
 from trainer.model.weights_file import refused
 
 
@@ -23,19 +24,23 @@ class Card:
     Attributes:
         file: The export.
         k_txt: The last text layers that it trained.
-        threshold: On the probability of entailment.
+        threshold: On the probability of entailment; None of three classes.
+        classes: How many it tells apart.
+        head: What of its head no shape of a weight tells: `queries` and `fusion_layers`.
         inputs: What its pixels and token ids are made by, as `_inputs_of` has it of a project.
         weights: Digests of the presets' weights, "vision" and "text".
     """
 
     file: Path
     k_txt: int
-    threshold: float
+    threshold: float | None
+    classes: int
+    head: dict[str, Any]
     inputs: dict[str, Any]
     weights: dict[str, str]
 
     def check(self, project: Project, of_weights: bool = False) -> None:
-        """Refuse a project whose pixels, tokens or encoders are not the export's.
+        """Refuse a project whose pixels, tokens, encoders, classes or head are not the export's.
 
         Args:
             project: Its rows and encoders.
@@ -46,7 +51,11 @@ class Card:
         Raises:
             RunError: They differ; the message names the fields.
         """
-        ours, theirs = _inputs_of(project), self.inputs
+        config = project.config
+        assert isinstance(config, Config)
+        head = {"queries": config.train.queries, "fusion_layers": config.train.fusion_layers}
+        ours = {**_inputs_of(project), **head, "classes": config.data.classes}
+        theirs = {**self.inputs, **self.head, "classes": self.classes}
         if of_weights:
             digests = {"vision": project.vision_spec.weights, "text": project.text_spec(0).weights}
             ours, theirs = {**ours, "weights": digests}, {**theirs, "weights": self.weights}
@@ -93,11 +102,16 @@ def card_of(file: Path, metadata: Mapping[str, str] | None = None) -> Card | Non
     if not isinstance(said, dict) or not {"labels", "encoders", "threshold"} <= said.keys():
         return None
     try:
-        if said["labels"] != LABELS:
-            raise ValueError(f"labels are {said['labels']}, expected {LABELS}")
-        k_txt, threshold = said["k_txt"], float(said["threshold"])
-        if type(k_txt) is not int or k_txt < 0 or not 0 <= threshold <= 1:
+        classes = len(said["labels"])
+        if said["labels"] != (expected := labels_of(3 if classes == 3 else 2)):
+            raise ValueError(f"labels are {said['labels']}, expected {expected}")
+        k_txt = said["k_txt"]
+        threshold = float(said["threshold"]) if classes == 2 else None
+        if type(k_txt) is not int or k_txt < 0 or not 0 <= (threshold or 0) <= 1:
             raise ValueError(f"k_txt is {k_txt!r} and the threshold {threshold}")
+        # Exports of earlier versions have the study's head.
+        before = {"queries": "cls", "fusion_layers": 1}
+        head = before | {key: said["head"][key] for key in before.keys() & said["head"].keys()}
         vision, text = said["encoders"]["vision"], said["encoders"]["text"]
         inputs = {
             "tokens": vision["tokens"],
@@ -108,4 +122,4 @@ def card_of(file: Path, metadata: Mapping[str, str] | None = None) -> Card | Non
         digests = {"vision": vision["weights"], "text": text["weights"]}
     except (KeyError, TypeError, ValueError) as error:
         raise refused(file, f"what it says of itself is not whole ({error})") from error
-    return Card(file, k_txt, threshold, inputs, digests)
+    return Card(file, k_txt, threshold, classes, head, inputs, digests)

@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.data.labels import LABELS
+from featstore.data.examples import class_counts
 from featstore.errors import UsageError, counted
 from featstore.progress import SILENT, Show
 from featstore.publish import command_line, package_versions
 from trainer.buckets import bucket_rows, load_buckets
-from trainer.metrics import evaluate_logits, sigmoid
-from trainer.results.judged import Judged, check_same_rows, judge
+from trainer.metrics import (
+    decided,
+    evaluate_logits,
+    predicted_labels,
+    probabilities_of,
+)
+from trainer.results.judged import Judged, check_same_classes, check_same_rows, judge
 from trainer.run.folder import Run
 from trainer.statistics import (
     LEVEL,
@@ -74,18 +79,20 @@ def compare(
         on), `intervals` and `reliability`;
         `differences`: for each run but the first `run`, `base`, `figures` (by name
         `difference`, run minus base, with `low` and `high`), and at `at_threshold` and
-        `at_half` the tests `mcnemar` and `permutation`;
+        `at_half` (of three classes at `at_argmax`) the tests `mcnemar` and `permutation`;
         `buckets`: by name `rows`, `images`, `entailment` (their share), and by run `accuracy`
-        at its threshold, and `differences` with their intervals.
+        of what it calls them, and `differences` with their intervals.
 
     Raises:
         UsageError: Fewer than two runs, or one of them twice.
-        RunError: A run is of other rows or splits than the first, or cannot be measured.
+        RunError: A run is of other classes, rows or splits than the first, or cannot be
+            measured.
         DataError: No row is left.
     """
     labels = _labels(runs)
     # Before anything is computed: a file with a fault would spoil it.
     patterns = load_buckets(None if buckets is None else Path(buckets))
+    check_same_classes(runs)
     if rows is None:
         check_same_rows(runs)
     judged, left_out = judge(runs, labels, split, rows, images, show, encoding)
@@ -101,7 +108,7 @@ def compare(
         "rows_of_split": of_rows.total,
         "rows": len(of_rows),
         "images": clustered.images,
-        **{name: int((truth == label).sum()) for name, label in LABELS.items()},
+        **class_counts(truth, runs[0].config.data.classes),
         "left_out": left_out,
         "level": LEVEL,
         "draws": draws,
@@ -153,26 +160,29 @@ def _measured(
         "seen_photos": one.seen,
         **evaluate_logits(truth, logits, one.threshold),
         "intervals": {name: percentiles(values, clustered) for name, values in drawn.items()},
-        "reliability": reliability(truth, sigmoid(logits)),
+        "reliability": reliability(truth, probabilities_of(logits)),
     }
     return figures, drawn
 
 
 def _right(one: Judged) -> dict[str, NDArray[np.bool_]]:
-    """Return which rows a run has right, at its threshold and at 0.5."""
-    probabilities, truth = sigmoid(one.scored.logits), one.scored.labels == 1
-    thresholds = {"at_threshold": one.threshold, "at_half": 0.5}
-    return {name: (probabilities >= tau) == truth for name, tau in thresholds.items()}
+    """Return which rows a run has right, at its threshold and at 0.5; or of three classes."""
+    logits, truth = one.scored.logits, one.scored.labels
+    cuts: dict[str, float | None] = (
+        {"at_argmax": None}
+        if one.threshold is None
+        else {"at_threshold": one.threshold, "at_half": 0.5}
+    )
+    return {name: predicted_labels(logits, tau) == truth for name, tau in cuts.items()}
 
 
 def figures_of(measured: dict[str, Any]) -> dict[str, float | None]:
     """Return a run's figures under the names of their intervals; see `bootstrap`."""
-    at, half = measured["at_threshold"], measured["at_half"]
+    at, half = decided(measured), measured["at_half"]
+    shares = ("accuracy", "macro_f1")
     return {
-        "accuracy": at["accuracy"],
-        "macro_f1": at["macro_f1"],
-        "accuracy_at_half": half["accuracy"],
-        "macro_f1_at_half": half["macro_f1"],
+        **{name: at[name] for name in shares},
+        **({f"{name}_at_half": half[name] for name in shares} if half else {}),
         **{
             name: measured[name]
             for name in ("auc", "average_precision", "brier", "calibration_error", "loss")
@@ -199,7 +209,8 @@ def _difference(
             **(between or {"low": None, "high": None}),
         }
     tests = {}
-    for key, name in (("at_threshold", "accuracy"), ("at_half", "accuracy_at_half")):
+    for key in right[label]:
+        name = "accuracy_at_half" if key == "at_half" else "accuracy"
         pair = right[label][key], right[base][key]
         figures[name] = paired_difference(*pair, clustered)
         tests[key] = {"mcnemar": mcnemar(*pair), "permutation": permutation(*pair, clustered)}
@@ -217,7 +228,8 @@ def _bucket(
 ) -> dict[str, Any]:
     """Measure the rows of a bucket, its images being drawn."""
     clustered = Clustered(image_ids[there], draws, seed)
-    of = {label: right[label]["at_threshold"][there] for label in labels}
+    # At its own threshold, or the most probable class.
+    of = {label: next(iter(right[label].values()))[there] for label in labels}
     return {
         "rows": clustered.rows,
         "images": clustered.images,
@@ -253,7 +265,8 @@ def _notes(judged: Sequence[Judged], split: str, rows: RowSource | None) -> list
                 f" ({counted(one.seen['rows'], 'row')}): they flatter it"
             )
     if rows is None and split == "val":
-        notes.append("val chose each run's epoch and threshold: its figures flatter all of them")
+        chose = "epoch" if judged[0].threshold is None else "epoch and threshold"
+        notes.append(f"val chose each run's {chose}: its figures flatter all of them")
     if rows is None and split == "train":
         notes.append("the runs were trained on these rows")
     seeds = sorted({one.run.config.train.seed for one in judged})

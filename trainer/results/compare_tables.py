@@ -7,13 +7,17 @@ from typing import Any
 
 from featstore.errors import counted
 from trainer.results.compare import figures_of
+from trainer.results.summary import class_line
 
 # Key, title, and whether it is a share, shown in per cent.
-FIGURES = (
+_SHARES = (
     ("accuracy", "accuracy at τ", True),
     ("macro_f1", "macro-F1 at τ", True),
     ("accuracy_at_half", "accuracy at 0.5", True),
     ("macro_f1_at_half", "macro-F1 at 0.5", True),
+)
+_SHARES_OF_THREE = (("accuracy", "accuracy", True), ("macro_f1", "macro-F1", True))
+_SCORES = (
     ("auc", "AUC", False),
     ("average_precision", "average precision", False),
     ("brier", "Brier score ↓", False),
@@ -89,10 +93,10 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         found = entry["figures"]["accuracy"]
         points = abs(found["difference"]) * 100
         side = "above" if found["difference"] >= 0 else "below"
-        p = _p(entry["at_threshold"]["permutation"]["p"])
+        p = _p(entry[_tested(result)[0][0]]["permutation"]["p"])
         shown = found["low"] > 0 or found["high"] < 0
         lines.append(
-            f"{entry['run']}: accuracy at τ {points:.1f} points {side} {entry['base']}"
+            f"{entry['run']}: accuracy{_at(result)} {points:.1f} points {side} {entry['base']}"
             f" ({result['level']:.0%} interval {_points(found['low'])} to"
             f" {_points(found['high'])}; permutation by image p {p}):"
             f" {'a difference' if shown else 'no difference shown'}"
@@ -100,8 +104,27 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _has_threshold(result: dict[str, Any]) -> bool:
+    return all(figures["threshold"] is not None for figures in result["runs"].values())
+
+
+def _at(result: dict[str, Any]) -> str:
+    return " at τ" if _has_threshold(result) else ""
+
+
+def _tested(result: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return where runs are tested against the base, and how that is said."""
+    if _has_threshold(result):
+        return ("at_threshold", " at τ"), ("at_half", " at 0.5")
+    return (("at_argmax", ""),)
+
+
+def _figure_rows(result: dict[str, Any]) -> tuple[tuple[str, str, bool], ...]:
+    return (_SHARES if _has_threshold(result) else _SHARES_OF_THREE) + _SCORES
+
+
 def _headline(result: dict[str, Any]) -> str:
-    classes = f"{result['entailment']} entailment, {result['contradiction']} contradiction"
+    classes = class_line(result)
     lines = [
         f"{result['split']}: {counted(result['rows'], 'row')} of"
         f" {counted(result['images'], 'image')} ({classes});"
@@ -117,9 +140,10 @@ def _figures(result: dict[str, Any]) -> Table:
     header = ["run", *(f"{label} (base)" if label == result["base"] else label for label in runs)]
     rows = [
         ["trained on", *(_CONTROLS[figures["control"]] for figures in runs.values())],
-        ["τ", *(f"{figures['threshold']:.2f}" for figures in runs.values())],
     ]
-    for key, title, percent in FIGURES:
+    if _has_threshold(result):
+        rows.append(["τ", *(f"{figures['threshold']:.2f}" for figures in runs.values())])
+    for key, title, percent in _figure_rows(result):
         cells = []
         for figures in runs.values():
             value, interval = figures_of(figures)[key], figures["intervals"][key]
@@ -138,17 +162,17 @@ _CONTROLS = {
 def _differences(result: dict[str, Any]) -> Table:
     entries, base = result["differences"], result["base"]
     rows = []
-    for key, title, percent in FIGURES:
+    for key, title, percent in _figure_rows(result):
         cells = [_gap(entry["figures"][key], percent) for entry in entries]
         rows.append([f"{title}, points" if percent else title, *cells])
-    for key, at in (("at_threshold", "at τ"), ("at_half", "at 0.5")):
+    for key, at in _tested(result):
         tests = [entry[key] for entry in entries]
         only = [test["mcnemar"] for test in tests]
         rows += [
-            [f"right alone {at}: run / base", *(f"{n['only_a']} / {n['only_b']}" for n in only)],
-            [f"McNemar p {at}: exact", *(_p(n["exact_p"]) for n in only)],
-            [f"McNemar p {at}: corrected χ²", *(_p(n["chi2_p"]) for n in only)],
-            [f"permutation by image p {at}", *(_p(test["permutation"]["p"]) for test in tests)],
+            [f"right alone{at}: run / base", *(f"{n['only_a']} / {n['only_b']}" for n in only)],
+            [f"McNemar p{at}: exact", *(_p(n["exact_p"]) for n in only)],
+            [f"McNemar p{at}: corrected χ²", *(_p(n["chi2_p"]) for n in only)],
+            [f"permutation by image p{at}", *(_p(test["permutation"]["p"]) for test in tests)],
         ]
     title = f"Difference from {base} (+: more than {base}; ↓: less is better)"
     return Table(title, ["run", *(entry["run"] for entry in entries)], rows)
@@ -169,9 +193,11 @@ def _calibration(result: dict[str, Any]) -> Table:
             cells.append(
                 f"{row['confidence']:.1%} → {row['accuracy']:.1%} ({row['rows']})" if row else "–"
             )
-        # Two classes: the confidence in the one that was called is at least a half.
-        rows.append([f"{max(low, 0.5):.0%}–{bins[low]:.0%}", *cells])
-    title = "Calibration at 0.5 (mean confidence → accuracy, rows)"
+        # Of two classes, the confidence in the one that was called is at least a half.
+        least = max(low, 0.5) if _has_threshold(result) else low
+        rows.append([f"{least:.0%}–{bins[low]:.0%}", *cells])
+    at = " at 0.5" if _has_threshold(result) else ""
+    title = f"Calibration{at} (mean confidence → accuracy, rows)"
     return Table(title, ["confidence", *runs], rows)
 
 
@@ -185,7 +211,7 @@ def _buckets(result: dict[str, Any]) -> Table:
         cells += [_within(found["accuracy"], found, True) for found in bucket["runs"].values()]
         cells += [_gap(bucket["differences"][label], True) for label in others]
         rows.append([name, *cells])
-    return Table("Accuracy at τ by bucket, %", header, rows)
+    return Table(f"Accuracy{_at(result)} by bucket, %", header, rows)
 
 
 def _within(value: float | None, interval: dict[str, Any] | None, percent: bool) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from featstore.config import material
 from featstore.errors import DataError, FeatstoreError
 from trainer.config import SECTIONS, Config
-from trainer.metrics import evaluate_logits
+from trainer.metrics import decided, evaluate_logits, threshold_of
 from trainer.results.labelled import Labelled, Scored
 from trainer.results.measure import right
 from trainer.results.score import Scorer
@@ -85,7 +85,7 @@ def _same(one: Config, other: Config) -> bool:
 
 
 def compare_controls(
-    scorer: Scorer, rows: Labelled, scored: Scored, threshold: float, clustered: Clustered
+    scorer: Scorer, rows: Labelled, scored: Scored, threshold: float | None, clustered: Clustered
 ) -> dict[str, Any]:
     """Measure the controls on the rows on which a run was measured.
 
@@ -113,7 +113,7 @@ def compare_controls(
         missing[BLIND] = NO_BLIND
     else:
         try:
-            own = float(blind.metrics["threshold"])
+            own = threshold_of(blind.metrics)
             other = rows.score(Scorer(blind, scorer.project), BLIND)
             found[BLIND] = _against(scored, threshold, other, own, blind, clustered)
         except FeatstoreError as error:
@@ -124,9 +124,9 @@ def compare_controls(
 
 def _against(
     scored: Scored,
-    threshold: float,
+    threshold: float | None,
     other: Scored,
-    other_threshold: float,
+    other_threshold: float | None,
     run: Run,
     clustered: Clustered,
 ) -> dict[str, Any]:
@@ -138,15 +138,16 @@ def _against(
     figures = evaluate_logits(labels, logits, other_threshold)
     interval = proportion_interval(correct, images)
     del interval["images"]
+    at, half = decided(figures), figures["at_half"] or {}
     return {
         "run": run.name,
         "rows": len(ours),
         "threshold": other_threshold,
-        "accuracy": figures["at_threshold"]["accuracy"],
+        "accuracy": at["accuracy"],
         "interval": interval,
-        "macro_f1": figures["at_threshold"]["macro_f1"],
-        "accuracy_at_half": figures["at_half"]["accuracy"],
-        "macro_f1_at_half": figures["at_half"]["macro_f1"],
+        "macro_f1": at["macro_f1"],
+        "accuracy_at_half": half.get("accuracy"),
+        "macro_f1_at_half": half.get("macro_f1"),
         "auc": figures["auc"],
         "difference": paired_difference(right(scored, threshold)[ours], correct, images),
     }

@@ -17,31 +17,29 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from featstore.data.labels import LABEL_NAMES
 from featstore.errors import DataError, FeatstoreError, MissingFeaturesError
 from featstore.progress import SILENT, Show
 from featstore.publish import command_line, package_versions, why_not_kept, write_json, write_text
 from trainer.buckets import load_buckets
-from trainer.metrics import sigmoid
+from trainer.metrics import (
+    by_class,
+    confidence_of,
+    predicted_labels,
+    probabilities_of,
+    threshold_of,
+)
 from trainer.results.controls import compare_controls
 from trainer.results.labelled import Labelled, Scored, SplitRows, UnseenRows, seen_photos
-from trainer.results.measure import called, confidence, measure
+from trainer.results.measure import measure
 from trainer.results.score import Scorer, check_same_data
 from trainer.results.summary import render_summary
 from trainer.statistics import Clustered
 
 if TYPE_CHECKING:
     import pandas as pd
-
-COLUMNS = (
-    "Image_ID",
-    "Hypothesis",
-    "Label",
-    "predicted",
-    "probability_entailment",
-    "confidence",
-    "logit",
-)
 
 
 def evaluate(
@@ -95,7 +93,7 @@ def evaluate(
         without_data = error.message
     own = scorer.train.control
     control = control or own
-    threshold = float(run.metrics["threshold"])
+    threshold = threshold_of(run.metrics)
     patterns = load_buckets(buckets)
     source: Labelled = SplitRows(project, split, show)
     if rows is not None:
@@ -157,21 +155,22 @@ def _val(scorer: Scorer, show: Show) -> tuple[Scored | None, str | None]:
         return None, error.message
 
 
-def _table(scored: Scored, threshold: float) -> str:
+def _table(scored: Scored, threshold: float | None) -> str:
     """Return the rows as CSV; its numbers are the float64 ones, digit for digit."""
+    logits = scored.logits
+    called = predicted_labels(logits, threshold).tolist()
+    columns = {
+        "Image_ID": scored.image_ids,
+        "Hypothesis": scored.hypotheses,
+        "Label": [LABEL_NAMES[label] for label in scored.labels.tolist()],
+        "predicted": [LABEL_NAMES[label] for label in called],
+        **by_class("probability", probabilities_of(logits)),
+        "confidence": confidence_of(logits, threshold),
+        **({"logit": logits} if logits.ndim == 1 else by_class("logit", logits)),
+    }
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(
-        zip(
-            scored.image_ids,
-            scored.hypotheses,
-            (LABEL_NAMES[label] for label in scored.labels.tolist()),
-            (LABEL_NAMES[int(entailed)] for entailed in called(scored.logits, threshold)),
-            sigmoid(scored.logits).tolist(),
-            confidence(scored.logits, threshold).tolist(),
-            scored.logits.tolist(),
-            strict=True,
-        )
-    )
+    writer.writerow(columns)
+    # Lists, so that numbers are Python's own.
+    writer.writerows(zip(*(np.asarray(c).tolist() for c in columns.values()), strict=True))
     return text.getvalue()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.tower import Tower, load_backbone
-from featstore.errors import Advice, RunError, UsageError
+from featstore.errors import Advice, RunError, UsageError, counted
 from featstore.project import Project
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config
@@ -117,12 +117,13 @@ def read_model(file: Path, kind: str, project: Project, k_txt: int | None) -> Fo
         opened = stack.enter_context(open_weights(file, kind, num_bytes))
         check_code(file, opened)
         vision, text = (load_backbone(preset, "float32") for preset in presets)
-        plain = build_plain(vision, text, train, config.store.tokens)
+        plain = build_plain(vision, text, train, config.store.tokens, config.data.classes)
         tower = Tower(text, "text")
         leading = Tower(vision, "vision").leading_tokens
         if opened.config is not None:
             skipped = leading if config.store.tokens == "patches" else 0
-            lines = differences(opened.config, json.loads(plain.to_json()), skipped)
+            ours = json.loads(plain.to_json())
+            lines = differences(opened.config, ours, skipped)
             if lines:
                 raise refused(file, f"another model than that of these settings: {_some(lines)}")
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="import-")))
@@ -219,16 +220,23 @@ def _label(names: Mapping[str, str], path: str) -> str:
 def _other_head(opened: WeightsFile, preset: WeightsFile) -> str:
     """Return the settings of the file's head where only these differ, else ""."""
     groups = {name: path for path, name in preset.names.items()}
-    paths = f"{groups['xattn']}/query_dense/vars/0", f"{groups['mlp_1']}/vars/0"
-    (width, *_), (_, *_) = (preset.shapes[path] for path in paths)
-    query, hidden = (opened.shapes.get(path, ()) for path in paths)
+    paths = [
+        f"{groups['xattn']}/query_dense/vars/0",
+        f"{groups['mlp_1']}/vars/0",
+        f"{groups['logit']}/vars/1",
+    ]
+    query, hidden, logits = (opened.shapes.get(path, ()) for path in paths)
     backbones = [name for name in preset.shapes if not _is_of_head(preset, name)]
     same = all(opened.shapes.get(name) == preset.shapes[name] for name in backbones)
-    if not same or len(query) != 3 or len(hidden) != 2 or query[0] != width:
+    if not same or len(query) != 3 or len(hidden) != 2 or query[0] != preset.shapes[paths[0]][0]:
         return ""
+    classes = ""
+    if logits != preset.shapes[paths[2]] and logits in ((1,), (3,)):
+        count = 2 if logits == (1,) else 3
+        classes = f" and {counted(logits[0], 'logit')}, --classes {count}"
     return (
-        f"its head has --num-heads {query[1]} --head-dim {query[2]} --mlp-dim {hidden[1]}: give"
-        " these"
+        f"its head has --num-heads {query[1]} --head-dim {query[2]} --mlp-dim {hidden[1]}{classes}:"
+        " give these"
     )
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from featstore.data.examples import require_both_classes
-from featstore.data.labels import LABELS
+from featstore.data.examples import require_every_class
+from featstore.data.labels import LABELS, labels_of
 from featstore.encoders.framework import pinned_framework
 from featstore.encoders.presets import Digests
 from featstore.errors import UsageError
@@ -50,6 +50,30 @@ def read_labels(text: str) -> int:
     return LABELS[name] if number == "1" else 1 - LABELS[name]
 
 
+def _said(classes: int, inverted: bool, order: list[int]) -> str:
+    """Return how the labels of a file are said, see `read_labels` and `read_order`."""
+    if classes == 2:
+        return "contradiction=1" if inverted else "entailment=1"
+    names = list(labels_of(classes))
+    return ",".join(names[label] for label in order)
+
+
+def read_order(text: str) -> list[int]:
+    """Return the labels of a file's three logits, of `entailment,neutral,contradiction` and such.
+
+    Raises:
+        UsageError: Another text.
+    """
+    known = labels_of(3)
+    names = [name.strip() for name in text.split(",")]
+    if sorted(names) != sorted(known):
+        raise UsageError(
+            f"--labels {text!r}: expected the file's three logits in their order, such as"
+            f" {','.join(known)}"
+        )
+    return [known[name] for name in names]
+
+
 @pinned_framework()
 def import_run(
     run: Run,
@@ -72,7 +96,8 @@ def import_run(
         file: `.weights.h5` or `.keras` of the whole model as the study built it, or a
             `.safetensors` export.
         labels: "contradiction=1": the file's positive class is contradiction, so the
-            last layer is negated. None: "entailment=1".
+            last layer is negated. None: "entailment=1". Of three classes the file's logits in
+            their order, by which the last layer is reordered; None: as here.
         k_txt: The last text layers that were trained; None: those that differ from the
             preset's.
         threshold: On the probability of entailment; None: as an export says, else swept on
@@ -88,11 +113,15 @@ def import_run(
     assert isinstance(config, Config)
     if threshold is not None and not 0 <= threshold <= 1:
         raise UsageError(f"--threshold {threshold}: expected a probability, 0 to 1")
-    positive = None if labels is None else read_labels(labels)
+    classes = config.data.classes
+    order = list(range(classes)) if labels is None or classes == 2 else read_order(labels)
+    positive = read_labels(labels) if labels is not None and classes == 2 else None
+    if threshold is not None and classes > 2:
+        raise UsageError("--threshold: a run of three classes has none; leave it out")
     run.check_new()
     kind = kind_of(file)
     val = project.dataset.examples.select(project.dataset.rows("val"))
-    require_both_classes(val, "split 'val'")
+    require_every_class(val, "split 'val'", classes)
     project.usable("val")
     row_shape = project.images().row_shape
     if kind == "safetensors":
@@ -101,7 +130,8 @@ def import_run(
         found = read_model(file, kind, project, k_txt)
     if k_txt not in (None, found.k_txt):
         raise UsageError(f"{file}: trained with k_txt {found.k_txt}; expected that, found {k_txt}")
-    if found.card and positive == LABELS["contradiction"]:
+    inverted, reordered = positive == LABELS["contradiction"], order != sorted(order)
+    if found.card and (inverted or reordered):
         raise UsageError(f"{file}: an export, in which entailment is 1; leave --labels out")
     if found.note:
         show.note(f"{file}: {found.note}")
@@ -115,10 +145,11 @@ def import_run(
         model = build_model(config, row_shape)
     expected = trained_weights(model)
     copy_weights(found.weights, expected)
-    inverted = positive == LABELS["contradiction"]
-    if inverted:
-        for weight in model.get_layer("logit").weights:
+    for weight in model.get_layer("logit").weights:
+        if inverted:
             weight.assign(-weight)
+        elif reordered:
+            weight.assign(np.asarray(weight)[..., np.argsort(order)])
     project.extract("text", "val", found.k_txt, show=show)
     project.forget_encoders()
     rows = cached_rows(project, train, "val", train.control)
@@ -135,7 +166,7 @@ def import_run(
             "file": plain_path(str(file.absolute())),
             "xxh3_128": Digests().of([file]),
             "kind": kind,
-            "labels": "contradiction=1" if inverted else "entailment=1",
+            "labels": _said(classes, inverted, order),
             "layers": list(dict.fromkeys(name.partition("/")[0] for name in expected)),
             "note": found.note,
         },

@@ -22,6 +22,7 @@ from featstore.errors import (
 )
 from featstore.progress import Show
 from featstore.project import Project
+from trainer.metrics import threshold_of
 from trainer.results.labelled import Labelled, Scored, SplitRows, UnseenRows, seen_photos
 from trainer.results.score import Scorer, check_same_data, opened
 from trainer.run.folder import Run
@@ -41,16 +42,32 @@ class Judged:
     Attributes:
         run: The run.
         label: What it is called.
-        threshold: Its own, on the probability.
+        threshold: Its own, on the probability; None of three classes.
         scored: The rows that it could read; of `judge`, those that all of the runs could.
         seen: Photos and rows of them that it was trained on; None where that is unknown.
     """
 
     run: Run
     label: str
-    threshold: float
+    threshold: float | None
     scored: Scored
     seen: dict[str, int] | None
+
+
+def check_same_classes(runs: Sequence[Run]) -> None:
+    """Refuse runs that tell apart another number of classes than the first.
+
+    Raises:
+        RunError: A figure of one has another meaning than that of the other.
+    """
+    expected = runs[0].config.data.classes
+    for run in runs[1:]:
+        if (found := run.config.data.classes) != expected:
+            raise RunError(
+                f"{run.folder}: tells {found} classes apart, {runs[0].folder} {expected}: no figure"
+                " of one can be compared with that of the other; expected runs of one number of"
+                " classes"
+            )
 
 
 def check_same_rows(runs: Sequence[Run]) -> None:
@@ -118,7 +135,7 @@ def judge(
             if rows is not None:
                 photos = scorer.photos(images)
                 source = UnseenRows(run, project.root, rows, photos, show, encoding=encoding)
-            threshold = float(run.metrics["threshold"])
+            threshold = threshold_of(run.metrics)
             try:
                 scored = source.score(scorer, scorer.train.control)
             except MissingFeaturesError as error:

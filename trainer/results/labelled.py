@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from featstore.config import SPLITS
 from featstore.data.dataset import Dataset, rows_to_predict
-from featstore.data.labels import UNLABELLED
+from featstore.data.labels import NEUTRAL, UNLABELLED, labels_of
 from featstore.errors import Advice, Command, DataError, RunError, counted
 from featstore.progress import Show
 from featstore.project import Project
 from trainer.config import CONTROLS
+from trainer.metrics import finite_rows
 from trainer.results.score import Scorer, Scores
 from trainer.results.unseen import score_dataset
 from trainer.run.folder import Run
@@ -34,8 +35,8 @@ class Scored:
         rows: int64 of shape (rows,): which rows of the split's data set, or of the file's.
         image_ids: object of shape (rows,), str.
         hypotheses: object of shape (rows,), str.
-        labels: int8 of shape (rows,): 1 entailment, 0 contradiction.
-        logits: float64 of shape (rows,): of entailment.
+        labels: int8 of shape (rows,), as of `Examples`.
+        logits: float64 of shape (rows,): of entailment; of three classes (rows, 3): of each.
         total: Rows that there are, with those that cannot be measured.
         unread: Image id to reason of photos that could not be read.
         left_out: Reason to the number of rows that cannot be measured, photos apart.
@@ -118,17 +119,18 @@ class UnseenRows:
         # The files of a split, and of a control, have names of their own.
         taken = stem in SPLITS or any(stem.endswith(f"-{control}") for control in CONTROLS)
         self.name = f"rows-{stem}" if taken else stem
-        self.dataset = rows_to_predict(rows, images, root, encoding)
+        classes = run.config.data.classes
+        self.dataset = rows_to_predict(rows, images, root, encoding, classes)
+        labels = self.dataset.examples.labels
         # Said before anything is extracted.
-        self.notes = self.dataset.notes()
+        self.notes = [*self.dataset.notes(), *_absent_classes(labels, classes)]
         for line in self.notes:
             show.note(line)
-        labels = self.dataset.examples.labels
         if (labels == UNLABELLED).all():
             raise DataError(
                 f"{self.file or 'the rows'}: none of {counted(len(labels), 'row')} has a label to"
                 " measure by;"
-                " expected a column Label with entailment or contradiction",
+                f" expected a column Label with {' or '.join(labels_of(classes))}",
                 Advice(
                     "to predict them, run ", Command("predict", run.name, rows=self.file or "FILE")
                 ),
@@ -144,10 +146,24 @@ class UnseenRows:
         dataset = self.dataset
         scores = score_dataset(scorer, dataset, show=self.show, cache=self.cache, control=control)
         dropped = [issue.reason for issue in dataset.issues if issue.kind == "dropped"]
-        unlabelled = int((dataset.examples.labels == UNLABELLED).sum())
-        left_out = Counter(dropped) + Counter({"no label": unlabelled})
+        # Of a run of two classes neutral is no label.
+        neutral = {issue.line for issue in dataset.issues if issue.reason == NEUTRAL}
+        lines = dataset.examples.source_lines[dataset.examples.labels == UNLABELLED].tolist()
+        why = Counter(NEUTRAL if line in neutral else "no label" for line in lines)
+        left_out = Counter(dropped) + why
         total = len(dataset.examples) + len(dropped)
         return _scored(scorer, dataset, scores, total, dict(left_out.most_common()))
+
+
+def _absent_classes(labels: NDArray[np.int8], classes: int) -> list[str]:
+    """Say which of three classes no row has, in a line: figures over classes lack it."""
+    absent = [name for name, label in labels_of(classes).items() if not (labels == label).any()]
+    if classes == 2 or not absent or len(absent) == classes:
+        return []
+    return [
+        f"no row is {' or '.join(absent)}: macro-F1 counts such a class as 0 and AUC is undefined,"
+        " for the run tells three classes apart; accuracy stays what it is"
+    ]
 
 
 def seen_photos(project: Project, image_ids: NDArray[np.object_]) -> dict[str, dict[str, int]]:
@@ -175,7 +191,7 @@ def _scored(
     rows, logits = scores.rows[labelled], scores.logits[labelled].astype(np.float64)
     if not len(rows):
         raise DataError("no labelled row has a photo that could be read")
-    bad = int((~np.isfinite(logits)).sum())
+    bad = int((~finite_rows(logits)).sum())
     if bad:
         raise RunError(
             f"{scorer.run.folder}: {bad} of {len(logits)} logits are not finite; its weights are"

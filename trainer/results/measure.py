@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 
 from featstore.data.labels import LABEL_NAMES, LABELS
 from trainer.buckets import bucket_rows
-from trainer.metrics import brier, calibration_error, evaluate_logits, log_loss, sigmoid
+from trainer.metrics import (
+    brier,
+    by_class,
+    calibration_error,
+    confidence_of,
+    evaluate_logits,
+    log_loss,
+    predicted_labels,
+    probabilities_of,
+    sigmoid,
+)
 from trainer.results.labelled import Scored
 from trainer.statistics import (
     LEVEL,
@@ -29,25 +39,14 @@ CONFIDENT = 0.7
 NAMED_ERRORS = 10
 
 
-def called(logits: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
-    """Return whether each row is called entailment: its *probability* reaches the threshold."""
-    return sigmoid(logits) >= threshold
-
-
-def right(scored: Scored, threshold: float) -> NDArray[np.bool_]:
+def right(scored: Scored, threshold: float | None) -> NDArray[np.bool_]:
     """Return whether each row is called what it is."""
-    return called(scored.logits, threshold) == (scored.labels == LABELS["entailment"])
-
-
-def confidence(logits: NDArray[np.float64], threshold: float) -> NDArray[np.float64]:
-    """Return the probability of the label that each row is given at the threshold."""
-    probabilities = sigmoid(logits)
-    return np.where(probabilities >= threshold, probabilities, 1 - probabilities)
+    return predicted_labels(scored.logits, threshold) == scored.labels
 
 
 def measure(
     scored: Scored,
-    threshold: float,
+    threshold: float | None,
     val: Scored | None,
     buckets: Mapping[str, re.Pattern[str]],
     clustered: Clustered,
@@ -56,7 +55,7 @@ def measure(
 
     Args:
         scored: The rows.
-        threshold: The run's τ, on the probability.
+        threshold: The run's τ, on the probability; None of three classes.
         val: The val split, from which temperature and the interval of τ come; None where
             it cannot be read.
         buckets: See `trainer.buckets.load_buckets`.
@@ -66,7 +65,7 @@ def measure(
         The fields of docs/EVALUATION.md from `rows` to `errors`.
     """
     tau = None
-    if val is not None:
+    if val is not None and threshold is not None:
         images = Clustered(val.image_ids, clustered.draws, clustered.seed)
         tau = threshold_interval(val.labels, val.logits, images)
     return {
@@ -81,9 +80,9 @@ def measure(
     }
 
 
-def _calibration(scored: Scored, threshold: float, val: Scored | None) -> dict[str, Any]:
+def _calibration(scored: Scored, threshold: float | None, val: Scored | None) -> dict[str, Any]:
     found: dict[str, Any] = {"temperature": None, "before": _calibrated(scored, 1.0)}
-    found["reliability"] = reliability(scored.labels, sigmoid(scored.logits))
+    found["reliability"] = reliability(scored.labels, probabilities_of(scored.logits))
     if val is None:
         return found
     temperature = fit_temperature(val.labels, val.logits)
@@ -93,17 +92,20 @@ def _calibration(scored: Scored, threshold: float, val: Scored | None) -> dict[s
         "fitted_on": "val",
         "fitted_rows": len(val),
         # The same rows are called entailment at it.
-        "threshold_after": _tempered(threshold, temperature),
+        "threshold_after": None if threshold is None else _tempered(threshold, temperature),
         "after": _calibrated(scored, temperature),
-        "reliability_after": reliability(scored.labels, sigmoid(scored.logits / temperature)),
+        "reliability_after": reliability(
+            scored.labels, probabilities_of(scored.logits / temperature)
+        ),
     }
 
 
 def _calibrated(scored: Scored, temperature: float) -> dict[str, float]:
     logits = scored.logits / temperature
+    probabilities = probabilities_of(logits)
     return {
-        "calibration_error": calibration_error(scored.labels, sigmoid(logits)),
-        "brier": brier(scored.labels, sigmoid(logits)),
+        "calibration_error": calibration_error(scored.labels, probabilities),
+        "brier": brier(scored.labels, probabilities),
         "loss": log_loss(scored.labels, logits),
     }
 
@@ -116,7 +118,7 @@ def _tempered(threshold: float, temperature: float) -> float:
 
 def _by_bucket(
     scored: Scored,
-    threshold: float,
+    threshold: float | None,
     buckets: Mapping[str, re.Pattern[str]],
     clustered: Clustered,
 ) -> dict[str, Any]:
@@ -144,10 +146,11 @@ def _by_bucket(
     }
 
 
-def _errors(scored: Scored, threshold: float) -> dict[str, Any]:
+def _errors(scored: Scored, threshold: float | None) -> dict[str, Any]:
     wrong = np.flatnonzero(~right(scored, threshold))
-    sure = confidence(scored.logits, threshold)
-    probabilities = sigmoid(scored.logits)
+    called = predicted_labels(scored.logits, threshold)
+    sure = confidence_of(scored.logits, threshold)
+    probabilities = by_class("probability", probabilities_of(scored.logits))
     above = int((sure[wrong] > CONFIDENT).sum())
     worst = wrong[np.argsort(-sure[wrong], kind="stable")][:NAMED_ERRORS]
     return {
@@ -160,8 +163,8 @@ def _errors(scored: Scored, threshold: float) -> dict[str, Any]:
                 "Image_ID": scored.image_ids[row],
                 "Hypothesis": scored.hypotheses[row],
                 "Label": LABEL_NAMES[int(scored.labels[row])],
-                "predicted": LABEL_NAMES[1 - int(scored.labels[row])],
-                "probability_entailment": float(probabilities[row]),
+                "predicted": LABEL_NAMES[int(called[row])],
+                **{name: float(values[row]) for name, values in probabilities.items()},
                 "confidence": float(sure[row]),
             }
             for row in worst.tolist()

@@ -32,7 +32,14 @@ from featstore.store.shard import digest_bytes
 from trainer.batches import CachedRows, IntArray
 from trainer.config import Config
 from trainer.features import prepare
-from trainer.metrics import binary_metrics, log_loss, sigmoid
+from trainer.metrics import (
+    binary_metrics,
+    class_metrics,
+    log_loss,
+    predicted_labels,
+    sigmoid,
+    threshold_of,
+)
 from trainer.model.end_to_end import build_end_to_end
 from trainer.model.head import VISION_NAME
 from trainer.model.weights import transfer_weights
@@ -40,7 +47,7 @@ from trainer.results.score import Scorer, project_of, some
 from trainer.results.tolerance import Floats, arithmetic_noise, feature_tolerance, logit_tolerance
 from trainer.run.checkpoint import build_model
 from trainer.run.folder import Run
-from trainer.run.step import Predictor, make_predictor
+from trainer.run.step import Predictor, flat, make_predictor
 
 BATCH_ROWS = 8
 
@@ -98,6 +105,19 @@ def _plain(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+def _plain_logit(logit: Any) -> Any:
+    """Return a row's logit, or its list of them, as JSON has it."""
+    return [_plain(value) for value in logit] if isinstance(logit, list) else _plain(logit)
+
+
+def _measured(
+    labels: NDArray[np.int8], logits: NDArray[Any], threshold: float | None
+) -> dict[str, Any]:
+    if threshold is None:
+        return class_metrics(labels, predicted_labels(logits, None), logits.shape[1])
+    return binary_metrics(labels, sigmoid(logits), threshold)
+
+
 def _shown(value: float | None) -> str:
     return "a number that is not finite" if value is None else f"{value:.6g}"
 
@@ -125,7 +145,9 @@ def load_models(scorer: Scorer) -> Models:
     encoders, store = config.encoders, config.store
     vision = VisionEncoder(encoders.vit, store.tokens)
     text = TextEncoder(encoders.text, encoders.sequence_length)
-    model = build_end_to_end(vision.backbone, text.backbone, train, store.tokens)
+    model = build_end_to_end(
+        vision.backbone, text.backbone, train, store.tokens, config.data.classes
+    )
     transfer_weights(best, model)
     outputs = {"features": model.get_layer(VISION_NAME).output, "logits": model.output}
     both = keras.Model(model.input, outputs)
@@ -156,8 +178,9 @@ class _Comparison:
         self.text = _Quantity("text hidden states", rule)
         self.logit = _Quantity("logits", f"{self.logit_tolerance:.2g}")
         self.compared: list[int] = []
-        self.found: list[float] = []
-        self.expected: list[float] = []
+        # Of each row one logit, or one of each class.
+        self.found: list[Any] = []
+        self.expected: list[Any] = []
         self.changed: set[str] = set()
         self.unreadable: dict[str, str] = {}
 
@@ -201,7 +224,7 @@ class _Comparison:
             "attention_mask": mask.astype(np.int32),
         }
         outputs = self.models.end_to_end.predict_on_batch(inputs)
-        expected = np.asarray(outputs["logits"])[: len(kept), 0]
+        expected = flat(np.asarray(outputs["logits"]))[: len(kept)]
         fresh = np.asarray(outputs["features"])[: len(kept)]
         self._add_features(self.vision, batch.features[: len(kept)], fresh)
         # Padding is zero in the store and whatever the layers make of it here.
@@ -210,7 +233,8 @@ class _Comparison:
         text, positions = self.text_store, self.cached.text_positions[kept]
         stored, _ = text.gather_stored(positions, mask.shape[1])
         self._add_features(self.text, stored, fresh)
-        self.logit.add(found[:, None], expected[:, None], self.logit_tolerance)
+        rows = (len(kept), -1)
+        self.logit.add(found.reshape(rows), expected.reshape(rows), self.logit_tolerance)
         self.compared += kept.tolist()
         self.found += found.tolist()
         self.expected += expected.tolist()
@@ -227,33 +251,41 @@ class _Comparison:
             "logits": self.logit.result(names),
         }
 
-    def predictions(self, threshold: float) -> list[dict[str, Any]]:
-        """Return the rows whose two predictions differ, and their distance to the threshold."""
-        cut = float(np.log(threshold) - np.log1p(-threshold))
+    def predictions(self, threshold: float | None) -> list[dict[str, Any]]:
+        """Return the rows whose two predictions differ, and their distance to the threshold.
+
+        Of three classes it is half the distance of the two logits that decide, either of which
+        may be off by the tolerance.
+        """
+        cut = None if threshold is None else float(np.log(threshold) - np.log1p(-threshold))
         differing = []
         for pick, found, expected in zip(self.compared, self.found, self.expected, strict=True):
-            calls = sigmoid([found, expected]) >= threshold
+            pair = np.array([found, expected])
+            calls = predicted_labels(pair, threshold)
             if calls[0] != calls[1]:
-                distance = max(abs(found - cut), abs(expected - cut))
+                if cut is None:
+                    distance = float(np.ptp(pair[:, calls], axis=1).max()) / 2
+                else:
+                    distance = float(np.abs(pair - cut).max())
                 differing.append(
                     {
                         **self.name(pick),
-                        "cached_logit": _plain(found),
-                        "end_to_end_logit": _plain(expected),
+                        "cached_logit": _plain_logit(found),
+                        "end_to_end_logit": _plain_logit(expected),
                         "threshold_logit": cut,
                         "within_tolerance": bool(distance <= self.logit_tolerance),
                     }
                 )
         return differing
 
-    def metrics(self, threshold: float) -> dict[str, dict[str, float] | None]:
+    def metrics(self, threshold: float | None) -> dict[str, dict[str, float] | None]:
         """Return accuracy and macro-F1 on both paths; None where a logit is not finite."""
         labels = self.cached.labels[self.compared]
         results: dict[str, dict[str, float] | None] = {}
         for path, logits in (("cached", self.found), ("end_to_end", self.expected)):
             results[path] = None
             if np.isfinite(logits).all():
-                measured = binary_metrics(labels, sigmoid(logits), threshold)
+                measured = _measured(labels, np.array(logits), threshold)
                 results[path] = {name: measured[name] for name in ("accuracy", "macro_f1")}
         return results
 
@@ -414,7 +446,7 @@ def check_parity(
             f" ({some(list(comparison.unreadable))}); put them back in"
             f" {project.dataset.images.folder}"
         )
-    threshold = float(run.metrics["threshold"])
+    threshold = threshold_of(run.metrics)
     result: dict[str, Any] = {
         "run": run.name,
         "split": split,

@@ -7,7 +7,7 @@ import functools
 import heapq
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,15 +16,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.dataset import Dataset
-from featstore.data.examples import RowIssue, summarise
-from featstore.data.labels import LABEL_NAMES, UNLABELLED
+from featstore.data.examples import RowIssue, class_counts, summarise
+from featstore.data.labels import LABEL_NAMES, UNLABELLED, labels_of
 from featstore.data.values import read_hypothesis
 from featstore.errors import DataError
 from featstore.extract.encode import encoding_of
 from featstore.extract.held import HeldImages, HeldSentences
 from featstore.progress import SILENT, Show
 from trainer.batches import CachedRows
-from trainer.metrics import evaluate_logits, sigmoid
+from trainer.metrics import (
+    by_class,
+    confidence_of,
+    evaluate_logits,
+    finite_rows,
+    predicted_labels,
+    probabilities_of,
+    threshold_of,
+)
 from trainer.results.score import Scorer, Scores
 from trainer.results.unseen import score_rows
 from trainer.run.step import predict_logits
@@ -40,7 +48,7 @@ NOT_FINITE = "the run's logit is not finite"
 
 
 class Line(NamedTuple):
-    """What is said of one row; without a prediction the three figures are None."""
+    """What a run of two classes says of a row; without a prediction its figures are None."""
 
     Image_ID: str
     Hypothesis: str
@@ -50,6 +58,27 @@ class Line(NamedTuple):
     reason: str
 
 
+class LineOfThree(NamedTuple):
+    """What a run of three classes says of a row."""
+
+    Image_ID: str
+    Hypothesis: str
+    Label: str | None
+    probability_contradiction: float | None
+    probability_entailment: float | None
+    probability_neutral: float | None
+    confidence: float | None
+    reason: str
+
+
+AnyLine = Line | LineOfThree
+
+
+def line_type(classes: int) -> type[AnyLine]:
+    """Return what is said of a row by a run of so many classes."""
+    return Line if classes == 2 else LineOfThree
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a run says of rows, each of them.
@@ -57,18 +86,28 @@ class Predictions:
     Attributes:
         dataset: The rows, and in its issues those that could not be scored.
         scores: The logits.
-        threshold: The run's τ, on the probability of entailment.
+        threshold: The run's τ, on the probability of entailment; None of three classes.
         seconds: Wall time.
     """
 
     dataset: Dataset
     scores: Scores
-    threshold: float
+    threshold: float | None
     seconds: float
+
+    @property
+    def classes(self) -> int:
+        """How many classes the run tells apart."""
+        logits = self.scores.logits
+        return 2 if logits.ndim == 1 else logits.shape[1]
 
     @functools.cached_property
     def _finite(self) -> NDArray[np.bool_]:
-        return np.isfinite(self.scores.logits)
+        return finite_rows(self.scores.logits)
+
+    @functools.cached_property
+    def _called(self) -> NDArray[np.int8]:
+        return predicted_labels(self.scores.logits[self._finite], self.threshold)
 
     @functools.cached_property
     def left_out(self) -> list[RowIssue]:
@@ -89,20 +128,28 @@ class Predictions:
             issues.append(RowIssue("dropped", file, line, written, reason, text, detail))
         return sorted(issues, key=lambda issue: issue.line)
 
-    def lines(self) -> Iterator[Line]:
+    def lines(self) -> Iterator[AnyLine]:
         """Say of each row what the run says of it, in the order in which they came."""
         numbered = heapq.merge(self._predicted(), self._without(), key=lambda pair: pair[0])
         return (line for _, line in numbered)
 
-    def _predicted(self) -> Iterator[tuple[int, Line]]:
+    def _predicted(self) -> Iterator[tuple[int, AnyLine]]:
         examples, rows = self.dataset.examples, self.scores.rows[self._finite]
-        probabilities = sigmoid(self.scores.logits[self._finite]).tolist()
-        for row, probability in zip(rows.tolist(), probabilities, strict=True):
+        logits, kind = self.scores.logits[self._finite], line_type(self.classes)
+        columns: tuple[NDArray[Any], ...] = (
+            self._called,
+            *by_class("probability", probabilities_of(logits)).values(),
+            confidence_of(logits, self.threshold),
+        )
+        figures = zip(*(column.tolist() for column in columns), strict=True)
+        for row, (label, *numbers) in zip(rows.tolist(), figures, strict=True):
             image_id, text = examples.written_ids[row], examples.hypotheses[row]
             line = int(examples.source_lines[row])
-            yield line, _judged(image_id, text, probability, self.threshold)
+            yield line, kind._make((image_id, text, LABEL_NAMES[label], *numbers, ""))
 
-    def _without(self) -> Iterator[tuple[int, Line]]:
+    def _without(self) -> Iterator[tuple[int, AnyLine]]:
+        kind = line_type(self.classes)
+        nothing = [None] * (len(kind._fields) - 3)
         for issue in self.left_out:
             why = (
                 issue.reason if issue.detail in issue.reason else f"{issue.reason}: {issue.detail}"
@@ -112,21 +159,22 @@ class Predictions:
                 given.encode(errors="backslashreplace").decode()
                 for given in (issue.image_id, issue.text)
             )
-            yield issue.line, Line(image_id, text, None, None, None, why)
+            yield issue.line, kind._make((image_id, text, *nothing, why))
 
     def frame(self) -> pd.DataFrame:
         """Return the lines as a table; `attrs["metrics"]` has the metrics."""
         import pandas as pd
 
-        table = pd.DataFrame(list(self.lines()), columns=list(Line._fields))
-        for name in ("probability_entailment", "confidence"):
+        names = line_type(self.classes)._fields
+        table = pd.DataFrame(list(self.lines()), columns=list(names))
+        for name in numbers_of(names):
             table[name] = table[name].astype(np.float64)
         table.attrs["metrics"] = self.metrics
         return table
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any] | None:
-        """`evaluate_logits` of the rows that have a label, at τ; None where none has."""
+        """`evaluate_logits` of the rows that have a label; None where none has."""
         labels, logits = self.scores.labels, self.scores.logits
         usable = (labels != UNLABELLED) & self._finite
         if not usable.any():
@@ -140,13 +188,12 @@ class Predictions:
         `kept_with_warning` (reason to rows), `threshold`, `metrics`, `seconds`,
         `rows_per_second`.
         """
-        probabilities = sigmoid(self.scores.logits[self._finite])
-        entailed = int((probabilities >= self.threshold).sum())
-        rows, predicted = len(probabilities) + len(self.left_out), len(probabilities)
+        predicted = len(self._called)
+        rows = predicted + len(self.left_out)
         return {
             "rows": rows,
             "predicted": predicted,
-            "labels": {"entailment": entailed, "contradiction": predicted - entailed},
+            "labels": class_counts(self._called, self.classes),
             "not_predicted": summarise(self.left_out),
             "kept_with_warning": summarise(i for i in self.dataset.issues if i.kind == "kept"),
             "threshold": self.threshold,
@@ -166,7 +213,8 @@ def predict(
 ) -> Predictions:
     """Say of each row whether its photo entails its sentence.
 
-    The run's threshold is applied to the probability of entailment. A run that was
+    The run's threshold is applied to the probability of entailment; of three classes the most
+    probable is taken. A run that was
     trained without the picture predicts without it; one that was trained on shuffled
     photos is shown the row's own.
 
@@ -190,7 +238,7 @@ def predict(
     dataset, scores = score_rows(
         scorer, rows, images, show=show, cache=cache, control=control, encoding=encoding
     )
-    threshold = float(scorer.run.metrics["threshold"])
+    threshold = threshold_of(scorer.run.metrics)
     return Predictions(dataset, scores, threshold, time.perf_counter() - started)
 
 
@@ -206,8 +254,10 @@ def predict_pair(
         show: Is told of smaller batches.
 
     Returns:
-        `image`, `text`, `label` ("entailment" or "contradiction"),
-        `probability_entailment`, `confidence` (of the label), `threshold`, `logit`, `run`.
+        `image`, `text`, `label` ("entailment", "contradiction", or of three classes
+        "neutral"), `probability_entailment`, `confidence` (of the label), `threshold`,
+        `logit`, `run`. Of three classes `threshold` and `logit` are None, and there are
+        `probabilities` and `logits`, by name.
 
     Raises:
         DataError: The photo cannot be read, or the sentence cannot be used.
@@ -234,21 +284,30 @@ def predict_pair(
         first,
         first,
         np.full(1, UNLABELLED, np.int8),
-        k_txt=k_txt,
+        whole=scorer.train.reads_sentences,
         control=_control(scorer),
     )
-    logit = float(predict_logits(scorer.predictor, rows, 1)[0, 0])
-    threshold = float(scorer.run.metrics["threshold"])
-    said = _judged(str(path), sentence, float(sigmoid(logit)), threshold)
-    return {
+    (logits,) = predict_logits(scorer.predictor, rows, 1).astype(np.float64)
+    threshold = threshold_of(scorer.run.metrics)
+    found = {
         "run": scorer.run.name,
-        "image": said.Image_ID,
-        "text": said.Hypothesis,
-        "label": said.Label,
-        "probability_entailment": said.probability_entailment,
-        "confidence": said.confidence,
+        "image": str(path),
+        "text": sentence,
+        "label": LABEL_NAMES[int(predicted_labels(logits, threshold)[0])],
+        "probability_entailment": float(
+            by_class("probability", probabilities_of(logits))["probability_entailment"][0]
+        ),
+        "confidence": float(confidence_of(logits, threshold)[0]),
         "threshold": threshold,
-        "logit": logit,
+    }
+    if logits.ndim == 1:
+        return {**found, "logit": float(logits[0])}
+    names = labels_of(scorer.classes)
+    return {
+        **found,
+        "logit": None,
+        "probabilities": dict(zip(names, probabilities_of(logits)[0].tolist(), strict=True)),
+        "logits": dict(zip(names, logits[0].tolist(), strict=True)),
     }
 
 
@@ -257,8 +316,6 @@ def _control(scorer: Scorer) -> str:
     return "hypothesis-only" if scorer.train.control == "hypothesis-only" else "none"
 
 
-def _judged(image_id: str, text: str, probability: float, threshold: float) -> Line:
-    """Return the line of a row: entailment where its probability is at least the threshold."""
-    entailed = probability >= threshold
-    confidence = probability if entailed else 1 - probability
-    return Line(image_id, text, LABEL_NAMES[int(entailed)], probability, confidence, "")
+def numbers_of(names: Sequence[str]) -> list[str]:
+    """Return which columns of the lines are numbers; the others are text."""
+    return [name for name in names if name.startswith("probability_") or name == "confidence"]

@@ -13,12 +13,13 @@ from typing import IO, Any
 
 from featstore.errors import Advice, FeatstoreError, UsageError
 from featstore.publish import publish
-from trainer.results.predict import Line
+from trainer.results.predict import AnyLine, Line, numbers_of
 
 SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 GROUP_ROWS = 8192
 
-Write = Callable[[Iterable[Line]], None]
+Write = Callable[[Iterable[AnyLine]], None]
+Names = tuple[str, ...]
 
 
 def format_of(out: Path | None, format_name: str | None) -> str:
@@ -40,7 +41,9 @@ def format_of(out: Path | None, format_name: str | None) -> str:
 
 
 @contextlib.contextmanager
-def opened_for(out: Path | IO[bytes], format_name: str) -> Iterator[Write]:
+def opened_for(
+    out: Path | IO[bytes], format_name: str, names: Names = Line._fields
+) -> Iterator[Write]:
     """Yield what writes the lines; a file gets its name at the end.
 
     What would keep it from being written is found before the lines are made.
@@ -49,6 +52,7 @@ def opened_for(out: Path | IO[bytes], format_name: str) -> Iterator[Write]:
         out: A file, or a stream that is open for writing bytes.
         format_name: "csv" (UTF-8, a header, an empty cell for what is missing), "jsonl" (null
             for it) or "parquet". Numbers read back exactly from each.
+        names: The columns: the fields of the lines, see `line_type`.
 
     Raises:
         FeatstoreError: It cannot be written, or pyarrow is missing.
@@ -57,25 +61,25 @@ def opened_for(out: Path | IO[bytes], format_name: str) -> Iterator[Write]:
     if format_name == "parquet":
         _pyarrow()
     if not isinstance(out, Path):
-        yield lambda lines: write(lines, out)
+        yield lambda lines: write(names, lines, out)
         out.flush()
     elif out.exists() and not out.is_file() and not out.is_dir():
         # A device or a pipe: a file in its place would be another thing.
         with out.open("wb") as sink:
-            yield lambda lines: write(lines, sink)
+            yield lambda lines: write(names, lines, sink)
     else:
         with publish(out) as temporary, temporary.open("wb") as sink:
-            yield lambda lines: write(lines, sink)
+            yield lambda lines: write(names, lines, sink)
 
 
-def _groups(lines: Iterable[Line]) -> Iterator[list[Line]]:
+def _groups(lines: Iterable[AnyLine]) -> Iterator[list[AnyLine]]:
     rest = iter(lines)
     while group := list(islice(rest, GROUP_ROWS)):
         yield group
 
 
-def _write_csv(lines: Iterable[Line], sink: IO[bytes]) -> None:
-    header: list[Any] = [Line._fields]
+def _write_csv(names: Names, lines: Iterable[AnyLine], sink: IO[bytes]) -> None:
+    header: list[Any] = [names]
     for group in _groups(lines):
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows([*header, *group])
@@ -83,18 +87,18 @@ def _write_csv(lines: Iterable[Line], sink: IO[bytes]) -> None:
         header = []
 
 
-def _write_jsonl(lines: Iterable[Line], sink: IO[bytes]) -> None:
+def _write_jsonl(names: Names, lines: Iterable[AnyLine], sink: IO[bytes]) -> None:
     for group in _groups(lines):
         records = (json.dumps(line._asdict(), ensure_ascii=False) for line in group)
         sink.write("".join(f"{record}\n" for record in records).encode())
 
 
-def _write_parquet(lines: Iterable[Line], sink: IO[bytes]) -> None:
+def _write_parquet(names: Names, lines: Iterable[AnyLine], sink: IO[bytes]) -> None:
     pa = _pyarrow()
     import pyarrow.parquet as pq
 
-    numbers = ("probability_entailment", "confidence")
-    kinds = {name: pa.float64() if name in numbers else pa.string() for name in Line._fields}
+    numbers = numbers_of(names)
+    kinds = {name: pa.float64() if name in numbers else pa.string() for name in names}
     schema = pa.schema(list(kinds.items()))
     with pq.ParquetWriter(sink, schema) as writer:
         for group in _groups(lines):
@@ -102,7 +106,7 @@ def _write_parquet(lines: Iterable[Line], sink: IO[bytes]) -> None:
             writer.write_table(pa.Table.from_pydict(dict(zip(kinds, columns, strict=True)), schema))
 
 
-WRITERS: dict[str, Callable[[Iterable[Line], IO[bytes]], None]] = {
+WRITERS: dict[str, Callable[[Names, Iterable[AnyLine], IO[bytes]], None]] = {
     "csv": _write_csv,
     "jsonl": _write_jsonl,
     "parquet": _write_parquet,

@@ -31,8 +31,8 @@ class Scores:
 
     Attributes:
         rows: int64 of shape (n,): the rows of the data set that could be read, in order.
-        logits: float32 of shape (n,): of entailment.
-        labels: int8 of shape (n,): 1 entailment, 0 contradiction, -1 unlabelled.
+        logits: float32 of shape (n,): of entailment; of three classes (n, 3): of each.
+        labels: int8 of shape (n,), as of `Examples`; -1 unlabelled.
         unread: Image id to reason of photos that could not be read; their rows are left out.
         unfit: Sentence to reason of those whose features do not fit the stored number
             format; their rows are left out.
@@ -60,7 +60,9 @@ class Scorer:
     def __init__(self, run: Run, project: Project) -> None:
         check_same_features(run, project)
         self.run, self.project = run, project
-        self.train = run.config.train
+        config = run.config
+        self.train, self.classes = config.train, config.data.classes
+        self.logit_shape = () if self.classes == 2 else (self.classes,)
 
     def photos(self, images: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
         """Return the folder of photos that is given, or else the run's own."""

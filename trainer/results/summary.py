@@ -8,15 +8,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from featstore.data.labels import LABELS
 from featstore.errors import Command, counted
 from trainer.config import Config
+from trainer.metrics import decided
 from trainer.results.controls import NO_BLIND
 
 LONGEST = 300
 # What Markdown, HTML, a table or GitHub's formulas would read as more than text.
 # An underscore within a word is none of it.
 _MEANT = re.compile(r"[\\`*{}\[\]<>|~&$#]|(?<![^\W_])_|_(?![^\W_])")
+_SHOWN_ORDER = ("entailment", "contradiction", "neutral")
 CONTROL_NAMES = {
     "shuffled-images": "the same run on shuffled photos",
     "hypothesis-only": "trained on the sentence alone",
@@ -31,6 +32,12 @@ def escaped(text: str) -> str:
         letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line
     )
     return _MEANT.sub(lambda found: f"&#{ord(found[0])};", line)
+
+
+def class_line(result: dict[str, Any], form: str = "") -> str:
+    """Return how many rows of each class there are, entailment first; neutral last, of three."""
+    names = [name for name in _SHOWN_ORDER if name in result]
+    return ", ".join(f"{result[name]:{form}} {name}" for name in names)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -79,7 +86,7 @@ def render_summary(
     """
     parts = [
         _headline(result, manifest),
-        _at_thresholds(result),
+        _figures(result),
         _classes(result),
         _calibration(result),
         _buckets(result),
@@ -98,7 +105,7 @@ def title(result: dict[str, Any]) -> str:
 
 
 def _headline(result: dict[str, Any], manifest: dict[str, Any]) -> str:
-    at, sure = result["at_threshold"], result["intervals"]
+    at, sure = decided(result), result["intervals"]
     rows: list[Sequence[str]] = [
         (
             "**this run**",
@@ -134,14 +141,19 @@ def _headline(result: dict[str, Any], manifest: dict[str, Any]) -> str:
         else f"Measured with the control `{result['control']}`: this run was trained so.",
         table(head, rows),
         f"{counted(result['rows'], 'row', ',')} of {counted(result['images'], 'photo', ',')}"
-        f" ({result['entailment']:,} entailment, {result['contradiction']:,} contradiction),"
-        f" at τ = {result['threshold']:.2f} on the probability of entailment, the positive class."
-        f" Intervals are bootstrapped over photos"
+        f" ({class_line(result, ',')}), {_rule(result)}. Intervals are bootstrapped over photos"
         f" ({counted(result['bootstrap']['draws'], 'draw', ',')}): they hold for these weights, not"
         " for another seed of training.",
         *_notes(result, manifest),
     ]
     return "\n\n".join(lines)
+
+
+def _rule(result: dict[str, Any]) -> str:
+    """Say by what a row is called what it is called."""
+    if result["threshold"] is None:
+        return "each called the class of the largest probability"
+    return f"at τ = {result['threshold']:.2f} on the probability of entailment, the positive class"
 
 
 def _notes(result: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
@@ -181,9 +193,10 @@ def train_controls(result: dict[str, Any]) -> Command:
 def seen_lines(result: dict[str, Any]) -> list[str]:
     """Return why the figures are too good: what the run was trained or chosen on."""
     if result["split"] is not None:
+        chosen = "epoch was" if result["threshold"] is None else "epoch and τ were"
         known = {
             "train": "The run was trained on these rows: the figures are too good",
-            "val": "The run's epoch and τ were chosen on these rows: the figures are too good",
+            "val": f"The run's {chosen} chosen on these rows: the figures are too good",
         }
         return [known[result["split"]]] if result["split"] in known else []
     if result["seen_photos"] is None:
@@ -194,6 +207,34 @@ def seen_lines(result: dict[str, Any]) -> list[str]:
         for split, found in result["seen_photos"].items()
         if found["rows"]
     ]
+
+
+def _figures(result: dict[str, Any]) -> str:
+    sure = result["intervals"]
+    of_three = result["threshold"] is None
+    scores = [
+        (name, number(result[key]), between(sure[key], 1, 4))
+        for name, key in (
+            ("AUC, mean of each class against the rest" if of_three else "AUC", "auc"),
+            ("average precision", "average_precision"),
+            ("Brier score", "brier"),
+            ("expected calibration error", "calibration_error"),
+            ("loss (nats a row)", "loss"),
+        )
+    ]
+    if of_three:
+        shares = [
+            (name, percent(result["at_argmax"][key]), between(sure[key]))
+            for name, key in (("accuracy", "accuracy"), ("macro-F1", "macro_f1"))
+        ]
+        rows = [*shares, *scores]
+        return f"## Figures\n\n{table(('figure', 'value', '95 % interval'), rows)}"
+    parts = [
+        "## Figures",
+        _at_thresholds(result),
+        table(("figure", "value", "95 % interval"), scores),
+    ]
+    return "\n\n".join(parts)
 
 
 def _at_thresholds(result: dict[str, Any]) -> str:
@@ -213,46 +254,34 @@ def _at_thresholds(result: dict[str, Any]) -> str:
             ("0.50", result["at_half"], "_at_half"),
         )
     ]
-    scores = [
-        (name, number(result[key]), between(sure[key], 1, 4))
-        for name, key in (
-            ("AUC", "auc"),
-            ("average precision", "average_precision"),
-            ("Brier score", "brier"),
-            ("expected calibration error", "calibration_error"),
-            ("loss (nats a row)", "loss"),
-        )
-    ]
-    return "\n\n".join(
-        [
-            "## Figures",
-            table(
-                ("threshold (95 %)", "accuracy (95 %)", "macro-F1 (95 %)", "tp", "fp", "fn", "tn"),
-                rows,
-            ),
-            table(("figure", "value", "95 % interval"), scores),
-        ]
-    )
+    head = ("threshold (95 %)", "accuracy (95 %)", "macro-F1 (95 %)", "tp", "fp", "fn", "tn")
+    return table(head, rows)
 
 
 def _classes(result: dict[str, Any]) -> str:
-    at = result["at_threshold"]
-    counts = [
-        ("entailment", f"{at['tp']:,}", f"{at['fn']:,}"),
-        ("contradiction", f"{at['fp']:,}", f"{at['tn']:,}"),
-    ]
+    at = decided(result)
+    names = [name for name in _SHOWN_ORDER if name in at]
+    if "confusion" in at:
+        matrix = at["confusion"]
+    else:
+        matrix = {
+            "entailment": {"entailment": at["tp"], "contradiction": at["fn"]},
+            "contradiction": {"entailment": at["fp"], "contradiction": at["tn"]},
+        }
+    counts = [(name, *(f"{matrix[name][other]:,}" for other in names)) for name in names]
     classes = [
         (
             name,
             *(percent(at[name][key]) for key in ("precision", "recall", "f1")),
             f"{at[name]['rows']:,}",
         )
-        for name in sorted(LABELS, key=lambda name: -LABELS[name])
+        for name in names
     ]
+    at_tau = "" if result["threshold"] is None else ", at τ"
     return "\n\n".join(
         [
-            "## Confusion matrix and classes, at τ",
-            table(("truth", "called entailment", "called contradiction"), counts),
+            f"## Confusion matrix and classes{at_tau}",
+            table(("truth", *(f"called {name}" for name in names)), counts),
             table(("class", "precision", "recall", "F1", "rows"), classes),
         ]
     )
@@ -262,15 +291,17 @@ def _calibration(result: dict[str, Any]) -> str:
     found = result["calibration"]
     if found["temperature"] is None:
         why = f": {escaped(result['without_val'])}" if result["without_val"] else ""
-        text = f"No temperature was fitted, and τ has no interval{why}."
+        tau = "" if result["threshold"] is None else ", and τ has no interval"
+        text = f"No temperature was fitted{tau}{why}."
     else:
         where = "on these rows" if result["split"] == "val" else "on the val split"
         verdict = "too sure" if found["temperature"] > 1 else "not sure enough"
+        same = "the same labels"
+        if found["threshold_after"] is not None:
+            same += f" at 0.5, and those of τ at {found['threshold_after']:.3f}"
         text = (
             f"The temperature fitted {where} is {found['temperature']:.3f}"
-            f" (the run is {verdict} of itself). The logits"
-            " divided by it give the same labels at 0.5, and those of τ at"
-            f" {found['threshold_after']:.3f}."
+            f" (the run is {verdict} of itself). The logits divided by it give {same}."
         )
     names = (("ECE", "calibration_error"), ("Brier score", "brier"), ("loss", "loss"))
     effect = [
@@ -287,12 +318,13 @@ def _calibration(result: dict[str, Any]) -> str:
         )
         for line in found["reliability"]
     ]
+    confidence = "confidence" if result["threshold"] is None else "confidence at 0.5"
     return "\n\n".join(
         [
             "## Calibration",
             text,
             table(("", *(name for name, _ in names)), effect),
-            table(("confidence at 0.5", "rows", "mean confidence", "accuracy"), bins),
+            table((confidence, "rows", "mean confidence", "accuracy"), bins),
         ]
     )
 
@@ -313,7 +345,8 @@ def _buckets(result: dict[str, Any]) -> str:
         )
     ]
     rows[-1] = ("*in no bucket*", *rows[-1][1:])
-    head = ("bucket", "rows", "share", "entailment among them", "accuracy at τ", "95 % interval")
+    accuracy = "accuracy" if result["threshold"] is None else "accuracy at τ"
+    head = ("bucket", "rows", "share", "entailment among them", accuracy, "95 % interval")
     source = escaped(result["bucket_file"] or "the ten that ship")
     text = f"Sentences by their words ({source}); one may be in several."
     return f"## By bucket\n\n{text}\n\n{table(head, rows)}"
@@ -323,21 +356,24 @@ def _errors(result: dict[str, Any]) -> str:
     found = result["errors"]
     if not found["rows"]:
         return "## Errors\n\nThere are none."
+    of_three = result["threshold"] is None
     rows = [
         (
             escaped(line["Image_ID"]),
             escaped(line["Hypothesis"]),
             line["Label"],
+            *([line["predicted"]] if of_three else []),
             percent(line["confidence"]),
         )
         for line in found["most_confident"]
     ]
+    said = ("called", "confidence") if of_three else ("confidence in the opposite",)
     return "\n\n".join(
         [
             "## The most confident errors",
             f"{found['rows_above']:,} of {found['rows']:,} errors"
             f" ({percent(found['share_above'])}) have a confidence above {found['confident']}.",
-            table(("photo", "sentence", "truth", "confidence in the opposite"), rows, left=3),
+            table(("photo", "sentence", "truth", *said), rows, left=2 + len(said)),
         ]
     )
 
@@ -349,6 +385,7 @@ def _settings(config: Config) -> str:
     )
     shown: dict[str, Any] = {
         "rows": files or "the built-in demo",
+        "classes": config.data.classes,
         "vision encoder": Path(config.encoders.vit).name,
         "text encoder": Path(config.encoders.text).name,
         "stored": f"{config.store.tokens} tokens in {config.store.dtype}",

@@ -63,7 +63,8 @@ def score_rows(
     Raises:
         RowError, DataError, StoreError: See `predict`; also where no photo could be read.
     """
-    dataset = rows_to_predict(rows, images, scorer.project.root, encoding)
+    root, classes = scorer.project.root, scorer.classes
+    dataset = rows_to_predict(rows, images, root, encoding, classes)
     return dataset, score_dataset(scorer, dataset, show=show, cache=cache, control=control)
 
 
@@ -76,14 +77,14 @@ def score_dataset(
     control: str | None = None,
 ) -> Scores:
     """Compute the logits of rows that were read; see `score_rows`."""
-    examples, k_txt = dataset.examples, scorer.train.k_txt
+    examples, train = dataset.examples, scorer.train
     project = scorer.project.with_dataset(dataset)
     control = scorer.train.control if control is None else control
-    features = (_Stored if cache else _Held)(project, k_txt, show)
+    features = (_Stored if cache else _Held)(project, train.k_txt, show)
     shown = examples.image_ids
     if control == "shuffled-images":
-        shown, control = _other_photos(features, shown, scorer.train.seed), "none"
-    logits = np.full(len(examples), np.nan, np.float32)
+        shown, control = _other_photos(features, shown, train.seed), "none"
+    logits = np.full((len(examples), *scorer.logit_shape), np.nan, np.float32)
     done = np.zeros(len(examples), bool)
     with show.bar(len(examples), "rows") as progress:
         for block in blocks_of(shown):
@@ -97,11 +98,10 @@ def score_dataset(
                     at_image[there],
                     at_text[there],
                     examples.labels[block[there]],
-                    k_txt=k_txt,
+                    whole=train.reads_sentences,
                     control=control,
                 )
-                size = scorer.train.batch_size
-                (logits[block[there]],) = predict_logits(scorer.predictor, cached, size)
+                (logits[block[there]],) = predict_logits(scorer.predictor, cached, train.batch_size)
                 done[block[there]] = True
             progress(len(block))
     if not done.any():

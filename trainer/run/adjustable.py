@@ -36,16 +36,10 @@ class Adjustable:
     def __init__(self, model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
         self._optimizer = inner_optimizer(optimizer)
         self._in_place = isinstance(self._optimizer, InPlaceAdamW)
-        layers = {layer.name: layer for layer in model.layers}
-        attention, after = layers.get("xattn"), layers.get("drop_1")
-        self._attention = self._after = None
-        if isinstance(attention, head.MultiHeadAttention):
-            self._attention = attention._dropout_layer
-        if isinstance(after, head.Dropout):
-            self._after = after
-        self._dropouts = [
-            layer for layer in (self._attention, self._after) if layer is not None and layer.rate
-        ]
+        fusion = [layer for layer in model.layers if isinstance(layer, head.MultiHeadAttention)]
+        after = [layer for layer in model.layers if isinstance(layer, head.Dropout)]
+        self._of_attention = [layer._dropout_layer for layer in fusion]
+        self._dropouts = [layer for layer in (*self._of_attention, *after) if layer.rate]
         self._depths = depths(model)
 
     def set(self, train: TrainConfig) -> None:
@@ -56,7 +50,7 @@ class Adjustable:
                 `ema_momentum` are used.
         """
         for layer in self._dropouts:
-            attends = layer is self._attention
+            attends = any(layer is one for one in self._of_attention)
             layer.rate = head.attention_dropout(train) if attends else train.dropout
         if self._in_place:
             self._optimizer.decoupled_decay = train.weight_decay

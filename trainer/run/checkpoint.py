@@ -19,7 +19,7 @@ from featstore.publish import check_space, publish, write_bytes
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config, TrainConfig
 from trainer.model.cached import build_cached_model
-from trainer.model.head import HEAD_LAYERS, TAIL_NAME
+from trainer.model.head import TAIL_NAME, head_layers, is_of_head
 from trainer.model.weights import (
     copy_weights,
     layer_weights,
@@ -29,8 +29,6 @@ from trainer.model.weights import (
 )
 from trainer.model.weights_file import check_self_contained
 from trainer.run.folder import SEARCH_FILE, Run
-
-WEIGHTLESS = ("xattn_residual", "flatten_cls", "drop_1")
 
 
 def build_model(config: Config, row_shape: tuple[int, int]) -> keras.Model:
@@ -43,7 +41,12 @@ def build_model(config: Config, row_shape: tuple[int, int]) -> keras.Model:
     tokens, width = row_shape
     text = resolve_preset(config.encoders.text).tower("text")
     return build_cached_model(
-        text.config, width, tokens, config.train, feature_dtype=config.store.dtype
+        text.config,
+        width,
+        tokens,
+        config.train,
+        feature_dtype=config.store.dtype,
+        classes=config.data.classes,
     )
 
 
@@ -96,7 +99,7 @@ def starting_weights(source: Run) -> LayerWeights:
     # Layers that Keras makes draw seeds from Python's random state, used or not.
     with seeded("spared"):
         model = load_best(source)
-    layers = [model.get_layer(name) for name in HEAD_LAYERS if name not in WEIGHTLESS]
+    layers = [layer for layer in head_layers(model) if layer.weights]
     layers += model.get_layer(TAIL_NAME).transformer_layers
     numpy = keras.ops.convert_to_numpy
     return {
@@ -108,6 +111,9 @@ def starting_weights(source: Run) -> LayerWeights:
 def start_from(model: keras.Model, source: Run, weights: LayerWeights) -> list[str]:
     """Copy another run's head, and the text layers that both train.
 
+    The last layer of the head is left as it is where the other run tells apart another number
+    of classes.
+
     Args:
         model: A cached model, its text layers already pretrained.
         source: The run to start from.
@@ -117,10 +123,19 @@ def start_from(model: keras.Model, source: Run, weights: LayerWeights) -> list[s
         Names of the layers copied.
 
     Raises:
-        RunError: A layer that both have differs in shape.
+        RunError: The heads do not have the same layers, or one that both have differs in
+            shape.
     """
     tail = model.get_layer(TAIL_NAME).transformer_layers
-    layers = {name: model.get_layer(name) for name in HEAD_LAYERS if name not in WEIGHTLESS}
+    layers = {layer.name: layer for layer in head_layers(model) if layer.weights}
+    theirs = {name for name in weights if is_of_head(name)}
+    if differing := sorted(layers.keys() ^ theirs):
+        raise RunError(
+            f"--init-from {source.name}: {', '.join(differing)} only in one of both heads; expected"
+            f" --fusion-layers {source.config.train.fusion_layers}, as that run has"
+        )
+    if weights["logit"]["bias"].shape != tuple(layers["logit"].bias.shape):
+        del layers["logit"]
     layers |= {layer.name: layer for layer in tail if layer.name in weights}
     for name, layer in layers.items():
         try:

@@ -38,7 +38,7 @@ def plot_learning_curves(
     *,
     monitor: str = "val_loss",
     title: str = "",
-    majority: float | None = None,
+    shares: Sequence[float] = (),
     cuts: bool = True,
 ) -> None:
     """Draw a run's losses (left) and val scores (right) by epoch into a PNG, atomically.
@@ -56,8 +56,8 @@ def plot_learning_curves(
         monitor: The key that chooses the best epoch: the lowest of a loss or an error, the
             highest of any other; the first of equals.
         title: Text above the panels.
-        majority: Share of the more frequent class in val, 0.5 to 1: the accuracy of always
-            saying that class; and the loss of always saying its share is their entropy.
+        shares: Of the classes in val. The largest is the accuracy of always saying that
+            class; the loss of always saying the shares is their entropy.
         cuts: Mark where the learning rate was cut.
 
     Raises:
@@ -80,8 +80,8 @@ def plot_learning_curves(
     left, right = figure.subplots(1, 2)
     best = _best(history, monitor)
     for axes, curves, label, chance in (
-        (left, LOSSES, "loss (nats a row)", _entropy(majority)),
-        (right, SCORES, "val score", majority),
+        (left, LOSSES, "loss (nats a row)", _entropy(shares) if shares else None),
+        (right, SCORES, "val score", max(shares, default=None)),
     ):
         if len(history) == 1:
             _draw_values(axes, history[0], curves)
@@ -164,11 +164,8 @@ def _draw_values(axes: Axes, row: Mapping[str, Any], curves: Curves) -> None:
     axes.margins(y=0.2)
 
 
-def _entropy(majority: float | None) -> float | None:
-    """Return the loss, in nats, of always saying the share of the more frequent class."""
-    if majority is None:
-        return None
-    shares = (majority, 1 - majority)
+def _entropy(shares: Sequence[float]) -> float:
+    """Return the loss, in nats, of always saying the shares of the classes."""
     return -sum(share * math.log(share) for share in shares if share)
 
 

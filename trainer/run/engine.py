@@ -60,6 +60,7 @@ def architecture(config: Config, row_shape: tuple[int, int], text: str) -> Hasha
     options = (is_scheduled(train), train.layer_decay < 1, train.ema_momentum > 0)
     return (
         (text, row_shape, config.store.dtype, train.k_txt, train.num_heads, train.head_dim),
+        (config.data.classes, train.queries, train.fusion_layers),
         (train.mlp_dim, train.dtype_policy, train.fast_path, *numbers),
         (train.accumulate_steps, *options),
     )

@@ -32,11 +32,16 @@ def epoch_bar(epoch: int, steps: int) -> Iterator[Any]:
 
 def print_epoch(record: dict[str, Any]) -> None:
     """Print the figures of an epoch on stderr."""
+    at = (
+        ""
+        if record["threshold"] is None
+        else f" at τ {record['threshold']:.2f} ({record['val_accuracy_at_half']:.2%},"
+        f" {record['val_macro_f1_at_half']:.2%} at 0.50)"
+    )
     print(
         f"epoch {record['epoch']}: loss {record['loss']:.4f}, val loss {record['val_loss']:.4f},"
-        f" accuracy {record['val_accuracy']:.2%}, macro-F1 {record['val_macro_f1']:.2%}"
-        f" at τ {record['threshold']:.2f} ({record['val_accuracy_at_half']:.2%},"
-        f" {record['val_macro_f1_at_half']:.2%} at 0.50); {record['seconds']:.1f} s",
+        f" accuracy {record['val_accuracy']:.2%}, macro-F1 {record['val_macro_f1']:.2%}{at};"
+        f" {record['seconds']:.1f} s",
         file=sys.stderr,
         flush=True,
     )

@@ -37,7 +37,11 @@ class Predictor(Protocol):
     """What scoring needs of a backend: the logits of one or more models on one batch."""
 
     def predict(self, batch: Batch) -> NDArray[np.float32]:
-        """Return the logits of the batch's valid rows, float32 of shape (models, rows)."""
+        """Return the logits of the batch's valid rows.
+
+        Returns:
+            float32 of shape (models, rows); of three classes (models, rows, 3).
+        """
         ...
 
 
@@ -61,18 +65,28 @@ class Stepper(Predictor, Protocol):
         ...
 
 
-def binary_cross_entropy(labels: Any, logits: Any, weights: Any) -> Any:
+def flat(logits: Any) -> Any:
+    """Return a model's output: (batch,) where it has one logit a row, else as it is."""
+    return logits[:, 0] if logits.shape[-1] == 1 else logits
+
+
+def cross_entropy(labels: Any, logits: Any, weights: Any) -> Any:
     """Return the weighted mean of the cross-entropy of logits.
 
     `softplus(z) - z·y`, which neither overflows nor loses digits for large
-    |z|, and whose gradient is `sigmoid(z) - y` at every z, 0 included.
+    |z|, and whose gradient is `sigmoid(z) - y` at every z, 0 included; of three
+    classes `logsumexp(z) - Σ z·y`.
 
     Args:
-        labels: float32 of shape (batch,), 1 for entailment.
-        logits: float32 of shape (batch,).
+        labels: float32 of shape (batch,), 1 for entailment; or (batch, classes), whose rows add
+            up to 1.
+        logits: float32 of the same shape.
         weights: float32 of shape (batch,), 0 for filling rows.
     """
-    losses = ops.softplus(logits) - logits * labels
+    if len(logits.shape) == 1:
+        losses = ops.softplus(logits) - logits * labels
+    else:
+        losses = ops.logsumexp(logits, axis=-1) - ops.sum(logits * labels, axis=-1)
     return ops.sum(losses * weights) / ops.sum(weights)
 
 
@@ -149,10 +163,11 @@ def predict_logits(
     batch_size: int,
     progress: Progress = lambda rows: None,
 ) -> NDArray[np.float32]:
-    """Return the logit of every row, in the order of the rows; `progress` is told of each batch.
+    """Return the logits of every row, in the order of the rows; `progress` is told of each batch.
 
     Returns:
-        float32 of shape (models, len(rows)). Every row is computed exactly once.
+        float32 of shape (models, len(rows)), of three classes (models, len(rows), 3). Every row
+        is computed exactly once.
     """
     parts: list[NDArray[np.float32]] = []
     order: list[NDArray[np.int64]] = []
@@ -171,7 +186,7 @@ class _TensorFlowPredictor:
 
         def predict(inputs: Any) -> Any:
             logits = logits_together(models, inputs, training=False)
-            return tf.stack([own[:, 0] for own in logits])
+            return tf.stack([flat(own) for own in logits])
 
         # Traced once, for sentences of any length. Nothing branches on a tensor, so AutoGraph would
         # only make tracing slower.
@@ -206,7 +221,7 @@ class _TensorFlowStepper(_TensorFlowPredictor):
             with numbers.given(given):
                 with tf.GradientTape() as tape:
                     logits = logits_together(models, inputs, training=True)
-                    losses = [binary_cross_entropy(labels, own[:, 0], weights) for own in logits]
+                    losses = [cross_entropy(labels, flat(own), weights) for own in logits]
                     scaled = [
                         optimizer.scale_loss(loss)
                         for loss, optimizer in zip(losses, optimizers, strict=True)
@@ -218,8 +233,10 @@ class _TensorFlowStepper(_TensorFlowPredictor):
                     optimizer.apply(own, of)
             return losses
 
-        column = tf.TensorSpec([None], tf.float32)
-        signature = [self._signature, column, column, tf.TensorSpec([None, None], tf.float32)]
+        outputs = models[0].output.shape[-1]
+        of_rows = tf.TensorSpec([None] if outputs == 1 else [None, outputs], tf.float32)
+        column, numbers_spec = (tf.TensorSpec([None] * n, tf.float32) for n in (1, 2))
+        signature = [self._signature, of_rows, column, numbers_spec]
         self._train = tf.function(train, input_signature=signature, autograph=False)
 
     def train(self, batch: Batch) -> list[Any]:
@@ -253,7 +270,7 @@ class _JaxPredictor:
         def predict(states: Any, inputs: Any) -> Any:
             with _variables_as(self._variables, states):
                 logits = logits_together(models, inputs, training=False)
-            return jax.numpy.stack([own[:, 0] for own in logits])
+            return jax.numpy.stack([flat(own) for own in logits])
 
         self._variables: list[tuple[Any, ...]] = [
             (model.trainable_variables, model.non_trainable_variables) for model in models
@@ -292,7 +309,7 @@ class _JaxStepper(_JaxPredictor):
             state = [*zip(trainable, rest, moments, strict=True)]
             with _variables_as(self._variables, state) as scope:
                 logits = logits_together(models, inputs, training=True)
-                losses = [binary_cross_entropy(labels, own[:, 0], weights) for own in logits]
+                losses = [cross_entropy(labels, flat(own), weights) for own in logits]
                 pairs = zip(losses, optimizers, strict=True)
                 scaled = sum(optimizer.scale_loss(loss) for loss, optimizer in pairs)
             rest = [[scope.get_current_value(v) for v in groups[1]] for groups in self._variables]

@@ -92,7 +92,7 @@ def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
     value = record[train.monitor]
     if value is None:
         raise RunError(
-            f"[train] monitor = {train.monitor!r} cannot be computed: the val split has one class"
+            f"[train] monitor = {train.monitor!r} cannot be computed: the val split lacks a class"
         )
     return -float(value) if train.monitor in LOWER_IS_BETTER else float(value)
 
@@ -234,6 +234,10 @@ class Training:
         self.run.record_use(self.project.root)
         if self.hparams is not None:
             self._events.hparams(self.hparams, self.run.name)
+        if self._source is not None and "logit" not in self.initialised:
+            self.reporter.note(
+                f"{self._source}: of another number of classes: layer logit is not taken from it"
+            )
         if self.progress.epoch or self.progress.step:
             self.reporter.note(f"{self.run.folder}: {self._where_it_goes_on()}")
         if self.progress.history:
@@ -356,7 +360,7 @@ class Training:
     def _threshold_interval(self, logits: NDArray[np.float32]) -> dict[str, Any]:
         """Return how far τ could lie from where it is, where few rows decide it."""
         rows = self.val_rows
-        if len(rows) >= FEW_VAL_ROWS:
+        if len(rows) >= FEW_VAL_ROWS or logits.ndim > 1:
             return {}
         from trainer.statistics import Clustered, threshold_interval
 
@@ -406,13 +410,14 @@ class Training:
         self._write_manifest("running")
 
     def _draw_curves(self) -> None:
+        labels = self.val_rows.labels
         draw = functools.partial(
             plot_learning_curves,
             list(self.progress.history),
             self.run.curves_path,
             monitor=self.train_config.monitor,
             title=self.run.name,
-            majority=float(max(share := self.val_rows.labels.mean(), 1 - share)),
+            shares=(np.bincount(labels) / len(labels)).tolist(),
             cuts=not is_scheduled(self.train_config),
         )
         if self.progress.history:

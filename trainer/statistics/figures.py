@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
@@ -10,12 +13,14 @@ from trainer.metrics import (
     CALIBRATION_BINS,
     GRID,
     FloatArray,
-    IntArray,
     Labels,
     Values,
     best_thresholds,
+    brier_rows,
     check_rows,
     confidence_bins,
+    predicted_labels,
+    probabilities_of,
     row_losses,
     sigmoid,
 )
@@ -25,7 +30,7 @@ from trainer.statistics.clustered import LEVEL, Clustered, Interval, check_lengt
 def intervals(
     labels: Labels,
     logits: Values,
-    threshold: float,
+    threshold: float | None,
     clustered: Clustered,
     level: float = LEVEL,
 ) -> dict[str, Interval | None]:
@@ -35,58 +40,76 @@ def intervals(
 
 
 def bootstrap(
-    labels: Labels, logits: Values, threshold: float, clustered: Clustered
+    labels: Labels, logits: Values, threshold: float | None, clustered: Clustered
 ) -> dict[str, FloatArray]:
     """Compute a run's figures on each draw of images.
 
     Args:
-        labels: 0 or 1 of shape (rows,).
-        logits: Float of shape (rows,).
+        labels: Of shape (rows,): 0 or 1, or below the number of classes.
+        logits: Float of shape (rows,), or (rows, classes).
         threshold: On the probability; it stays as it is over the draws, as a test split
-            stays measured at the threshold of val.
+            stays measured at the threshold of val. Three classes have none.
         clustered: The rows' images.
 
     Returns:
-        `accuracy` and `macro_f1` at the threshold, `accuracy_at_half`, `macro_f1_at_half`,
-        `auc`, `average_precision`, `brier`, `calibration_error`, `loss`, each as in
-        `trainer.metrics`: float64 of shape (draws,). AUC and average precision are NaN in a
-        draw of one class. The calibration error of a draw is on average above that of the
-        rows, which is itself above that of all such rows (bins of few rows stray either way
-        and the error takes their size), so its interval leans upwards.
+        `accuracy` and `macro_f1` of what the rows are called, of two classes
+        `accuracy_at_half` and `macro_f1_at_half`, `auc`, `average_precision`, `brier`,
+        `calibration_error`, `loss`, each as in `trainer.metrics`: float64 of shape (draws,).
+        AUC and average precision are NaN in a draw that lacks a class. The calibration error
+        of a draw is on average above that of the rows, which is itself above that of all such
+        rows (bins of few rows stray either way and the error takes their size), so its
+        interval leans upwards.
 
     Raises:
-        ValueError: Shapes differ, a label other than 0 and 1, or a logit that is not finite.
+        ValueError: Shapes differ, a label of no class, or a logit that is not finite.
 
     Cost: O(draws · rows), after one sort.
     """
     truth, values = check_rows(labels, logits, "logits")
     check_length(len(truth), clustered)
-    probabilities = sigmoid(values)
+    probabilities = probabilities_of(values)
     at_bin, confidence, correct = confidence_bins(truth, probabilities)
+    classes = 2 if values.ndim == 1 else values.shape[1]
     by_image = clustered.by_image
+
+    def outcomes(at: float | None) -> sparse.csr_array:
+        """Count each image's rows by their truth and what they are called."""
+        cells = classes * truth.astype(np.int64) + predicted_labels(values, at)
+        return by_image(np.ones(len(truth)), classes**2, cells)
+
+    one_logit = values.ndim == 1
+    cuts = {"": threshold, "_at_half": 0.5} if one_logit else {"": None}
     parts = {
-        "at": by_image(np.ones(len(truth)), 4, _outcomes(truth, probabilities >= threshold)),
-        "half": by_image(np.ones(len(truth)), 4, _outcomes(truth, probabilities >= 0.5)),
+        **{suffix: outcomes(at) for suffix, at in cuts.items()},
         "gaps": by_image(correct - confidence, CALIBRATION_BINS, at_bin),
-        "brier": by_image((probabilities - truth) ** 2),
+        "brier": by_image(brier_rows(truth, probabilities)),
         "loss": by_image(row_losses(truth, values)),
     }
     table = sparse.hstack(list(parts.values()), format="csr")
-    ranked = _Ranked(truth, values)
-    image_of_ranked = clustered.image_of_row[ranked.order]
+    # Of three classes each against the rest.
+    rankings = (
+        [_Ranked(truth, values)]
+        if one_logit
+        else [_Ranked(truth == i, probabilities[:, i]) for i in range(classes)]
+    )
+    images_of = [clustered.image_of_row[ranked.order] for ranked in rankings]
     sums, areas = [], []
     for counts in clustered.counts():
         sums.append(counts @ table)
-        areas.append(ranked.areas(counts[:, image_of_ranked]))
+        pairs = zip(rankings, images_of, strict=True)
+        each = [ranked.areas(counts[:, images]) for ranked, images in pairs]
+        areas.append(np.mean(each, axis=0))
     ends = np.cumsum([part.shape[1] for part in parts.values()])[:-1]
     of = dict(zip(parts, np.split(np.concatenate(sums), ends, axis=1), strict=True))
-    rows = of["at"].sum(axis=1)
+    rows = of[""].sum(axis=1)
     auc, average_precision = np.concatenate(areas, axis=1)
+    shares = {
+        f"{name}{suffix}": share(of[suffix])
+        for suffix in cuts
+        for name, share in (("accuracy", _accuracy), ("macro_f1", _macro_f1))
+    }
     return {
-        "accuracy": _accuracy(of["at"]),
-        "macro_f1": _macro_f1(of["at"]),
-        "accuracy_at_half": _accuracy(of["half"]),
-        "macro_f1_at_half": _macro_f1(of["half"]),
+        **shares,
         "auc": auc,
         "average_precision": average_precision,
         "brier": of["brier"][:, 0] / rows,
@@ -133,7 +156,7 @@ def threshold_interval(
 class _Ranked:
     """Rows sorted once by score, for the two figures that only depend on their order."""
 
-    def __init__(self, truth: npt.NDArray[np.int8], scores: FloatArray) -> None:
+    def __init__(self, truth: npt.NDArray[Any], scores: FloatArray) -> None:
         self.order = np.argsort(-scores, kind="stable")
         self.positive = truth[self.order].astype(np.float64)
         ranked = scores[self.order]
@@ -162,18 +185,28 @@ class _Ranked:
         return np.stack([auc, precision / np.where(both, positives, np.nan)])
 
 
-def _outcomes(truth: npt.NDArray[np.int8], called: npt.NDArray[np.bool_]) -> IntArray:
-    """Return 0 tn, 1 fp, 2 fn, 3 tp of each row."""
-    return 2 * truth.astype(np.int64) + called
+def _matrices(cells: FloatArray) -> FloatArray:
+    """Return confusion matrices of their cells, such as tn, fp, fn, tp.
+
+    Args:
+        cells: float64 of shape (..., n²): by truth, then by what it is called.
+
+    Returns:
+        The same numbers, of shape (..., n, n).
+    """
+    classes = math.isqrt(cells.shape[-1])
+    return cells.reshape(*cells.shape[:-1], classes, classes)
 
 
-def _accuracy(outcomes: FloatArray) -> FloatArray:
-    """Return the accuracy of float64 (..., 4): tn, fp, fn, tp."""
-    return (outcomes[..., 0] + outcomes[..., 3]) / outcomes.sum(axis=-1)
+def _accuracy(cells: FloatArray) -> FloatArray:
+    """Return the accuracy of confusion matrices, see `_matrices`."""
+    hits = np.trace(_matrices(cells), axis1=-2, axis2=-1)
+    return np.asarray(hits / cells.sum(axis=-1))
 
 
-def _macro_f1(outcomes: FloatArray) -> FloatArray:
-    """Return the macro-F1 of float64 (..., 4): tn, fp, fn, tp; see `binary_metrics`."""
-    tn, fp, fn, tp = np.moveaxis(outcomes, -1, 0)
-    positive = 2 * tp / np.maximum(2 * tp + fp + fn, 1)
-    return (positive + 2 * tn / np.maximum(2 * tn + fp + fn, 1)) / 2
+def _macro_f1(cells: FloatArray) -> FloatArray:
+    """Return the macro-F1 of confusion matrices, see `_matrices` and `class_metrics`."""
+    matrices = _matrices(cells)
+    hits = np.diagonal(matrices, axis1=-2, axis2=-1)
+    f1 = 2 * hits / np.maximum(matrices.sum(axis=-1) + matrices.sum(axis=-2), 1)
+    return np.asarray(f1.sum(axis=-1) / matrices.shape[-1])

@@ -10,6 +10,7 @@ from featstore.project import Project
 from featstore.publish import command_line, package_versions, write_json
 from trainer.config import Config
 from trainer.features import prepare
+from trainer.metrics import decided
 from trainer.results.evaluate import evaluate
 from trainer.results.score import Scorer
 from trainer.run.fit import fit
@@ -64,7 +65,7 @@ def retrain(
             with run.writing():
                 run.check_free_or_same(Config.of(base, train))
                 fit(Training(run, project, train, search.init_from, reporter))
-        at = evaluate(Scorer(run, project), split)["at_threshold"]
+        at = decided(evaluate(Scorer(run, project), split))
         figures.append(
             {
                 "run": str(run.folder),

@@ -191,7 +191,7 @@ class _Trial:
     def _report(self, record: dict[str, Any]) -> None:
         metric = self.search.space.search.metric
         if record[metric] is None:
-            raise RunError(f"{metric} cannot be computed: the val split has one class")
+            raise RunError(f"{metric} cannot be computed: the val split lacks a class")
         self.trial.set_user_attr("memory_bytes", anonymous_bytes())
         self.trial.report(record[metric], record["epoch"])
 

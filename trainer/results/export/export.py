@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.images import DECODER
-from featstore.data.labels import LABELS
+from featstore.data.labels import labels_of
 from featstore.encoders.framework import pinned_framework
 from featstore.encoders.spec import FeatureSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
@@ -30,6 +30,7 @@ from featstore.errors import RunError, UsageError, counted
 from featstore.progress import SILENT, Show
 from featstore.publish import command_line, package_versions
 from trainer.features import prepare
+from trainer.metrics import decided, threshold_of
 from trainer.model.head import attention_dropout, head_heads
 from trainer.model.plain import build_plain, transfer_to_plain
 from trainer.model.weights import trained_weights
@@ -43,6 +44,12 @@ from trainer.results.score import Scorer
 from trainer.results.tolerance import EXACT_LOGITS, logit_tolerance
 
 EXPORT_ROWS = 16
+_OUTPUT = {
+    2: "logit of entailment, float32 (batch, 1); entailment where its sigmoid, the probability,"
+    " is at least the threshold",
+    3: "logits, float32 (batch, 3), in the order of labels; their softmax is the probabilities, the"
+    " largest is the label",
+}
 CARD = "model.json"
 # What of a tokenizer's configuration decides its tokens.
 _TOKENS = ("lowercase", "strip_accents", "split", "suffix_indicator", "oov_token")
@@ -119,7 +126,7 @@ def export(
     with target.staged() as stage:
         show.note(f"writing {target.path} ({num_bytes / 1e6:.0f} MB of weights)")
         started = time.perf_counter()
-        _write(exported, target, stage, float(run.metrics["threshold"]))
+        _write(exported, target, stage, threshold_of(run.metrics))
         times = {"write_seconds": time.perf_counter() - started}
         logits, figures = _read_again(exported, target, stage, sample, show)
         check = _compare(scorer, sample, logits, split)
@@ -143,7 +150,7 @@ def _exported(scorer: Scorer, vision: VisionEncoder, text: TextEncoder) -> _Expo
     """Build the plain model of a run from the backbones of its encoders."""
     train = dataclasses.replace(scorer.train, dtype_policy="float32")
     tokens = scorer.project.config.store.tokens
-    model = build_plain(vision.backbone, text.backbone, train, tokens)
+    model = build_plain(vision.backbone, text.backbone, train, tokens, scorer.classes)
     transfer_to_plain(scorer.model, model, train.k_txt)
     return _Exported(model, trained_weights(scorer.model), vision, text, _card(scorer, text))
 
@@ -167,15 +174,16 @@ def _card(scorer: Scorer, text: TextEncoder) -> dict[str, Any]:
         "run": run.name,
         "command": command_line(),
         "versions": package_versions(),
-        "labels": LABELS,
-        "threshold": float(run.metrics["threshold"]),
-        "output": "logit of entailment, float32 (batch, 1); entailment where its sigmoid, the"
-        " probability, is at least the threshold",
+        "labels": labels_of(scorer.classes),
+        "threshold": threshold_of(run.metrics),
+        "output": _OUTPUT[scorer.classes],
         "k_txt": train.k_txt,
         "head": {
             "num_heads": head_heads(train, width),
             "head_dim": train.head_dim,
             "mlp_dim": train.mlp_dim,
+            "queries": train.queries,
+            "fusion_layers": train.fusion_layers,
             "dropout": train.dropout,
             "attention_dropout": attention_dropout(train),
         },
@@ -200,7 +208,7 @@ def _card(scorer: Scorer, text: TextEncoder) -> dict[str, Any]:
                 **{key: value for key, value in tokenizer.get_config().items() if key in _TOKENS},
             },
         },
-        "validation": run.metrics["at_threshold"],
+        "validation": decided(run.metrics),
     }
 
 
@@ -218,7 +226,7 @@ def _card_file(exported: _Exported, target: Target, stage: Path) -> tuple[Path, 
     return path, json.dumps(card, indent=2, ensure_ascii=False) + "\n"
 
 
-def _write(exported: _Exported, target: Target, stage: Path, threshold: float) -> None:
+def _write(exported: _Exported, target: Target, stage: Path, threshold: float | None) -> None:
     """Write the model's own files.
 
     Raises:
@@ -255,7 +263,7 @@ def _read_again(
         _, *names = target.names
         read_weights_back(exported.model, exported.trained, stage, (names[0], names[1]))
         found = exported.model.predict(sample.inputs, batch_size=fresh.BATCH, verbose=0)
-        return {"logits": found[:, 0]}, {}
+        return {"logits": fresh.flat(found)}, {}
     show.note(f"loading it in a fresh process without this project; {rows}, then the times")
     sample.save(stage / "inputs.npz")
     # Isolated: no PYTHONPATH, no working folder, so that nothing of a checkout is found.
@@ -302,12 +310,12 @@ def _compare(
         difference = np.abs(found.astype(np.float64) - expected)
         # Not a number must not pass for a small difference.
         difference[np.isnan(difference)] = np.inf
-        worst = int(difference.argmax())
+        worst = np.unravel_index(int(difference.argmax()), difference.shape)
         if difference[worst] > tolerance:
             raise RunError(
                 f"{scorer.run.folder}: the exported model and {what} differ by"
                 f" {difference[worst]:.3g} in a logit, expected at most {tolerance:.2g}; worst:"
-                f" {sample.names[rows[worst]]}: {found[worst]:.6g}, expected"
+                f" {sample.names[rows[worst[0]]]}: {found[worst]:.6g}, expected"
                 f" {expected[worst]:.6g}; nothing was left under the export's name"
             )
         result[name] = {

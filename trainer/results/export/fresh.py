@@ -34,12 +34,17 @@ class _Absent:
             raise ImportError(f"{name} is not to be had here")
 
 
+def flat(logits: np.ndarray) -> np.ndarray:
+    """Return logits (rows, 1) as (rows,); those of three classes stay as they are."""
+    return logits[:, 0] if logits.shape[-1] == 1 else logits
+
+
 def load_keras(model: str) -> tuple[Predict, None]:
     """Load a `.keras` file as any program does: by Keras, its safe mode on."""
     import keras
 
     loaded = keras.models.load_model(model)
-    return lambda rows: np.asarray(loaded.predict_on_batch(rows))[:, 0], None
+    return lambda rows: flat(np.asarray(loaded.predict_on_batch(rows))), None
 
 
 def load_saved_model(model: str) -> tuple[Predict, Predict]:
@@ -64,7 +69,7 @@ def load_onnx(model: str) -> tuple[Predict, None]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    return lambda rows: session.run(["logit"], rows)[0][:, 0], None
+    return lambda rows: flat(session.run(["logit"], rows)[0]), None
 
 
 LOADERS = {"keras": load_keras, "saved_model": load_saved_model, "onnx": load_onnx}

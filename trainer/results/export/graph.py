@@ -39,12 +39,17 @@ def _input_signature(model: keras.Model) -> dict[str, Any]:
 
 
 def save_saved_model(
-    model: keras.Model, path: Path, vision: VisionEncoder, text: TextEncoder, threshold: float
+    model: keras.Model,
+    path: Path,
+    vision: VisionEncoder,
+    text: TextEncoder,
+    threshold: float | None,
 ) -> None:
     """Write a SavedModel with two endpoints.
 
     Both return `logit` and `probability` (float32) and `label` (int32: 1 entailment, 0
-    contradiction), each of shape (batch,). `serving_default` takes `pixel_values`, `input_ids`
+    contradiction), each of shape (batch,); of three classes the first two are of shape
+    (batch, 3), and label 2 is neutral. `serving_default` takes `pixel_values`, `input_ids`
     and `attention_mask`; `serve_bytes` takes `images`, the bytes of JPEG or PNG files, and
     `sentences`, UTF-8, both strings of shape (batch,).
 
@@ -53,7 +58,7 @@ def save_saved_model(
         path: The folder.
         vision: Its image converter is part of `serve_bytes`.
         text: Its tokenizer is part of `serve_bytes`; it needs the operations of tensorflow-text.
-        threshold: Probability from which a row is called entailment.
+        threshold: Probability from which a row is called entailment; None of three classes.
     """
     import tensorflow as tf
 
@@ -63,9 +68,14 @@ def save_saved_model(
     batch_of_strings = tf.TensorSpec((None,), tf.string)
 
     def answer(inputs: Mapping[str, Any]) -> dict[str, Any]:
-        logit = tf.squeeze(model(inputs, training=False), -1)
-        probability = tf.sigmoid(logit)
-        label = tf.cast(probability >= threshold, tf.int32)
+        logit = model(inputs, training=False)
+        if threshold is None:
+            probability = tf.nn.softmax(logit)
+            label = tf.argmax(logit, -1, output_type=tf.int32)
+        else:
+            logit = tf.squeeze(logit, -1)
+            probability = tf.sigmoid(logit)
+            label = tf.cast(probability >= threshold, tf.int32)
         return {"logit": logit, "probability": probability, "label": label}
 
     @tf.function(input_signature=list(signature.values()))
@@ -195,7 +205,7 @@ def check_onnx_packages() -> None:
 
 
 def save_onnx(model: keras.Model, path: Path, card: Mapping[str, Any]) -> None:
-    """Write an ONNX file with a dynamic batch and length; its output is `logit`, (batch, 1).
+    """Write an ONNX file with a dynamic batch and length; its output is `logit`, (batch, 1 or 3).
 
     Args:
         model: From `build_plain`, with its weights.

@@ -20,6 +20,7 @@ from featstore.progress import Show
 from featstore.store.shard import digest_bytes
 from trainer.results.parity import BATCH_ROWS, Models
 from trainer.results.score import Scorer, some
+from trainer.run.step import flat
 
 Logits = NDArray[np.float32]
 
@@ -34,8 +35,9 @@ class Sample:
         pixel_values: float32 of shape (rows, height, width, 3).
         input_ids: int32 of shape (rows, length).
         attention_mask: int32 of the same shape.
-        cached: float32 of shape (rows,): logits from the stored features.
-        end_to_end: float32 of shape (rows,): logits from the pixels.
+        cached: float32 of shape (rows,), of three classes (rows, 3): logits from the stored
+            features.
+        end_to_end: The same from the pixels.
         names: What people know each row by.
         raw: int64: the rows whose photo TensorFlow's decoders read to the same pixels.
     """
@@ -115,7 +117,8 @@ def draw_sample(scorer: Scorer, models: Models, split: str, count: int, show: Sh
         "input_ids": token_ids,
         "attention_mask": mask.astype(np.int32),
     }
-    cached, expected = np.zeros(len(kept), np.float32), np.zeros(len(kept), np.float32)
+    shape = (len(kept), *scorer.logit_shape)
+    cached, expected = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     stored = scorer.rows(split)
     with show.bar(len(kept), "rows") as progress:
         for start in range(0, len(kept), BATCH_ROWS):
@@ -126,7 +129,7 @@ def draw_sample(scorer: Scorer, models: Models, split: str, count: int, show: Sh
             # One shape of batch: each other one would be traced apart.
             filled = np.resize(np.arange(part.start, part.stop), BATCH_ROWS)
             found = models.end_to_end.predict_on_batch({k: v[filled] for k, v in arrays.items()})
-            expected[part] = np.asarray(found["logits"])[:size, 0]
+            expected[part] = flat(np.asarray(found["logits"]))[:size]
             progress(size)
     names = [
         f"image {image_id!r}, hypothesis {text!r}"
