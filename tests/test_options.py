@@ -39,7 +39,7 @@ from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.optimizer import averaged, cut_learning_rate, make_optimizer, rate_scale
 from trainer.run.resume import check_resumable
-from trainer.run.step import Stepper, binary_cross_entropy, make_stepper
+from trainer.run.step import Stepper, cross_entropy, make_stepper
 from trainer.run.training import Reporter, Training, monitored
 
 PLAIN = TrainConfig(lr=1e-2, weight_decay=0.1, clipnorm=0.5)
@@ -120,7 +120,7 @@ def rows_with(emphasised: Emphasis | None, labels: np.ndarray) -> CachedRows:
         ),
     )
     place = np.arange(count)
-    return CachedRows(vision, text, place, place, labels, k_txt=1, emphasis=emphasised)
+    return CachedRows(vision, text, place, place, labels, whole=True, emphasis=emphasised)
 
 
 def test_an_epoch_has_each_row_as_often_as_it_is_drawn() -> None:
@@ -161,7 +161,7 @@ def test_weights_and_smoothing_are_in_the_loss() -> None:
     losses = np.asarray(smooth(labels[:, None].astype("float32"), logits[:5, None]))
     weights = np.where(labels == 1, 0.5, 2)
     expected = (losses * weights).sum() / weights.sum()
-    found = float(binary_cross_entropy(batch.labels, logits, batch.weights))
+    found = float(cross_entropy(batch.labels, logits, batch.weights))
     assert found == pytest.approx(expected, rel=1e-6)
     assert rows_with(None, labels).batch(np.arange(5), 5).labels.tolist() == [1, 0, 1, 1, 0]
 

@@ -10,6 +10,7 @@ from featstore.extract.speed import recorded_speed
 from featstore.progress import duration
 from featstore.publish import read_json
 from trainer.api import Run
+from trainer.metrics import decided
 from trainer.recipes.recipe import Stage
 from trainer.results.controls import BLIND
 from trainer.results.summary import between, gained, number, percent, table
@@ -79,7 +80,7 @@ def measured_figures(run: Run, split: str) -> dict[str, Any] | None:
         return None
     try:
         found = read_json(path)
-        at, blind = found["at_threshold"], (found.get("controls") or {}).get(BLIND)
+        at, blind = decided(found), (found.get("controls") or {}).get(BLIND)
         return {
             "rows": found["rows"],
             "accuracy": at["accuracy"],
