@@ -106,7 +106,7 @@ def test_draws_are_as_expected_and_follow_from_seed_and_epoch_alone() -> None:
     assert (np.bincount(emphasised.drawn(200, 7, 0)) == counts[0]).all()
 
 
-def rows_with(emphasised: Emphasis | None, labels: np.ndarray) -> CachedRows:
+def rows_with(emphasised: Emphasis | None, labels: np.ndarray, classes: int = 2) -> CachedRows:
     """Return rows over stores of zeros."""
     count = len(labels)
     vision = SimpleNamespace(
@@ -120,7 +120,17 @@ def rows_with(emphasised: Emphasis | None, labels: np.ndarray) -> CachedRows:
         ),
     )
     place = np.arange(count)
-    return CachedRows(vision, text, place, place, labels, whole=True, emphasis=emphasised)
+    options: dict[str, Any] = {"whole": True, "classes": classes, "emphasis": emphasised}
+    return CachedRows(vision, text, place, place, labels, **options)
+
+
+def test_labels_of_three_classes_are_smoothed_over_all_three() -> None:
+    labels = np.array([2, 0, 1, 2], np.int8)
+    weights = np.array([1.0, 2.0, 0.5], np.float32)
+    rows = rows_with(Emphasis(class_weights=weights, label_smoothing=0.3), labels, classes=3)
+    batch = rows.batch(np.arange(4), 5)
+    np.testing.assert_allclose(batch.labels[:2], [[0.1, 0.1, 0.8], [0.8, 0.1, 0.1]], atol=1e-6)
+    assert batch.weights.tolist() == [0.5, 1.0, 2.0, 0.5, 0.0]
 
 
 def test_an_epoch_has_each_row_as_often_as_it_is_drawn() -> None:
