@@ -98,9 +98,9 @@ def run_recipe(
         # What a run reads knows its user by the run's own settings.
         project = Project(settings, file=recipe.folder / stage.name / "config.toml")
         if stage.space is not None:
-            done.stages[stage.name] = _search(stage, project, recipe, stopping, show)
+            done.stages[stage.name] = _search(stage, settings, project, recipe, stopping, show)
         else:
-            run = _train(stage, project, recipe, done, reporter, stopping, show)
+            run = _train(stage, settings, project, recipe, done, reporter, stopping, show)
             done.stages[stage.name] = run
             _predict(stage, run, show)
         done.rows.append(stage_row(stage, done.stages[stage.name]))
@@ -196,6 +196,7 @@ def state_of(stage: Stage, recipe: Recipe) -> str:
 
 def _train(
     stage: Stage,
+    settings: Config,
     project: Project,
     recipe: Recipe,
     done: Outcome,
@@ -212,10 +213,10 @@ def _train(
         source = str(recipe.folder / str(source))
     run = api.Run(recipe.folder / stage.name)
     if state_of(stage, recipe) == "finished":
-        _check_same(run, project.config, source)
+        _check_same(run, settings, source)
         check_same_data(run, project)
     else:
-        check_resumable(run, project.config)
+        check_resumable(run, settings)
         run = api.train(
             project,
             name=stage.name,
@@ -259,6 +260,7 @@ def _check_same(run: api.Run, config: Config, source: str | None) -> None:
 
 def _search(
     stage: Stage,
+    settings: Config,
     project: Project,
     recipe: Recipe,
     stopping: Callable[[], bool],
@@ -267,7 +269,7 @@ def _search(
     """Return the stage's search, run to its end, its best trial measured."""
     own = stage.own.get("train", frozenset())
     searched = {("search_seed" if key == "seed" else key): v for key, v in stage.search.items()}
-    fixed = {key: getattr(project.config.train, key) for key in sorted(own)}
+    fixed = {key: getattr(settings.train, key) for key in sorted(own)}
     found = search(
         project,
         stage.space,

@@ -259,7 +259,7 @@ def _sections(
         values = tables.get(name, {})
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: {name} must be a section: [{name}]")
-        built = build_section(name, SECTIONS[name], values, where, folder)
+        built: Any = build_section(name, SECTIONS[name], values, where, folder)
         found[name] = {key: getattr(built, key) for key in values}
     return found
 
