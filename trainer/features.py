@@ -9,6 +9,7 @@ import numpy as np
 
 from featstore.config import SPLITS
 from featstore.data.examples import require_both_classes
+from featstore.encoders.spec import blocks_left
 from featstore.errors import Command, MissingFeaturesError, counted
 from featstore.extract.extract import estimate
 from featstore.extract.plan import Job, Plan
@@ -86,9 +87,9 @@ def plan_jobs(jobs: Sequence[Job], show: Show = SILENT) -> list[Plan]:
             continue
         seconds = len(plan.keys) / rate
         total += seconds
-        boundary = ""
-        if job.spec.kind == "text":
-            boundary = f" at k_txt {job.spec.architecture['num_layers'] - job.spec.boundary}"
+        k, boundary = blocks_left(job.spec.to_dict()), ""
+        if k or job.spec.kind == "text":
+            boundary = f" at {'k_txt' if job.spec.kind == 'text' else 'k_vit'} {k}"
         show.note(
             f"to extract: {counted(len(plan.keys), job.unit.removesuffix('s'))}{boundary},"
             f" about {duration(seconds)},"

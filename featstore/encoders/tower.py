@@ -120,7 +120,7 @@ class Tower:
                 return output["sequence_output"] if isinstance(output, dict) else output
             x = self._embed(inputs, training=False)
             mask = inputs["padding_mask"] if self.family.kind == "text" else None
-            return _run_blocks(blocks, x, mask, training=False)
+            return run_blocks(blocks, x, mask, training=False)
 
         return run
 
@@ -143,7 +143,7 @@ class Tower:
         blocks = self.blocks[self.num_blocks - k :]
 
         def run(hidden: Any, padding_mask: Any = None, training: bool | None = False) -> Any:
-            x = _run_blocks(blocks, hidden, padding_mask, training)
+            x = run_blocks(blocks, hidden, padding_mask, training)
             return self.norm(x) if k and self.norm is not None else x
 
         return run
@@ -159,7 +159,8 @@ class Tower:
         return [*self.blocks[self.num_blocks - k :], *norm]
 
 
-def _run_blocks(blocks: Sequence[Any], x: Any, mask: Any, training: bool | None) -> Any:
+def run_blocks(blocks: Sequence[Any], x: Any, mask: Any, training: bool | None) -> Any:
+    """Run blocks one after the other; see `Tower.upper`."""
     masked = {} if mask is None else {"padding_mask": mask}
     for block in blocks:
         x = block(x, training=training, **masked)

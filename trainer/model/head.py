@@ -12,7 +12,7 @@ from trainer.config import TrainConfig
 from trainer.model.fastpath import apply_dense, drop, given_rates, single_query_attention
 
 VISION_NAME, TEXT_NAME = "vit_backbone", "txt_backbone"
-TAIL_NAME = "text_tail"
+TAIL_NAME, VISION_TAIL_NAME = "text_tail", "vision_tail"
 HEAD_LAYERS = ("xattn", "xattn_residual", "xattn_norm", "flatten_cls", "mlp_1", "drop_1", "logit")
 
 

@@ -11,13 +11,13 @@ from keras import ops
 from featstore.encoders.spec import QUANTISED
 from trainer.batches import SCALES_OF
 from trainer.model.fastpath import attentions_over_same_tokens
-from trainer.model.head import HEAD_LAYERS, TAIL_NAME, MultiHeadAttention
+from trainer.model.head import HEAD_LAYERS, TAIL_NAME, VISION_TAIL_NAME, MultiHeadAttention
 
 
 def logits_together(models: Sequence[keras.Model], inputs: Any, training: bool) -> list[Any]:
     """Return the logits of several models on one batch.
 
-    Models without a text layer that trains, of the fast path, share their products with the
+    Models without a layer of an encoder that trains, of the fast path, share their products with the
     image's tokens (`attentions_over_same_tokens`). Others are called one after the other.
 
     Args:
@@ -52,6 +52,7 @@ def _can_join(models: Sequence[keras.Model]) -> bool:
         all(isinstance(attention, MultiHeadAttention) for attention in attentions)
         and len({attention.compute_dtype for attention in attentions}) == 1
         and not any(model.get_layer(TAIL_NAME).transformer_layers for model in models)
+        and not any(layer.name == VISION_TAIL_NAME for model in models for layer in model.layers)
     )
 
 

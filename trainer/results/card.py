@@ -23,6 +23,7 @@ class Card:
     Attributes:
         file: The export.
         k_txt: The last text layers that it trained.
+        k_vit: The last vision blocks that it trained.
         threshold: On the probability of entailment.
         inputs: What its pixels and token ids are made by, as `_inputs_of` has it of a project.
         weights: Digests of the presets' weights, "vision" and "text".
@@ -30,6 +31,7 @@ class Card:
 
     file: Path
     k_txt: int
+    k_vit: int
     threshold: float
     inputs: dict[str, Any]
     weights: dict[str, str]
@@ -63,7 +65,7 @@ class Card:
 def _inputs_of(project: Project) -> dict[str, Any]:
     vision, text = project.vision_spec, project.text_spec(0)
     return {
-        "tokens": vision.tokens,
+        "tokens": project.config.store.tokens,
         "converter": vision.converter,
         "sequence_length": text.sequence_length,
         "tokenizer": text.tokenizer,
@@ -95,9 +97,10 @@ def card_of(file: Path, metadata: Mapping[str, str] | None = None) -> Card | Non
     try:
         if said["labels"] != LABELS:
             raise ValueError(f"labels are {said['labels']}, expected {LABELS}")
-        k_txt, threshold = said["k_txt"], float(said["threshold"])
-        if type(k_txt) is not int or k_txt < 0 or not 0 <= threshold <= 1:
-            raise ValueError(f"k_txt is {k_txt!r} and the threshold {threshold}")
+        # Of an export from before vision blocks trained: none.
+        trained, threshold = (said["k_txt"], said.get("k_vit", 0)), float(said["threshold"])
+        if any(type(k) is not int or k < 0 for k in trained) or not 0 <= threshold <= 1:
+            raise ValueError(f"k_txt and k_vit are {trained!r} and the threshold {threshold}")
         vision, text = said["encoders"]["vision"], said["encoders"]["text"]
         inputs = {
             "tokens": vision["tokens"],
@@ -108,4 +111,4 @@ def card_of(file: Path, metadata: Mapping[str, str] | None = None) -> Card | Non
         digests = {"vision": vision["weights"], "text": text["weights"]}
     except (KeyError, TypeError, ValueError) as error:
         raise refused(file, f"what it says of itself is not whole ({error})") from error
-    return Card(file, k_txt, threshold, inputs, digests)
+    return Card(file, *trained, threshold, inputs, digests)

@@ -19,13 +19,14 @@ from featstore.publish import check_space, publish, write_bytes
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config, TrainConfig
 from trainer.model.cached import build_cached_model
-from trainer.model.head import HEAD_LAYERS, TAIL_NAME
+from trainer.model.head import HEAD_LAYERS
 from trainer.model.weights import (
     copy_weights,
     layer_weights,
     random_state,
     seeded,
     set_random_state,
+    trained_layers,
 )
 from trainer.model.weights_file import check_self_contained
 from trainer.run.folder import SEARCH_FILE, Run
@@ -41,9 +42,15 @@ def build_model(config: Config, row_shape: tuple[int, int]) -> keras.Model:
         row_shape: Tokens and width of the image features.
     """
     tokens, width = row_shape
-    text = resolve_preset(config.encoders.text)
+    text, train = resolve_preset(config.encoders.text), config.train
     return build_cached_model(
-        text.config, width, tokens, config.train, feature_dtype=config.store.dtype
+        text.config,
+        width,
+        tokens,
+        train,
+        feature_dtype=config.store.dtype,
+        vision_config=resolve_preset(config.encoders.vit).config if train.k_vit else None,
+        tokens=config.store.tokens,
     )
 
 
@@ -96,20 +103,19 @@ def starting_weights(source: Run) -> LayerWeights:
     # Layers that Keras makes draw seeds from Python's random state, used or not.
     with seeded("spared"):
         model = load_best(source)
-    layers = [model.get_layer(name) for name in HEAD_LAYERS if name not in WEIGHTLESS]
-    layers += model.get_layer(TAIL_NAME).transformer_layers
     numpy = keras.ops.convert_to_numpy
     return {
-        layer.name: {path: numpy(weight) for path, weight in layer_weights(layer).items()}
-        for layer in layers
+        name: {path: numpy(weight) for path, weight in layer_weights(layer).items()}
+        for name, layer in trained_layers(model).items()
+        if name not in WEIGHTLESS
     }
 
 
 def start_from(model: keras.Model, source: Run, weights: LayerWeights) -> list[str]:
-    """Copy another run's head, and the text layers that both train.
+    """Copy another run's head, and the layers of the encoders that both train.
 
     Args:
-        model: A cached model, its text layers already pretrained.
+        model: A cached model, its other layers already pretrained.
         source: The run to start from.
         weights: Its `starting_weights`.
 
@@ -119,9 +125,10 @@ def start_from(model: keras.Model, source: Run, weights: LayerWeights) -> list[s
     Raises:
         RunError: A layer that both have differs in shape.
     """
-    tail = model.get_layer(TAIL_NAME).transformer_layers
-    layers = {name: model.get_layer(name) for name in HEAD_LAYERS if name not in WEIGHTLESS}
-    layers |= {layer.name: layer for layer in tail if layer.name in weights}
+    trained = trained_layers(model)
+    names = [name for name in HEAD_LAYERS if name not in WEIGHTLESS]
+    names += [name for name in trained if name not in HEAD_LAYERS and name in weights]
+    layers = {name: trained[name] for name in names}
     for name, layer in layers.items():
         try:
             copy_weights(weights[name], layer_weights(layer))

@@ -153,7 +153,8 @@ class Training:
         row_shape = project.images().row_shape
         self.engines = engines or Engines(kept=0)
         text = project.text_spec(train.k_txt).fingerprint
-        self.engine = self.engines.take(self.config, row_shape, text)
+        vision = project.vision_spec.fingerprint
+        self.engine = self.engines.take(self.config, row_shape, text, vision)
         self.model, self.optimizer = self.engine.model, self.engine.optimizer
         self.initialised: list[str] = []
         if init_from is not None:

@@ -95,7 +95,7 @@ def kept_bytes(project: Project, space: Space, base: Config) -> int:
     for config in space.feature_configs(base):
         vision = project.with_config(config).vision_spec.architecture
         text = resolve_preset(config.encoders.text).config
-        largest = max(largest, count_parameters(text, vision["hidden_dim"], config.train))
+        largest = max(largest, count_parameters(text, vision, config.train))
     return 4 * largest * min(space.search.kept, space.trials)
 
 

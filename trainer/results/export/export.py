@@ -144,7 +144,7 @@ def _exported(scorer: Scorer, vision: VisionEncoder, text: TextEncoder) -> _Expo
     train = dataclasses.replace(scorer.train, dtype_policy="float32")
     tokens = scorer.project.config.store.tokens
     model = build_plain(vision.backbone, text.backbone, train, tokens)
-    transfer_to_plain(scorer.model, model, train.k_txt)
+    transfer_to_plain(scorer.model, model, train)
     return _Exported(model, trained_weights(scorer.model), vision, text, _card(scorer, text))
 
 
@@ -172,6 +172,7 @@ def _card(scorer: Scorer, text: TextEncoder) -> dict[str, Any]:
         "output": "logit of entailment, float32 (batch, 1); entailment where its sigmoid, the"
         " probability, is at least the threshold",
         "k_txt": train.k_txt,
+        "k_vit": train.k_vit,
         "head": {
             "num_heads": head_heads(train, width),
             "head_dim": train.head_dim,
@@ -180,7 +181,7 @@ def _card(scorer: Scorer, text: TextEncoder) -> dict[str, Any]:
             "attention_dropout": attention_dropout(train),
         },
         "encoders": {
-            "vision": {**encoder(config.encoders.vit, vision_spec), "tokens": vision_spec.tokens},
+            "vision": {**encoder(config.encoders.vit, vision_spec), "tokens": config.store.tokens},
             "text": encoder(config.encoders.text, text_spec),
         },
         "pixel_values": {
