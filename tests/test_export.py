@@ -52,26 +52,26 @@ def tiny(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("vision", "text", "tokens", "k_txt"),
+    ("vision", "text", "tokens", "k_txt", "k_vit"),
     [
-        ("vit", "distil_bert", "all", 0),
-        ("vit", "bert", "patches", 2),
-        pytest.param("deit", "distil_bert", "patches", 3, marks=pytest.mark.slow),
-        pytest.param("dinov2_registers", "roberta", "patches", 1, marks=pytest.mark.slow),
+        ("vit", "distil_bert", "all", 0, 0),
+        ("vit", "bert", "patches", 2, 1),
+        pytest.param("deit", "distil_bert", "patches", 3, 2, marks=pytest.mark.slow),
+        pytest.param("dinov2_registers", "roberta", "patches", 1, 3, marks=pytest.mark.slow),
     ],
 )
 def test_the_plain_model_is_the_end_to_end_model(
-    vision: str, text: str, tokens: str, k_txt: int
+    vision: str, text: str, tokens: str, k_txt: int, k_vit: int
 ) -> None:
-    train = TrainConfig(k_txt=k_txt, num_heads=2, head_dim=4, mlp_dim=8)
+    train = TrainConfig(k_txt=k_txt, k_vit=k_vit, num_heads=2, head_dim=4, mlp_dim=8)
     expected = build_end_to_end(tiny(vision), tiny(text), train, tokens)
     rng = np.random.default_rng(0)
     for weight in trained_weights(expected).values():
         weight.assign(rng.normal(size=weight.shape, scale=0.3))
     plain = build_plain(tiny(vision), tiny(text), train, tokens)
-    transfer_to_plain(expected, plain, k_txt)
-    assert plain_weights(plain, k_txt).keys() == trained_weights(expected).keys()
-    trained = {id(weight) for weight in plain_weights(plain, k_txt).values()}
+    transfer_to_plain(expected, plain, train)
+    assert plain_weights(plain, k_txt, k_vit).keys() == trained_weights(expected).keys()
+    trained = {id(weight) for weight in plain_weights(plain, k_txt, k_vit).values()}
     assert {id(weight) for weight in plain.trainable_weights} == trained
     lengths = np.array([3, 9, 5])[:, None]
     rows = {
@@ -329,7 +329,7 @@ def test_a_fresh_process_refuses_this_projects_classes(run: Run, tmp_path: Path)
         check=False,
     )
     assert done.returncode
-    assert "FrozenVision" in done.stderr
+    assert "VisionTower" in done.stderr
     assert not (tmp_path / "outputs.npz").exists()
 
 
