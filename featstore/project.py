@@ -385,7 +385,7 @@ class Project:
             MissingFeaturesError: A photo or a sentence was never extracted.
             StaleFeaturesError: A photo was replaced since it was extracted.
         """
-        if k_vit not in (None, self.k_vit):
+        if k_vit is not None and k_vit != self.k_vit:
             return self.at_k_vit(k_vit).features(split, k_txt, pad_to=pad_to)
         rows, _ = self.usable(split)
         self.compare_photos(split)
@@ -454,7 +454,7 @@ class Project:
             StoreError: The store cannot be written or read, or the disk is too small.
             PresetError: The encoder cannot be loaded.
         """
-        if k_vit not in (None, self.k_vit):
+        if k_vit is not None and k_vit != self.k_vit:
             return self.at_k_vit(k_vit).extract(
                 kind, split, k_txt, shards=shards, source=source, ray=ray, actors=actors, show=show
             )

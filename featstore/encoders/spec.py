@@ -119,6 +119,8 @@ class TextSpec(FeatureSpec):
 
 def blocks_left(spec: Mapping[str, Any]) -> int:
     """Return how many of the encoder's last blocks were not run, of a spec's `to_dict`."""
+    if spec.get("final_norm", spec["kind"] == VisionSpec.kind):
+        return 0
     return int(spec["architecture"]["num_layers"]) - int(spec["boundary"])
 
 
@@ -130,8 +132,8 @@ def extraction_of(spec: Mapping[str, Any], **options: object) -> Command:
         options: The command's.
     """
     # Of sentences k_txt is a setting in force, and training encodes what it lacks.
-    if spec["kind"] == VisionSpec.kind and not spec.get("final_norm", True):
-        options = {"k_vit": blocks_left(spec), **options}
+    if spec["kind"] == VisionSpec.kind and (blocks := blocks_left(spec)):
+        options = {"k_vit": blocks, **options}
     return Command(f"extract-{spec['kind']}", **options)
 
 

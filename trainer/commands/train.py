@@ -58,7 +58,7 @@ def train(
     config_file: str | None,
     **flags: Any,
 ) -> None:
-    """Train the fusion head and the last text layers on cached features."""
+    """Train the fusion head and the last layers of the encoders on cached features."""
     if plain:
         flags["train__fast_path"] = False
     from trainer.run import folder

@@ -121,7 +121,7 @@ class Training:
         run: Where it is kept; its lock is held by the caller.
         project: Its rows and features, see `trainer.features.prepare`.
         train: Its settings.
-        init_from: A run to take the head (and shared text layers) from.
+        init_from: A run to take the head (and shared layers of the encoders) from.
         reporter: How it is shown.
         hparams: What a search chose for it, for TensorBoard's HParams tab.
         engines: Where its model comes from, and goes when it is done; None: made for it.
