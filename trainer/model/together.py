@@ -17,7 +17,7 @@ from trainer.model.head import HEAD_LAYERS, TAIL_NAME, VISION_TAIL_NAME, MultiHe
 def logits_together(models: Sequence[keras.Model], inputs: Any, training: bool) -> list[Any]:
     """Return the logits of several models on one batch.
 
-    Models without a layer of an encoder that trains, of the fast path, share their products with the
+    Models of the fast path in which no layer of an encoder trains share their products with the
     image's tokens (`attentions_over_same_tokens`). Others are called one after the other.
 
     Args:
