@@ -26,9 +26,9 @@ from featstore.project import Project
 from trainer.metrics import evaluate_logits, row_losses, sigmoid
 from trainer.statistics import Clustered, percentiles
 
-PHOTOS = {"warm": 800, "train": 64, "val": 20, "test": 80}
+PHOTOS = {"warm": 1100, "train": 160, "val": 60, "test": 200}
 BLOCKS, SEEDS = (0, 1, 2), (0, 1, 2)
-WARM: dict[str, Any] = {"k_txt": 1, "lr": 2e-4, "epochs": 3}
+WARM: dict[str, Any] = {"k_txt": 1, "lr": 2e-4, "epochs": 4}
 TUNED: dict[str, Any] = {"k_txt": 1, "lr": 5e-5, "epochs": 2}
 
 
