@@ -98,11 +98,11 @@ def measure(
                 trainer.train(tuned, name=name, runs=runs, show=SILENT, **options)
             run = trainer.load_run(name, runs)
             scores = run.scorer.score("test")
-            threshold = float(run.metrics["threshold"])
-            figures = evaluate_logits(scores.labels, scores.logits, threshold)
-            called = sigmoid(scores.logits) >= threshold
+            threshold, logits = float(run.metrics["threshold"]), scores.logits.astype(np.float64)
+            figures = evaluate_logits(scores.labels, logits, threshold)
+            called = sigmoid(logits) >= threshold
             rows[k_vit]["accuracy"].append((called == scores.labels).astype(float))
-            rows[k_vit]["loss"].append(row_losses(scores.labels, scores.logits))
+            rows[k_vit]["loss"].append(row_losses(scores.labels, logits))
             seconds = run.manifest["wall_seconds"]["training"]
             one = {
                 "seed": seed,

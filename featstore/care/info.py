@@ -181,7 +181,7 @@ def matching_spec(project: Project, folder: Path) -> VisionSpec | TextSpec | Non
     folder's spec is lost, only the configuration's own can be told from its name.
     """
     own = project.spec(folder.parent.name)
-    free = ("dtype", "precision", "boundary")
+    free: tuple[str, ...] = ("dtype", "precision", "boundary")
     if own.kind == "vit":
         free = (*free, "tokens", "final_norm")
     found: dict[str, Any] = {}
