@@ -344,13 +344,13 @@ def test_parameters_are_counted_without_a_model(tiny_text: Path, train: dict[str
     text = resolve_preset(str(tiny_text)).config
     model = build_cached_model(text, 24, 16, config.train)
     expected = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-    assert count_parameters(text, 24, config.train) == expected
+    assert count_parameters(text, {"hidden_dim": 24}, config.train) == expected
 
 
 def test_the_study_has_its_parameters() -> None:
     text = {"config": {"hidden_dim": 768, "intermediate_dim": 3072}}
-    layer = count_parameters(text, 768, TrainConfig(k_txt=1)) - count_parameters(
-        text, 768, TrainConfig(k_txt=0)
+    layer = count_parameters(text, {"hidden_dim": 768}, TrainConfig(k_txt=1)) - count_parameters(
+        text, {"hidden_dim": 768}, TrainConfig(k_txt=0)
     )
     assert layer == 7_087_872
 
