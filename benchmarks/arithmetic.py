@@ -110,7 +110,7 @@ def products(size: Size, k_txt: int, rows: int, length: int) -> list[Product]:
 
 def parameters(size: Size, k_txt: int) -> int:
     """Return the numbers that train: the head and the last text layers."""
-    return count_parameters(size.text_config, size.width, size.train(k_txt))
+    return count_parameters(size.text_config, {"hidden_dim": size.width}, size.train(k_txt))
 
 
 def operations(size: Size, k_txt: int, rows: int, length: int) -> dict[str, int]:

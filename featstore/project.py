@@ -26,7 +26,6 @@ from featstore.data.dataset import Dataset, load_dataset
 from featstore.encoders.presets import Digests
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, text_spec, vision_spec
 from featstore.errors import (
-    Command,
     DataError,
     FeatstoreError,
     MissingFeaturesError,
@@ -185,22 +184,37 @@ class Project:
     @functools.cached_property
     def k_txt(self) -> int:
         """The text layers that the configuration trains: `[train] k_txt`."""
+        return self._trained("k_txt", DEFAULT_K_TXT)
+
+    @functools.cached_property
+    def k_vit(self) -> int:
+        """The vision blocks that the configuration trains: `[train] k_vit`."""
+        return self._trained("k_vit", 0)
+
+    def _trained(self, setting: str, default: int) -> int:
         train = getattr(self.config, "train", None)
         if train is not None:
-            return int(train.k_txt)
+            return int(getattr(train, setting))
         given = read_toml(self.file).get("train", {}) if self.file else {}
-        return int(given.get("k_txt", DEFAULT_K_TXT))
+        return int(given.get(setting, default))
+
+    def at_k_vit(self, k_vit: int) -> Self:
+        """Return a project whose image features are those that enter the last `k_vit` blocks."""
+        other = self.with_config(self.config)
+        other.__dict__["k_vit"] = k_vit
+        return other
 
     @property
     def vision_spec(self) -> VisionSpec:
-        """The spec of the image features.
+        """The spec of the hidden states that enter the last `k_vit` vision blocks.
 
         Raises:
             PresetError: The preset cannot be found or is not a vision encoder.
+            ConfigError: The encoder has fewer blocks.
         """
-        encoders, store = self.config.encoders, self.config.store
-        key = f"spec {encoders!r} {dataclasses.replace(store, root='')!r}"
-        return self.once(key, lambda: vision_spec(encoders, store, digests=self._digests))
+        encoders, store, blocks = self.config.encoders, self.config.store, self.k_vit
+        key = f"spec {encoders!r} {dataclasses.replace(store, root='')!r} vit {blocks}"
+        return self.once(key, lambda: vision_spec(encoders, store, blocks, self._digests))
 
     def text_spec(self, k_txt: int | None = None) -> TextSpec:
         """Return the spec of the hidden states that enter the last `k_txt` text layers.
@@ -305,7 +319,7 @@ class Project:
             raise MissingFeaturesError(
                 f"{opened.folder}: no features of {len(missing)} of"
                 f" {counted(len(set(ids)), 'photo')} of split {split!r} (first: {missing[0]!r})",
-                Command("extract-vit", split=split),
+                self.vision_spec.command(split=split),
             )
         if not present.any():
             raise DataError(f"split {split!r} has no row whose photo could be read")
@@ -349,7 +363,12 @@ class Project:
         return find_cut(self.sentences(k_txt), self.keys("text", split))
 
     def features(
-        self, split: str = "train", k_txt: int | None = None, *, pad_to: int | None = None
+        self,
+        split: str = "train",
+        k_txt: int | None = None,
+        *,
+        pad_to: int | None = None,
+        k_vit: int | None = None,
     ) -> FeatureRows:
         """Return a split's rows as a map-style data set, for loops that are not the trainer's.
 
@@ -357,6 +376,7 @@ class Project:
             split: "train", "val", "test" or "all".
             k_txt: Which sentence features; None: as the configuration says.
             pad_to: Tokens of every sentence, see `FeatureRows`.
+            k_vit: Which image features; None: as the configuration says.
 
         Returns:
             The rows whose photo could be read.
@@ -365,6 +385,8 @@ class Project:
             MissingFeaturesError: A photo or a sentence was never extracted.
             StaleFeaturesError: A photo was replaced since it was extracted.
         """
+        if k_vit is not None and k_vit != self.k_vit:
+            return self.at_k_vit(k_vit).features(split, k_txt, pad_to=pad_to)
         rows, _ = self.usable(split)
         self.compare_photos(split)
         examples = self.dataset.examples.select(rows)
@@ -402,6 +424,7 @@ class Project:
         split: Split = "all",
         k_txt: int | None = None,
         *,
+        k_vit: int | None = None,
         shards: range = ALL,
         source: str = "times",
         ray: str | None = None,
@@ -414,6 +437,8 @@ class Project:
             kind: "vit" for photos, "text" for sentences.
             split: "train", "val", "test", "all", or some of them.
             k_txt: Last text layers that will train, with kind "text"; None: as
+                the configuration says.
+            k_vit: Last vision blocks that will train, with kind "vit"; None: as
                 the configuration says.
             shards: Which planned shards this process makes.
             source: How photos that are stored are compared with their files: "times" reads
@@ -429,6 +454,10 @@ class Project:
             StoreError: The store cannot be written or read, or the disk is too small.
             PresetError: The encoder cannot be loaded.
         """
+        if k_vit is not None and k_vit != self.k_vit:
+            return self.at_k_vit(k_vit).extract(
+                kind, split, k_txt, shards=shards, source=source, ray=ray, actors=actors, show=show
+            )
         job = self.job(kind, split, k_txt, source)
         if ray is None:
             return self._extract(job, show, shards)

@@ -365,19 +365,20 @@ def test_parameters_are_counted_without_a_model(
     text = resolve_preset(str(tiny_text)).config
     model = build_cached_model(text, 24, 16, config.train, classes=classes)
     expected = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-    assert count_parameters(text, 24, config.train, classes) == expected
+    assert count_parameters(text, {"hidden_dim": 24}, config.train, classes) == expected
 
 
 def test_the_study_has_its_parameters() -> None:
     text = {"config": {"hidden_dim": 768, "intermediate_dim": 3072}}
+    vision = {"hidden_dim": 768}
     head = {"k_txt": 0, "num_heads": 12, "head_dim": 64, "mlp_dim": 512}
-    assert count_parameters(text, 768, TrainConfig(**head)) == 2_758_145
+    assert count_parameters(text, vision, TrainConfig(**head)) == 2_758_145
     # A fusion layer: four projections of 768 and a normalisation.
-    more = count_parameters(text, 768, TrainConfig(**head, fusion_layers=2))
+    more = count_parameters(text, vision, TrainConfig(**head, fusion_layers=2))
     assert more - 2_758_145 == 4 * (768**2 + 768) + 2 * 768
-    assert count_parameters(text, 768, TrainConfig(**head), 3) - 2_758_145 == 2 * 513
-    layer = count_parameters(text, 768, TrainConfig(k_txt=1)) - count_parameters(
-        text, 768, TrainConfig(k_txt=0)
+    assert count_parameters(text, vision, TrainConfig(**head), 3) - 2_758_145 == 2 * 513
+    layer = count_parameters(text, vision, TrainConfig(k_txt=1)) - count_parameters(
+        text, vision, TrainConfig(k_txt=0)
     )
     assert layer == 7_087_872
 

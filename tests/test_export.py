@@ -52,28 +52,34 @@ def tiny(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("vision", "text", "tokens", "k_txt", "head", "classes"),
+    ("vision", "text", "tokens", "k_txt", "k_vit", "head", "classes"),
     [
-        ("vit", "distil_bert", "all", 0, {}, 2),
-        ("vit", "bert", "patches", 2, {}, 2),
-        ("vit", "distil_bert", "patches", 1, {"queries": "all", "fusion_layers": 2}, 3),
-        pytest.param("deit", "distil_bert", "patches", 3, {}, 2, marks=pytest.mark.slow),
-        pytest.param("dinov2_registers", "roberta", "patches", 1, {}, 2, marks=pytest.mark.slow),
-        pytest.param("deit", "bert", "all", 0, {"queries": "all"}, 2, marks=pytest.mark.slow),
+        ("vit", "distil_bert", "all", 0, 0, {}, 2),
+        ("vit", "bert", "patches", 2, 1, {}, 2),
+        ("vit", "distil_bert", "patches", 1, 0, {"queries": "all", "fusion_layers": 2}, 3),
+        pytest.param("deit", "distil_bert", "patches", 3, 2, {}, 2, marks=pytest.mark.slow),
+        pytest.param("dinov2_registers", "roberta", "patches", 1, 3, {}, 2, marks=pytest.mark.slow),
+        pytest.param("deit", "bert", "all", 0, 1, {"queries": "all"}, 2, marks=pytest.mark.slow),
     ],
 )
 def test_the_plain_model_is_the_end_to_end_model(
-    vision: str, text: str, tokens: str, k_txt: int, head: dict[str, Any], classes: int
+    vision: str,
+    text: str,
+    tokens: str,
+    k_txt: int,
+    k_vit: int,
+    head: dict[str, Any],
+    classes: int,
 ) -> None:
-    train = TrainConfig(k_txt=k_txt, num_heads=2, head_dim=4, mlp_dim=8, **head)
+    train = TrainConfig(k_txt=k_txt, k_vit=k_vit, num_heads=2, head_dim=4, mlp_dim=8, **head)
     expected = build_end_to_end(tiny(vision), tiny(text), train, tokens, classes)
     rng = np.random.default_rng(0)
     for weight in trained_weights(expected).values():
         weight.assign(rng.normal(size=weight.shape, scale=0.3))
     plain = build_plain(tiny(vision), tiny(text), train, tokens, classes)
-    transfer_to_plain(expected, plain, k_txt)
-    assert plain_weights(plain, k_txt).keys() == trained_weights(expected).keys()
-    trained = {id(weight) for weight in plain_weights(plain, k_txt).values()}
+    transfer_to_plain(expected, plain, train)
+    assert plain_weights(plain, k_txt, k_vit).keys() == trained_weights(expected).keys()
+    trained = {id(weight) for weight in plain_weights(plain, k_txt, k_vit).values()}
     assert {id(weight) for weight in plain.trainable_weights} == trained
     lengths = np.array([3, 9, 5])[:, None]
     rows = {
@@ -332,7 +338,7 @@ def test_a_fresh_process_refuses_this_projects_classes(run: Run, tmp_path: Path)
         check=False,
     )
     assert done.returncode
-    assert "FrozenVision" in done.stderr
+    assert "VisionTower" in done.stderr
     assert not (tmp_path / "outputs.npz").exists()
 
 

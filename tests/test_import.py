@@ -26,7 +26,13 @@ import trainer
 from featstore.data.images import decode_image
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.tower import TextEncoder, Tower, VisionEncoder, load_backbone
-from featstore.errors import FeatstoreError, MissingFeaturesError, RunError, UsageError
+from featstore.errors import (
+    FeatstoreError,
+    MissingFeaturesError,
+    RunError,
+    StaleFeaturesError,
+    UsageError,
+)
 from featstore.progress import SILENT
 from featstore.project import Project
 from trainer.commands.main import cli
@@ -73,21 +79,21 @@ class Made:
     folder: Path
     project: Project
     model: keras.Model
-    tower: Tower
+    towers: dict[str, Tower]
 
     def bring(self, file: Path, name: str, **options: Any) -> trainer.Run:
         runs = self.folder / "runs"
         options = {"show": SILENT, **options}
         return trainer.import_weights(file, self.project, name=name, runs=runs, **options)
 
-    def compare(self, file: Path) -> tuple[int, str]:
+    def compare(self, file: Path) -> tuple[dict[str, int], str]:
         """Compare a file with the presets as an import does; see `trained_layers`."""
         with (
             open_weights(file, kind_of(file), 10**6) as opened,
             open_weights(self.folder / "preset.weights.h5", "weights", 10**6) as preset,
         ):
             check_shapes(file, opened, preset)
-            return trained_layers(file, opened, preset, self.tower)
+            return trained_layers(file, opened, preset, self.towers)
 
     def mismatch(self, file: Path) -> str:
         """Compare a file that must be refused; return the line."""
@@ -141,7 +147,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path, tiny_text: Pa
     model.optimizer.build(model.trainable_variables)
     model.save_weights(folder / "best.weights.h5")
     model.save(folder / "model.keras")
-    return Made(folder, project, model, Tower(text, "text"))
+    towers = {"vit_backbone": Tower(vision, "vision"), "txt_backbone": Tower(text, "text")}
+    return Made(folder, project, model, towers)
 
 
 @pytest.fixture(scope="module")
@@ -300,14 +307,37 @@ def test_frozen_weights_must_be_the_presets(made: Made) -> None:
 
         return edit
 
-    block = f"{vit}/layers/vi_t_encoder/encoder_layers/vi_t_encoder_block_1/mha/key_dense/vars/0"
-    line = made.mismatch(edited(made, "tuned", add(block)))
+    patches = f"{vit}/layers/vi_t_patching_and_embedding/patch_embedding/vars/0"
+    line = made.mismatch(edited(made, "tuned", add(patches)))
     assert "vit_backbone/" in line
     assert "in 1 layers" in line
     assert "save_to_preset" in line
     words = f"{txt}/token_and_position_embedding/token_embedding/vars/0"
     line = made.mismatch(edited(made, "words", add(words)))
     assert "txt_backbone/token_and_position_embedding by up to 0.001" in line
+
+
+@pytest.mark.parametrize(
+    ("path", "blocks"),
+    [
+        ("encoder_layers/vi_t_encoder_block_1/mha/key_dense/vars/0", 1),
+        ("encoder_layers/vi_t_encoder_block/layer_norm_1/vars/0", 2),
+        ("layer_norm/vars/1", 1),
+    ],
+)
+def test_the_first_vision_layer_that_is_not_the_presets_tells_k_vit(
+    made: Made, path: str, blocks: int
+) -> None:
+    path = f"layers/vi_t_backbone/layers/vi_t_encoder/{path}"
+
+    def edit(file: h5py.File) -> None:
+        file[path][...] = file[path][...] + np.float32(1e-3)
+
+    file = edited(made, "tuned", edit)
+    assert made.compare(file)[0] == {"vit_backbone": blocks, "txt_backbone": 2}
+    line = made.refuse(file, UsageError, k_vit=blocks - 1)
+    assert f"expected --k-vit {blocks}" in line
+    assert f"extract-vit --k-vit {blocks}" in made.refuse(file, StaleFeaturesError)
 
 
 def test_frozen_weights_may_be_rounded_to_16_bits(made: Made) -> None:
@@ -318,10 +348,12 @@ def test_frozen_weights_may_be_rounded_to_16_bits(made: Made) -> None:
 
         file.visititems(visit)
 
-    assert made.compare(made.folder / "best.weights.h5") == (2, "")
-    assert made.compare(made.folder / "preset.weights.h5") == (0, "")
+    frozen = {"vit_backbone": 0, "txt_backbone": 0}
+    trained = {**frozen, "txt_backbone": 2}
+    assert made.compare(made.folder / "best.weights.h5") == (trained, "")
+    assert made.compare(made.folder / "preset.weights.h5") == (frozen, "")
     found, note = made.compare(edited(made, "half", halve))
-    assert found == 2
+    assert found == trained
     assert "rounded to 16 bits" in note
 
 

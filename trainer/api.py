@@ -263,7 +263,7 @@ def train(
     show: Show = SHOWN,
     **settings: Any,
 ) -> Run:
-    """Train the fusion head and the last text layers on a project's features.
+    """Train the fusion head and the last layers of the encoders on a project's features.
 
     The photos' features must be there (`project.extract("vit")`, or `extract`);
     sentences that are missing are encoded. An unfinished run of that name goes on. A
@@ -275,7 +275,7 @@ def train(
             those that are given.
         name: Of the run; None: from `k_txt` and the time.
         runs: Folder of the runs; None: the project's.
-        init_from: Run to take the head, and shared text layers, from.
+        init_from: Run to take the head, and shared layers of the encoders, from.
         extract: Extract missing features first.
         reporter: How the epochs are shown, and who may stop them; None: as the commands do.
         show: How the encoding of sentences is shown.
@@ -335,6 +335,7 @@ def import_weights(
     runs: str | os.PathLike[str] | None = None,
     labels: str | None = None,
     k_txt: int | None = None,
+    k_vit: int | None = None,
     threshold: float | None = None,
     show: Show = SHOWN,
     **settings: Any,
@@ -348,6 +349,7 @@ def import_weights(
         runs: Folder of the runs; None: the project's.
         labels: "contradiction=1" where contradiction is the file's positive class.
         k_txt: Last text layers that were trained; None: those that are not the preset's.
+        k_vit: Last vision blocks that were trained, likewise.
         threshold: On the probability of entailment; None: the export's own, or swept on val.
         show: How it is shown.
         settings: `[train]` settings, such as `num_heads=12`.
@@ -361,7 +363,16 @@ def import_weights(
 
     project = project.with_config(config_of(project, **settings))
     run = Run(run_folder(Path(runs or runs_folder(project.file)), name))
-    import_run(run, project, Path(file), labels=labels, k_txt=k_txt, threshold=threshold, show=show)
+    import_run(
+        run,
+        project,
+        Path(file),
+        labels=labels,
+        k_txt=k_txt,
+        k_vit=k_vit,
+        threshold=threshold,
+        show=show,
+    )
     return run
 
 

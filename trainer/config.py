@@ -45,6 +45,9 @@ class TrainConfig:
     """One training run over cached features."""
 
     k_txt: int = setting(DEFAULT_K_TXT, "last text layers that train, 0 to all of them", minimum=0)
+    k_vit: int = setting(
+        0, "last vision blocks that train, with the final norm; 0: none", minimum=0, before=0
+    )
     lr: float = setting(1e-4, "AdamW learning rate", above=0)
     weight_decay: float = setting(1e-5, "AdamW decoupled weight decay", minimum=0)
     clipnorm: float = setting(
@@ -99,7 +102,8 @@ class TrainConfig:
     early_stop_patience: int = setting(3, "epochs without gain before training ends", minimum=1)
     layer_decay: float = setting(
         1.0,
-        "learning rate of each text layer over that of the layer above it, the head's being lr",
+        "learning rate of each layer of an encoder over that of the layer above it, the head's"
+        " being lr",
         above=0,
         maximum=1,
         before=1.0,

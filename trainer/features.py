@@ -11,6 +11,7 @@ import xxhash
 from featstore.config import SPLITS
 from featstore.data.examples import Examples, class_counts, require_every_class
 from featstore.data.labels import labels_of
+from featstore.encoders.spec import blocks_left
 from featstore.errors import Command, ConfigError, MissingFeaturesError, counted
 from featstore.extract.extract import estimate
 from featstore.extract.plan import Job, Plan
@@ -85,9 +86,9 @@ def plan_jobs(jobs: Sequence[Job], show: Show = SILENT) -> list[Plan]:
             continue
         seconds = len(plan.keys) / rate
         total += seconds
-        boundary = ""
-        if job.spec.kind == "text":
-            boundary = f" at k_txt {job.spec.architecture['num_layers'] - job.spec.boundary}"
+        k, boundary = blocks_left(job.spec.to_dict()), ""
+        if k or job.spec.kind == "text":
+            boundary = f" at {'k_txt' if job.spec.kind == 'text' else 'k_vit'} {k}"
         show.note(
             f"to extract: {counted(len(plan.keys), job.unit.removesuffix('s'))}{boundary},"
             f" about {duration(seconds)},"

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.encoders.spec import extraction_of
 from featstore.errors import (
-    Command,
     DataError,
     FeatstoreError,
     MissingFeaturesError,
@@ -66,7 +66,7 @@ def _positions(
         raise MissingFeaturesError(
             f"{opened.folder}: {len(missing)} of {len(wanted)} inputs of split {split!r} have no"
             f" features (first: {missing[0]!r})",
-            Command(f"extract-{kind}", split=split),
+            extraction_of(opened.spec, split=split),
         )
     stored = [key for key, found in zip(wanted, positions.tolist(), strict=True) if found >= 0]
     return positions[positions >= 0], stored, len(absent)

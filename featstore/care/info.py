@@ -177,15 +177,13 @@ def matching_spec(project: Project, folder: Path) -> VisionSpec | TextSpec | Non
     """Return the spec of a folder where the configuration's encoders can make its features.
 
     Number format, arithmetic, tokens and boundary need no other files, so the
-    features of another `--dtype` or `--k-txt` can be made too. Where the
+    features of another `--dtype`, `--k-txt` or `--k-vit` can be made too. Where the
     folder's spec is lost, only the configuration's own can be told from its name.
     """
     own = project.spec(folder.parent.name)
-    free = (
-        ("dtype", "precision", "tokens")
-        if own.kind == "vit"
-        else ("dtype", "precision", "boundary")
-    )
+    free: tuple[str, ...] = ("dtype", "precision", "boundary")
+    if own.kind == "vit":
+        free = (*free, "tokens", "final_norm")
     found: dict[str, Any] = {}
     with contextlib.suppress(StoreError):
         found = read_spec(folder)

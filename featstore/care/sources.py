@@ -10,6 +10,7 @@ from typing import Any
 from featstore.care.info import open_folder
 from featstore.care.report import Problem
 from featstore.data.images import ImageIndex
+from featstore.encoders.spec import blocks_left
 from featstore.errors import Advice, Command, FeatstoreError
 from featstore.extract.photos import photo_digest
 from featstore.progress import Progress
@@ -21,28 +22,30 @@ from featstore.store.store import VisionStore
 def extract_again(project: Project, folder: Path) -> Command | Advice:
     """Return what extracts photos anew into a folder, whatever the configuration asks for."""
     found, config = read_spec(folder), project.config
-    free = {name: found[name] for name in ("dtype", "tokens", "precision") if name in found}
+    k_vit = blocks_left(found)
+    # Before the last blocks all tokens are kept, whatever [store] tokens.
+    names = ("dtype", "precision") if k_vit else ("dtype", "tokens", "precision")
+    free = {name: found[name] for name in names if name in found}
     store = dataclasses.replace(config.store, **free)
     for vit in (config.encoders.vit, *read_names(folder)):
         encoders = dataclasses.replace(config.encoders, vit=vit)
         try:
-            spec = project.with_config(
-                dataclasses.replace(config, encoders=encoders, store=store)
-            ).vision_spec
+            other = project.with_config(dataclasses.replace(config, encoders=encoders, store=store))
+            spec = other.at_k_vit(k_vit).vision_spec
         except FeatstoreError:
             continue
         if spec.fingerprint == folder.name:
-            own = {"vit": config.encoders.vit} | {
+            own = {"vit": config.encoders.vit, "k_vit": project.k_vit} | {
                 name: getattr(config.store, name) for name in free
             }
-            needed = {"vit": vit} | free
+            needed = {"vit": vit, "k_vit": k_vit} | free
             options: dict[str, Any] = {
                 name: value for name, value in needed.items() if value != own[name]
             }
             return Command("extract-vit", **options)
-    names = ", ".join(read_names(folder)) or str(found.get("encoder"))
+    presets = ", ".join(read_names(folder)) or str(found.get("encoder"))
     return Advice(
-        f"no settings at hand make these features (of {names}); if nothing needs them, ",
+        f"no settings at hand make these features (of {presets}); if nothing needs them, ",
         Command("store", "gc"),
         " deletes them",
     )

@@ -60,6 +60,7 @@ class Family:
         shared: From the backbone's configuration: how many blocks in a row
             are one layer, with one set of weights. It can be cut before them
             alone: what trains above a cut must not be what runs below it.
+        trains: Of vision, whether its last blocks can train; of text all can.
     """
 
     title: str
@@ -70,6 +71,7 @@ class Family:
     final_norm: bool = False
     query: str = "first"
     shared: Callable[[Mapping[str, Any]], int] = lambda config: 1
+    trains: bool = False
 
 
 # Of a backbone of two towers: the attribute, and the field of its configuration, that holds each.
@@ -141,6 +143,7 @@ FAMILIES = {
         ("vit",),
         leading_tokens=lambda config: int(config.get("use_class_token", True)),
         final_norm=True,
+        trains=True,
     ),
     "DeiTBackbone": Family(
         "DeiT",
@@ -149,6 +152,7 @@ FAMILIES = {
         ("deit",),
         leading_tokens=lambda config: 2,
         final_norm=True,
+        trains=True,
     ),
     "DINOV2Backbone": Family(
         "DINOv2",
@@ -157,6 +161,7 @@ FAMILIES = {
         ("dinov2", "dinov2_with_registers"),
         leading_tokens=lambda config: 1 + int(config.get("num_register_tokens", 0)),
         final_norm=True,
+        trains=True,
     ),
     "DINOV3Backbone": Family(
         "DINOv3",

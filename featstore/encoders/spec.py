@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import DECODER
-from featstore.encoders.families import check_k, family_of, num_patches
+from featstore.encoders.families import FAMILIES, check_k, family_of, num_patches
 from featstore.encoders.presets import (
     Digests,
     Preset,
@@ -24,7 +25,7 @@ from featstore.encoders.presets import (
     resolve_preset,
     tokenizer_digest,
 )
-from featstore.errors import PresetError
+from featstore.errors import Command, ConfigError, PresetError
 from featstore.publish import canonical_json, text_digest
 
 QUANTISED = "int8"
@@ -70,6 +71,10 @@ class FeatureSpec:
         """32 hexadecimal digits: BLAKE2b-128 of the canonical JSON."""
         return text_digest(canonical_json(self.to_dict()))
 
+    def command(self, **options: Any) -> Command:
+        """Return what extracts such features; see `extraction_of`."""
+        return extraction_of(self.to_dict(), **options)
+
     def folder(self, root: Path) -> Path:
         """Return the folder of these features under a store's root."""
         return root / self.kind / self.fingerprint
@@ -84,7 +89,7 @@ class VisionSpec(FeatureSpec):
         converter: The preset's image converter: image_size, scale, offset,
             interpolation, antialias, crop and pad rules.
         decoder: Version of the rules that turn a file into RGB pixels.
-        tokens: "patches" or "all" (with the class token).
+        tokens: "patches" or "all" (with the class token), which later blocks need.
         views: Number of photometric views; view 0 is the plain image.
     """
 
@@ -110,6 +115,26 @@ class TextSpec(FeatureSpec):
 
     tokenizer: str
     sequence_length: int
+
+
+def blocks_left(spec: Mapping[str, Any]) -> int:
+    """Return how many of the encoder's last blocks were not run, of a spec's `to_dict`."""
+    if spec.get("final_norm", spec["kind"] == VisionSpec.kind):
+        return 0
+    return int(spec["architecture"]["num_layers"]) - int(spec["boundary"])
+
+
+def extraction_of(spec: Mapping[str, Any], **options: Any) -> Command:
+    """Return the command that extracts features of a spec under the settings in force.
+
+    Args:
+        spec: As `to_dict` has it.
+        options: The command's.
+    """
+    # Of sentences k_txt is a setting in force, and training encodes what it lacks.
+    if spec["kind"] == VisionSpec.kind and (blocks := blocks_left(spec)):
+        options = {"k_vit": blocks, **options}
+    return Command(f"extract-{spec['kind']}", **options)
 
 
 def differing_fields(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -169,7 +194,8 @@ def vision_spec(
 
     Args:
         encoders, store: The configuration.
-        k_vit: 0 is the encoder's output, after its final norm.
+        k_vit: 0 is the encoder's output, after its final norm. Of other features all tokens
+            are kept, whatever `store.tokens`: the blocks above look at each of them.
         digests: Where the digest of its weights is kept; by default in this
             process.
 
@@ -178,7 +204,15 @@ def vision_spec(
         ConfigError: The encoder has fewer than `k_vit` blocks.
     """
     preset = resolve_preset(encoders.vit, digests).tower("vision")
-    family_of(preset.class_name, "vision", preset.name)
+    family = family_of(preset.class_name, "vision", preset.name)
+    if k_vit and not family.trains:
+        able = ", ".join(
+            other.title for other in FAMILIES.values() if other.kind == "vision" and other.trains
+        )
+        raise ConfigError(
+            f"[train] k_vit = {k_vit}: blocks of a {family.title} cannot train (preset"
+            f" {preset.name}); expected one of {able}, or k_vit = 0"
+        )
     fields = architecture(preset, "num_layers", "image_shape", "patch_size", "hidden_dim")
     layers = int(fields["num_layers"])
     check_k(k_vit, layers, "vision")
@@ -192,7 +226,7 @@ def vision_spec(
         final_norm=k_vit == 0,
         converter=image_converter_fields(preset),
         decoder=DECODER,
-        tokens=store.tokens,
+        tokens="all" if k_vit else store.tokens,
     )
 
 

@@ -15,7 +15,6 @@ from featstore.config import StoreConfig
 from featstore.data.images import ImageIndex
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, vision_row_shape
 from featstore.errors import (
-    Command,
     ConfigError,
     StaleFeaturesError,
     StoreError,
@@ -307,7 +306,7 @@ def refuse_replaced(job: Job, opened: VisionStore, split: str, show: Show = SILE
         raise StaleFeaturesError(
             f"{opened.folder}: {photos} of split {split!r} changed since the features were"
             f" extracted ({first}{key!r}, {path})",
-            Command("extract-vit", split=split),
+            job.spec.command(split=split),
         )
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.encoders.spec import QUANTISED
-from featstore.errors import Command, CorruptShardError, MissingKeyError, counted
+from featstore.encoders.spec import QUANTISED, extraction_of
+from featstore.errors import CorruptShardError, MissingKeyError, counted
 from featstore.store.folder import manifest_lines, read_names, read_quarantine
 from featstore.store.numbers import feature_dtype
 from featstore.store.shard import VERIFY, digest_keys, open_shard
@@ -175,7 +175,7 @@ class Store:
             text += f", which is quarantined: {failed['reason']}"
         elif len(self):
             text += f"; there are {len(self)} keys such as {self.keys_of(self._live[:1])[0]!r}"
-        return MissingKeyError(text, Command(f"extract-{self.spec['kind']}"))
+        return MissingKeyError(text, extraction_of(self.spec))
 
     def lookup(self, keys: Sequence[str] | NDArray[Any]) -> IntArray:
         """Find rows by key.

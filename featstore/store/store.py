@@ -329,7 +329,7 @@ def open_features_of(root: Path, spec: FeatureSpec, command: Command | None = No
             message lists the fields in which the nearest differs.
         CorruptShardError: The folder is damaged.
     """
-    command = command or Command(f"extract-{spec.kind}")
+    command = command or spec.command()
     folder = spec.folder(root)
     if shard_paths(folder):
         found = read_spec(folder)

@@ -182,9 +182,10 @@ def _extract(
     show_default=True,
     help="Of stored photos, read those whose size or times differ, or all bytes.",
 )
+@setting_option("train", TrainConfig, "k_vit")
 @_extraction
 def extract_vit(**options: Any) -> None:
-    """Run the frozen vision encoder once for each photo of a split."""
+    """Run the frozen vision blocks once for each photo of a split."""
     _extract("vit", **options)
 
 

@@ -45,7 +45,7 @@ def import_weights(
 ) -> None:
     """Make a run of a .weights.h5, .keras or .safetensors FILE, to evaluate or to start from.
 
-    Without --k-txt, the text layers that are not the preset's are the trained ones.
+    Without --k-txt and --k-vit, the layers that are not the presets' are the trained ones.
     """
     project = open_project(config_file, flags)
     import_framework()
@@ -58,6 +58,7 @@ def import_weights(
         runs=runs,
         labels=labels,
         k_txt=flags["train__k_txt"],
+        k_vit=flags["train__k_vit"],
         threshold=threshold,
         show=dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN,
     )

@@ -33,8 +33,9 @@ def store_group() -> None:
 
 
 def _store_options(command: Function) -> Function:
-    k_txt = setting_option("train", TrainConfig, "k_txt")
-    return json_option(settings("data", "encoders", "store")(k_txt(command)))
+    for name in ("k_vit", "k_txt"):
+        command = setting_option("train", TrainConfig, name)(command)
+    return json_option(settings("data", "encoders", "store")(command))
 
 
 def _kind_option(*choices: str) -> Callable[[Function], Function]:

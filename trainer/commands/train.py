@@ -40,7 +40,7 @@ PLACES = {
     help="Name of the run. With no other settings a run of that name goes on with its own; a"
     " finished one goes on with more --epochs or a larger --early-stop-patience.",
 )
-@click.option("--init-from", help="Run to take the head and shared text layers from.")
+@click.option("--init-from", help="Run to take the head and shared layers of the encoders from.")
 @click.option("--extract", is_flag=True, help="Extract missing features first.")
 @click.option(
     "--plain", is_flag=True, help="Train as --no-fast-path does: slowly, to the same numbers."
@@ -58,7 +58,7 @@ def train(
     config_file: str | None,
     **flags: Any,
 ) -> None:
-    """Train the fusion head and the last text layers on cached features."""
+    """Train the fusion head and the last layers of the encoders on cached features."""
     if plain:
         flags["train__fast_path"] = False
     from trainer.run import folder

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import h5py
 import keras
+from keras.src.saving import saving_lib
+from keras.src.utils.naming import to_snake_case
 
 from featstore.encoders.families import FAMILIES, check_k, family_of
 from featstore.encoders.framework import pinned_framework
@@ -17,8 +20,8 @@ from featstore.encoders.tower import Tower, load_backbone
 from featstore.store.shard import HDF5_ERRORS
 from trainer.batches import SCALES_OF
 from trainer.config import TrainConfig
-from trainer.model.head import TAIL_NAME, apply_head
-from trainer.model.tails import Dequantize, TextTail
+from trainer.model.head import TAIL_NAME, VISION_TAIL_NAME, apply_head
+from trainer.model.tails import Dequantize, TextTail, VisionTail, short_backbone
 from trainer.model.weights import copy_weights, layer_weights, seeded
 
 
@@ -94,23 +97,28 @@ def build_cached_model(
     *,
     feature_dtype: str = "float16",
     classes: int = 2,
+    vision_config: Mapping[str, Any] | None = None,
+    tokens: str = "patches",
 ) -> keras.Model:
     """Build the model that trains over cached features, with random weights.
 
-    Its variables are those of the head and of the last `train.k_txt` text
-    layers, nothing else; `load_text_layers` gives the latter the preset's
-    weights. Initial weights and dropout follow from `train.seed` alone, and
-    the head's do not depend on `k_txt`.
+    Its variables are those of the head, of the last `train.k_txt` text layers,
+    and of the last `train.k_vit` vision blocks and their final norm, nothing
+    else; `load_pretrained` gives the layers the presets' weights. Initial
+    weights and dropout follow from `train.seed` alone, and the head's do not
+    depend on `k_txt` and `k_vit`.
 
     Args:
         text_config: The text preset's parsed `config.json` (`Preset.config`).
         vision_width: Numbers of one vision token.
-        num_tokens: Vision tokens of an image.
-        train: `k_txt`, the head's sizes, `seed`, `dtype_policy` and `fast_path`
-            are used.
+        num_tokens: Vision tokens of an image, as they are stored.
+        train: `k_txt`, `k_vit`, the head's sizes, `seed`, `dtype_policy` and
+            `fast_path` are used.
         feature_dtype: The store's dtype. Features enter the graph in it and
             are cast inside, so that fewer bytes are moved.
         classes: 2 or 3.
+        vision_config: The vision preset's parsed `config.json`, where `k_vit` is not 0.
+        tokens: Where `k_vit` is not 0: "patches" keeps the leading tokens from the head.
 
     Returns:
         keras.Model from `features` (batch, num_tokens, vision_width), `hidden`
@@ -120,8 +128,8 @@ def build_cached_model(
         `hidden_scales` (float32, batch, length).
 
     Raises:
-        ConfigError: `k_txt` or the heads do not fit the text encoder.
-        PresetError: The text encoder is of no text family.
+        ConfigError: `k_txt`, `k_vit` or the heads do not fit the encoders.
+        PresetError: An encoder is of no family.
     """
     width = int(text_config["config"]["hidden_dim"])
     inputs: dict[str, Any] = {}
@@ -132,6 +140,10 @@ def build_cached_model(
     configs = text_layer_configs(text_config, train.k_txt)
     family = FAMILIES[text_config["class_name"]]
     runs = family.shared(text_config["config"])
+    if train.k_vit:
+        assert vision_config is not None
+        with seeded(f"vision {train.seed}"):
+            features = vision_tail(vision_config, train, tokens)(features)
     with seeded(f"text {train.seed}"):
         whole = train.queries == "all"
         tail = TextTail(
@@ -151,30 +163,112 @@ def build_cached_model(
     return keras.Model(inputs, logits, name="cached")
 
 
-@pinned_framework()
-def load_pretrained(model: keras.Model, preset: Preset) -> None:
-    """Give a cached model's text layers the preset's weights.
+def vision_tail(vision_config: Mapping[str, Any], train: TrainConfig, tokens: str) -> VisionTail:
+    """Return the layer of the last vision blocks, with random weights.
 
-    They are read alone, where the preset's file is one of Keras's own; else the whole
+    Args:
+        vision_config: The vision preset's parsed `config.json`.
+        train: `k_vit` and `dtype_policy` are used.
+        tokens: "patches" leaves the leading tokens out of its output.
+
+    Raises:
+        ConfigError: `k_vit` is outside 0..number of blocks.
+        PresetError: The backbone is of no vision family.
+    """
+    name, config = str(vision_config["class_name"]), vision_config["config"]
+    family = family_of(name, "vision", name)
+    check_k(train.k_vit, int(config["num_layers"]), "vision")
+    skipped = family.leading_tokens(config) if tokens == "patches" else 0
+    return VisionTail(
+        vision_config, train.k_vit, skipped, dtype=train.dtype_policy, name=VISION_TAIL_NAME
+    )
+
+
+@pinned_framework()
+def load_pretrained(model: keras.Model, text: Preset, vision: Preset | None = None) -> None:
+    """Give a cached model's text and vision layers the presets' weights.
+
+    They are read alone, where a preset's file is one of Keras's own; else the whole
     backbone is loaded.
 
     Args:
-        model: From `build_cached_model`, with this preset's `config`.
-        preset: The text preset.
+        model: From `build_cached_model`, with these presets' `config`.
+        text: The text preset.
+        vision: The vision preset; None where no vision block trains.
 
     Raises:
-        PresetError: It cannot be loaded.
+        PresetError: One cannot be loaded.
         RunError: A weight's shape differs.
     """
     tail = model.get_layer(TAIL_NAME).transformer_layers
-    if tail and not _read_layers(tail, preset):
-        load_text_layers(model, load_backbone(preset, "float32"))
+    if tail and not _read_layers(tail, text):
+        load_text_layers(model, load_backbone(text, "float32"))
+    if vision is not None:
+        backbone = _read_last_blocks(vision, model.get_layer(VISION_TAIL_NAME).k_vit)
+        load_vision_layers(model, backbone or load_backbone(vision, "float32"))
+
+
+def load_vision_layers(model: keras.Model, vision_backbone: Any) -> None:
+    """Copy the last layers of a vision backbone into a cached model; see `load_text_layers`."""
+    tail = model.get_layer(VISION_TAIL_NAME)
+    source = Tower(vision_backbone, "vision").upper_layers(tail.k_vit)
+    for layer, pretrained in zip(tail.trained_layers.values(), source, strict=True):
+        copy_weights(layer_weights(pretrained), layer_weights(layer))
+
+
+class _LastBlocks(saving_lib.H5IOStore):
+    """A weights file of a whole backbone, read as that of a backbone of its last blocks alone.
+
+    Args:
+        path: The file.
+        block: How its groups of blocks are called: `block`, `block_1` and so on.
+        below: Blocks that are left out.
+    """
+
+    def __init__(self, path: Any, block: str, below: int) -> None:
+        super().__init__(path, mode="r")
+        self.block, self.below = re.compile(rf"{block}(?:_(\d+))?"), below
+
+    def get(self, path: str) -> Any:
+        """Return the entry of a path of the short backbone."""
+        parts = path.split("/")
+        for i, part in enumerate(parts):
+            if found := self.block.fullmatch(part):
+                number = int(found[1] or 0) + self.below
+                parts[i] = f"{part.removesuffix(f'_{found[1]}')}_{number}" if number else part
+        return super().get("/".join(parts))
+
+
+def _read_last_blocks(preset: Preset, k: int) -> Any:
+    """Return a vision backbone of the last blocks alone, with the preset's weights.
+
+    None where its weights file has another form.
+    """
+    count = int(preset.config["config"]["num_layers"])
+    if [path.name for path in preset.weights_files] != [WEIGHTS_FILE]:
+        return None
+    (path,) = preset.weights_files
+    with keras.name_scope(VISION_TAIL_NAME):
+        backbone = short_backbone(preset.config, k, "float32")
+    block = to_snake_case(type(Tower(backbone, "vision").blocks[0]).__name__)
+    names = {block, *(f"{block}_{i}" for i in range(1, count))}
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            groups: list[str] = []
+            file.visit(groups.append)
+        found = [name for group in groups if (name := group.rpartition("/")[2]) in names]
+        if sorted(found) != sorted(names):
+            return None
+        with contextlib.closing(_LastBlocks(path, block, count - k)) as store:
+            saving_lib._load_state(backbone, store, None, "", visited_saveables=set())
+    except (*HDF5_ERRORS, IndexError):
+        # What the file is, keras-hub's own loader will say.
+        return None
+    return backbone
 
 
 def _read_layers(layers: list[Any], preset: Preset) -> bool:
     """Read a backbone's last layers from its weights file; False where it has another form."""
-    from keras.src.saving import saving_lib
-
     count = int(preset.config["config"]["num_layers"])
     names = ["transformer_encoder", *(f"transformer_encoder_{i}" for i in range(1, count))]
     if [path.name for path in preset.weights_files] != [WEIGHTS_FILE]:

@@ -12,7 +12,7 @@ from featstore.errors import PresetError
 from trainer.config import TrainConfig
 from trainer.model.head import TEXT_NAME, VISION_NAME, apply_head
 from trainer.model.tails import query_token
-from trainer.model.weights import seeded, trained_weights
+from trainer.model.weights import seeded, train_only, trained_weights
 
 
 class _TowerLayer(keras.layers.Layer):
@@ -49,14 +49,7 @@ class _TowerLayer(keras.layers.Layer):
 
     def _freeze(self, value: bool) -> None:
         self._trainable = value
-        trained = {id(weight) for layer in self.trained_layers for weight in layer.weights}
-        trained = trained if value else set()
-        # Each layer and weight, from the outside in: a layer hands its flag down, but not if it
-        # had the value already, as that of a reloaded frozen backbone has.
-        for layer in self.backbone._flatten_layers():
-            layer.trainable = any(id(weight) in trained for weight in layer.weights)
-        for weight in self.backbone.weights:
-            weight.trainable = id(weight) in trained
+        train_only(self.backbone, self.trained_layers if value else [])
 
     def run(self, inputs: Any, mask: Any = None, training: bool | None = None) -> Any:
         """Return the backbone's hidden states, of shape (batch, tokens, width)."""
@@ -76,28 +69,41 @@ class _TowerLayer(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="featstore")
-class FrozenVision(_TowerLayer):
-    """A vision backbone that never trains and never runs its dropout.
+class VisionTower(_TowerLayer):
+    """A vision backbone of which only the last blocks and the final norm train, if any do.
 
     Args:
-        backbone: A keras-hub vision backbone, taken over: it is frozen.
+        backbone: A keras-hub vision backbone, taken over: its layers' `trainable`
+            flags are set here.
         tokens: `"patches"` drops the leading class and register tokens;
             `"all"` keeps them.
+        k_vit: The last blocks that train.
 
     Raises:
+        ConfigError: `k_vit` is outside 0..number of blocks.
         PresetError: The backbone is not of a vision family.
     """
 
     kind = "vision"
 
-    def __init__(self, backbone: Any, tokens: str = "patches", **kwargs: Any) -> None:
-        super().__init__(backbone, 0, **kwargs)
+    def __init__(
+        self, backbone: Any, tokens: str = "patches", k_vit: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(backbone, k_vit, **kwargs)
         self.tokens = tokens
         self._skipped = self.tower.leading_tokens if tokens == "patches" else 0
 
-    def call(self, pixels: Any) -> Any:
-        """Return the tokens, of shape (batch, tokens, width), of float pixels."""
-        return self.run(pixels)[:, self._skipped :]
+    def call(self, pixels: Any, training: bool | None = None) -> Any:
+        """Run the backbone.
+
+        Args:
+            pixels: Float of shape (batch, height, width, 3).
+            training: Whether the dropout of the trained blocks applies.
+
+        Returns:
+            Shape (batch, tokens, width).
+        """
+        return self.run(pixels, training=training)[:, self._skipped :]
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Return (batch, tokens, width)."""
@@ -105,7 +111,7 @@ class FrozenVision(_TowerLayer):
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        return {**super().get_config(), "tokens": self.tokens}
+        return {**super().get_config(), "tokens": self.tokens, "k_vit": self.k}
 
 
 @keras.saving.register_keras_serializable(package="featstore")
@@ -169,12 +175,13 @@ def build_end_to_end(
 
     Args:
         vision_backbone: keras-hub backbone with its weights, such as
-            `VisionEncoder.backbone`. It is taken over and frozen.
+            `VisionEncoder.backbone`. It is taken over: all but its last
+            `train.k_vit` blocks and final norm are frozen, and training changes those.
         text_backbone: keras-hub backbone with its weights, such as
             `TextEncoder.backbone`. It is taken over: all but its last
             `train.k_txt` layers are frozen, and training changes those.
-        train: `k_txt`, the head's sizes, `seed` and `dtype_policy` are used. The
-            head starts as the cached model's does.
+        train: `k_txt`, `k_vit`, the head's sizes, `seed` and `dtype_policy` are used.
+            The head starts as the cached model's does.
         tokens: As the store's: `"patches"` or `"all"`.
         classes: 2 or 3.
 
@@ -184,13 +191,13 @@ def build_end_to_end(
         batch, length) to the logits (float32, batch, 1 or 3), see `apply_head`.
 
     Raises:
-        ConfigError: `k_txt` or the heads do not fit the text backbone.
+        ConfigError: `k_txt`, `k_vit` or the heads do not fit the backbones.
         PresetError: A backbone has the wrong shape, or its freezing failed.
     """
     pixels = keras.Input(vision_backbone.inputs[0].shape[1:], name="pixel_values")
     input_ids = keras.Input((None,), dtype="int32", name="input_ids")
     attention_mask = keras.Input((None,), dtype="int32", name="attention_mask")
-    features = FrozenVision(vision_backbone, tokens, name=VISION_NAME)(pixels)
+    features = VisionTower(vision_backbone, tokens, train.k_vit, name=VISION_NAME)(pixels)
     tower = TextTower(text_backbone, train.k_txt, train.queries == "all", name=TEXT_NAME)
     states = tower(input_ids, attention_mask)
     with seeded(f"head {train.seed}"):
@@ -206,7 +213,7 @@ def build_end_to_end(
 
 
 def check_frozen(model: keras.Model) -> None:
-    """Check that exactly the head and the last text layers train.
+    """Check that exactly the head and the last layers of both encoders train.
 
     Raises:
         PresetError: Another variable trains, or one of theirs does not.
@@ -217,7 +224,7 @@ def check_frozen(model: keras.Model) -> None:
     missing = [expected[key] for key in expected.keys() - found.keys()]
     if extra or missing:
         raise PresetError(
-            "end-to-end model: expected the head and the last text layers to train and nothing"
-            f" else; found {len(extra)} more ({', '.join(sorted(extra)[:3])}) and"
+            "end-to-end model: expected the head and the last layers of the encoders to train and"
+            f" nothing else; found {len(extra)} more ({', '.join(sorted(extra)[:3])}) and"
             f" {len(missing)} fewer ({', '.join(sorted(missing)[:3])}); leave `trainable` alone"
         )

@@ -24,7 +24,7 @@ from trainer.model.fastpath import (
 )
 
 VISION_NAME, TEXT_NAME = "vit_backbone", "txt_backbone"
-TAIL_NAME = "text_tail"
+TAIL_NAME, VISION_TAIL_NAME = "text_tail", "vision_tail"
 HEAD_LAYERS = ("xattn", "xattn_residual", "xattn_norm", "flatten_cls", "mlp_1", "drop_1", "logit")
 """The study's head."""
 POOL_NAME = "mean_tokens"

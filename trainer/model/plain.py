@@ -11,8 +11,15 @@ from featstore.encoders.framework import pinned_framework
 from featstore.encoders.tower import Tower
 from trainer.config import TrainConfig
 from trainer.model.fastpath import last_token
-from trainer.model.head import TEXT_NAME, VISION_NAME, apply_head, head_layers
-from trainer.model.weights import copy_weights, layer_weights, seeded, trained_weights
+from trainer.model.head import TEXT_NAME, VISION_NAME, apply_head
+from trainer.model.weights import (
+    copy_weights,
+    name_layers,
+    named_weights,
+    seeded,
+    train_only,
+    trained_weights,
+)
 
 
 @pinned_framework()
@@ -31,16 +38,17 @@ def build_plain(
     `txt_backbone` are the backbones themselves, the head's layers are named as by
     `trainer.model.head.apply_head`.
 
-    It is meant to predict: trained further, the dropout of the text layers that stay frozen
-    would run too.
+    It is meant to predict: trained further, the dropout of the layers that stay frozen
+    would run too, and a file of it, loaded again, has the vision blocks all trainable or none.
 
     Args:
         vision_backbone: keras-hub backbone with its weights. It is taken over: named
-            `vit_backbone`, and frozen. Of one that pools its tokens, the part before that is.
+            `vit_backbone`, all but its last `train.k_vit` blocks and final norm frozen. Of one
+            that pools its tokens, the part before that is.
         text_backbone: keras-hub backbone with its weights. It is taken over: named
             `txt_backbone`, all but its last `train.k_txt` layers frozen.
-        train: `k_txt`, the head's sizes, `seed` and `dtype_policy` are used. The head has
-            random weights; see `transfer_to_plain`.
+        train: `k_txt`, `k_vit`, the head's sizes, `seed` and `dtype_policy` are used. The head
+            has random weights; see `transfer_to_plain`.
         tokens: `"all"`: the head attends over every token of the image, class token
             included, as the study's does. `"patches"`: the leading tokens are left out.
         classes: 2 or 3.
@@ -51,19 +59,20 @@ def build_plain(
         of three classes to that of each (batch, 3).
 
     Raises:
-        ConfigError: `k_txt` or the heads do not fit the text backbone.
+        ConfigError: `k_txt`, `k_vit` or the heads do not fit the backbones.
         PresetError: A backbone is of no family, or has the wrong shape.
     """
     vision, text = Tower(vision_backbone, "vision"), Tower(text_backbone, "text")
     text.check_k(train.k_txt)
+    vision_layers, text_layers = vision.upper_layers(train.k_vit), text.upper_layers(train.k_txt)
     vision.whole.name, text_backbone.name = VISION_NAME, TEXT_NAME
-    _freeze(vision_backbone, [])
-    _freeze(vision.whole, [])
-    _freeze(text_backbone, text.upper_layers(train.k_txt))
+    train_only(vision_backbone, vision_layers)
+    train_only(vision.whole, vision_layers)
+    train_only(text_backbone, text_layers)
     pixels = keras.Input(vision_backbone.inputs[0].shape[1:], name="pixel_values")
     input_ids = keras.Input((None,), dtype="int32", name="input_ids")
     attention_mask = keras.Input((None,), dtype="int32", name="attention_mask")
-    features = vision.whole(vision.inputs(pixels), training=False)
+    features = vision.whole(vision.inputs(pixels), training=None if train.k_vit else False)
     if tokens == "patches" and vision.leading_tokens:
         features = features[:, vision.leading_tokens :]
     states = text_backbone(text.inputs(input_ids, attention_mask))
@@ -82,32 +91,18 @@ def build_plain(
     return keras.Model(inputs, logits, name="visual_entailment")
 
 
-def plain_weights(model: keras.Model, k_txt: int) -> dict[str, Any]:
+def plain_weights(model: keras.Model, k_txt: int, k_vit: int = 0) -> dict[str, Any]:
     """Return the weights of a plain model that train, named as by `trained_weights`."""
+    vision = Tower(model.get_layer(VISION_NAME), "vision").upper_layers(k_vit)
     text = Tower(model.get_layer(TEXT_NAME), "text").upper_layers(k_txt)
-    layers = [*text, *head_layers(model)]
-    return {
-        f"{layer.name}/{path}": weight
-        for layer in layers
-        for path, weight in layer_weights(layer).items()
-    }
+    return named_weights(name_layers({layer.name: layer for layer in vision}, text, model))
 
 
-def transfer_to_plain(source: keras.Model, plain: keras.Model, k_txt: int) -> None:
+def transfer_to_plain(source: keras.Model, plain: keras.Model, train: TrainConfig) -> None:
     """Copy the trained weights of a cached or an end-to-end model into a plain one.
 
     Raises:
         RunError: The models do not have the same trained layers, or a shape differs. Nothing
             is copied then.
     """
-    copy_weights(trained_weights(source), plain_weights(plain, k_txt))
-
-
-def _freeze(backbone: Any, trained: list[Any]) -> None:
-    """Freeze all of a backbone but some of its layers."""
-    backbone.trainable = False
-    if trained:
-        # A layer under a frozen one counts as frozen: open the backbone, then close the others.
-        backbone.trainable = True
-        for layer in backbone.layers:
-            layer.trainable = any(layer is one for one in trained)
+    copy_weights(trained_weights(source), plain_weights(plain, train.k_txt, train.k_vit))

@@ -9,18 +9,48 @@ from featstore.encoders.families import FAMILIES
 from trainer.config import TrainConfig
 
 
+def block_parameters(width: int, inner: int) -> int:
+    """Return the parameters of a transformer block of width d and inner width m.
+
+    Four projections, two normalisations and two dense layers: 4(d² + d) + 4d + 2dm + m + d.
+    """
+    return 4 * (width**2 + width) + 4 * width + 2 * width * inner + inner + width
+
+
+def vision_parameters(vision: Mapping[str, Any], k_vit: int) -> int:
+    """Return the parameters of the last vision blocks and of the final norm; 0 for none.
+
+    Args:
+        vision: The settings of the backbone, `config` of its preset's `config.json`.
+        k_vit: Blocks.
+    """
+    if not k_vit:
+        return 0
+    width, inner = int(vision["hidden_dim"]), int(vision.get("mlp_dim", 0))
+    inner = inner or int(vision["intermediate_dim"])
+    block = block_parameters(width, inner)
+    if "layer_scale_init_value" in vision:
+        block += 2 * width  # DINOv2 scales what attention and feed-forward add.
+    if vision.get("use_swiglu_ffn"):
+        gated = (int(inner * 2 / 3) + 7) // 8 * 8
+        block += 3 * width * gated + 2 * gated - 2 * width * inner - inner
+    return k_vit * block + 2 * width
+
+
 def count_parameters(
-    text_config: Mapping[str, Any], vision_width: int, train: TrainConfig, classes: int = 2
+    text_config: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    train: TrainConfig,
+    classes: int = 2,
 ) -> int:
     """Return the parameters of a cached model, all of which train.
 
-    A text layer of width d and inner width m has four projections, two normalisations and
-    two dense layers: 4(d² + d) + 4d + 2dm + m + d. One that runs several times counts once.
+    A text layer that runs several times counts once.
 
     Args:
         text_config: The text preset's parsed `config.json`.
-        vision_width: Numbers of one vision token.
-        train: `k_txt` and the head's sizes are used.
+        vision: The settings of the vision backbone; of them `hidden_dim`, where no block trains.
+        train: `k_txt`, `k_vit` and the head's sizes are used.
         classes: 2 or 3.
     """
     settings = text_config["config"]
@@ -28,9 +58,10 @@ def count_parameters(
     shared = family.shared(settings) if family else 1
     norm = 2 if train.k_txt and family and family.final_norm else 0
     width, inner = int(settings["hidden_dim"]), int(settings["intermediate_dim"])
-    layer = 4 * (width**2 + width) + 4 * width + 2 * width * inner + inner + width
+    vision_width = int(vision["hidden_dim"])
     across = (train.num_heads or width // train.head_dim) * train.head_dim
     attention = (width + 1) * across + 2 * (vision_width + 1) * across + (across + 1) * width
     mlp = (width + 1) * train.mlp_dim + (train.mlp_dim + 1) * (1 if classes == 2 else classes)
-    text = train.k_txt // shared * layer + norm * width
-    return text + train.fusion_layers * (attention + 2 * width) + mlp
+    text = train.k_txt // shared * block_parameters(width, inner) + norm * width
+    trained = text + vision_parameters(vision, train.k_vit)
+    return trained + train.fusion_layers * (attention + 2 * width) + mlp

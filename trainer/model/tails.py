@@ -1,12 +1,16 @@
-"""What a cached model begins with: the text layers that train, and int8 features widened."""
+"""What a cached model begins with: the layers that train of both encoders, and int8 widened."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 from keras import ops
 
+from featstore.encoders.tower import Tower, run_blocks
+from featstore.errors import PresetError
 from trainer.model.fastpath import (
     encoder_layer,
     first_token_layer,
@@ -124,6 +128,97 @@ def _layer_of(config: dict[str, Any], policy: Any) -> Any:
         return keras_hub.layers.TransformerEncoder.from_config({**config, "dtype": policy})
     inner = {**config["config"], "dtype": policy.name}
     return keras.saving.deserialize_keras_object({**config, "config": inner})
+
+
+def short_backbone(encoder: Mapping[str, Any], num_layers: int, dtype: str) -> Any:
+    """Return a backbone like a preset's, of fewer blocks and with random weights.
+
+    keras-hub alone knows how its classes set up a block; so a backbone is asked for them.
+
+    Args:
+        encoder: The preset's parsed `config.json`.
+        num_layers: Its blocks.
+        dtype: Dtype policy of its layers.
+
+    Raises:
+        PresetError: Its blocks drop whole paths, with draws that no seed decides.
+    """
+    import keras_hub
+
+    name, config = str(encoder["class_name"]), encoder["config"]
+    if config.get("drop_path_rate"):
+        raise PresetError(
+            f"vision preset of a {name}: drop_path_rate is {config['drop_path_rate']}, which"
+            " keras-hub draws from no seed of its own; expected 0 where vision blocks train: set it"
+            " to 0 in the preset's config.json, or train with --k-vit 0"
+        )
+    settings = {**config, "num_layers": num_layers, "dtype": dtype}
+    return getattr(keras_hub.models, name).from_config(settings)
+
+
+@keras.saving.register_keras_serializable(package="featstore")
+class VisionTail(keras.layers.Layer):
+    """The last blocks of a vision backbone and its final norm, as keras-hub runs them.
+
+    The head reads every patch, so the last block has no token whose query, feed-forward or
+    norm could be left out but the leading ones, one of 197 in the reference study.
+
+    Args:
+        encoder: `class_name` and `config` of the backbone, from its preset's `config.json`.
+        k_vit: How many blocks, 1 at least.
+        skipped: Leading tokens (class, registers) that the blocks see and the head does not.
+
+    Raises:
+        PresetError: The backbone is of no vision family, or see `short_backbone`.
+    """
+
+    def __init__(
+        self, encoder: Mapping[str, Any], k_vit: int, skipped: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.encoder = {key: encoder[key] for key in ("class_name", "config")}
+        self.k_vit, self.skipped = k_vit, skipped
+        with keras.name_scope(self.name):
+            tower = Tower(short_backbone(encoder, k_vit, self.dtype_policy.name), "vision")
+        # These alone are kept of it: what embeds the pixels goes.
+        self.blocks, self.norm = list(tower.blocks), tower.norm
+        self.built = True
+
+    @property
+    def trained_layers(self) -> dict[str, Any]:
+        """The layers by the names that they have in the whole backbone, in their order."""
+        below = int(self.encoder["config"]["num_layers"]) - self.k_vit
+
+        def name(block: Any) -> str:
+            return re.sub(r"\d+$", lambda number: str(int(number[0]) + below), block.name)
+
+        norm = {} if self.norm is None else {self.norm.name: self.norm}
+        return {name(block): block for block in self.blocks} | norm
+
+    def call(self, hidden: Any, training: bool | None = None) -> Any:
+        """Run the layers.
+
+        Args:
+            hidden: Float of shape (batch, tokens, width): what enters the first of the blocks,
+                the leading tokens included.
+            training: Whether the blocks' own dropout applies.
+
+        Returns:
+            Shape (batch, tokens - skipped, width).
+        """
+        x = run_blocks(self.blocks, hidden, None, training)
+        x = x if self.norm is None else self.norm(x)
+        return x[:, self.skipped :]
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Return (batch, tokens - skipped, width)."""
+        batch, tokens, width = input_shape
+        return (batch, None if tokens is None else tokens - self.skipped, width)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        own = {"encoder": self.encoder, "k_vit": self.k_vit, "skipped": self.skipped}
+        return {**super().get_config(), **own}
 
 
 @keras.saving.register_keras_serializable(package="featstore")

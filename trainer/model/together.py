@@ -14,6 +14,7 @@ from trainer.model.fastpath import attentions_over_same_tokens
 from trainer.model.head import (
     HEAD_LAYERS,
     TAIL_NAME,
+    VISION_TAIL_NAME,
     MultiHeadAttention,
     fusion_layers,
     fusion_names,
@@ -25,7 +26,7 @@ AFTER_FUSION = HEAD_LAYERS[3:]
 def logits_together(models: Sequence[keras.Model], inputs: Any, training: bool) -> list[Any]:
     """Return the logits of several models on one batch.
 
-    Models without a text layer that trains, of the fast path, in which the first token asks,
+    Models of the fast path in which no layer of an encoder trains and the first token asks
     share their products with the image's tokens (`attentions_over_same_tokens`), fusion layer by
     fusion layer. Others are called one after the other.
 
@@ -69,6 +70,7 @@ def _can_join(models: Sequence[keras.Model]) -> bool:
         all(isinstance(attention, MultiHeadAttention) for attention in attentions)
         and len({attention.compute_dtype for attention in attentions}) == 1
         and not any(tail.transformer_layers or tail.whole for tail in tails)
+        and not any(layer.name == VISION_TAIL_NAME for model in models for layer in model.layers)
     )
 
 

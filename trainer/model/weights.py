@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 from featstore.errors import RunError
-from trainer.model.head import TAIL_NAME, TEXT_NAME, head_layers
+from trainer.model.head import TAIL_NAME, TEXT_NAME, VISION_NAME, VISION_TAIL_NAME, head_layers
 
 
 def layer_weights(layer: Any) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def copy_weights(source: Mapping[str, Any], target: Mapping[str, Any]) -> None:
             side = "source" if name in source else "target"
             raise RunError(
                 f"weights cannot be copied: {name} is in the {side} only; build both models with"
-                " the same text preset and the same [train] k_txt"
+                " the same presets and the same [train] k_txt and k_vit"
             )
         if tuple(source[name].shape) != tuple(target[name].shape):
             raise RunError(
@@ -100,15 +100,59 @@ def trained_weights(model: keras.Model) -> dict[str, Any]:
     Both kinds of model give the same names, so this is also how weights go
     from one to the other.
     """
-    names = {layer.name for layer in model.layers}
-    tower = model.get_layer(TAIL_NAME if TAIL_NAME in names else TEXT_NAME)
-    text = tower.transformer_layers if TAIL_NAME in names else tower.trained_layers
-    layers = [*text, *head_layers(model)]
+    return named_weights(trained_layers(model))
+
+
+def trained_layers(model: keras.Model) -> dict[str, Any]:
+    """Return the layers that train, by name, of a cached or an end-to-end model.
+
+    Names of vision layers begin with `vit_backbone/`: those of both encoders may be alike.
+    """
+    layers = {layer.name: layer for layer in model.layers}
+    if TAIL_NAME in layers:
+        text = layers[TAIL_NAME].transformer_layers
+        vision = layers[VISION_TAIL_NAME].trained_layers if VISION_TAIL_NAME in layers else {}
+    else:
+        text = layers[TEXT_NAME].trained_layers
+        vision = {layer.name: layer for layer in layers[VISION_NAME].trained_layers}
+    return name_layers(vision, text, model)
+
+
+def name_layers(
+    vision: Mapping[str, Any], text: Iterable[Any], model: keras.Model
+) -> dict[str, Any]:
+    """Return the layers that train by their names; see `trained_layers`.
+
+    Args:
+        vision: Those of the vision encoder, by their names in it.
+        text: Those of the text encoder.
+        model: Has the head.
+    """
+    found = {f"{VISION_NAME}/{name}": layer for name, layer in vision.items()}
+    found |= {layer.name: layer for layer in text}
+    return found | {layer.name: layer for layer in head_layers(model)}
+
+
+def named_weights(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the weights of layers by `layer/path`, as `layer_weights` has the path."""
     return {
-        f"{layer.name}/{path}": weight
-        for layer in layers
+        f"{name}/{path}": weight
+        for name, layer in layers.items()
         for path, weight in layer_weights(layer).items()
     }
+
+
+def train_only(backbone: Any, layers: Iterable[Any]) -> None:
+    """Freeze all of a backbone but some of its layers, at whatever depth they are.
+
+    A layer hands its flag down to those inside it, but not if it had the value already. So each
+    layer and weight is set, from the outside in.
+    """
+    trained = {id(weight) for layer in layers for weight in layer.weights}
+    for layer in backbone._flatten_layers():
+        layer.trainable = any(id(weight) in trained for weight in layer.weights)
+    for weight in backbone.weights:
+        weight.trainable = id(weight) in trained
 
 
 def transfer_weights(source: keras.Model, target: keras.Model) -> None:

@@ -24,6 +24,7 @@ class Card:
     Attributes:
         file: The export.
         k_txt: The last text layers that it trained.
+        k_vit: The last vision blocks that it trained.
         threshold: On the probability of entailment; None of three classes.
         classes: How many it tells apart.
         head: What of its head no shape of a weight tells: `queries` and `fusion_layers`.
@@ -33,6 +34,7 @@ class Card:
 
     file: Path
     k_txt: int
+    k_vit: int
     threshold: float | None
     classes: int
     head: dict[str, Any]
@@ -72,7 +74,7 @@ class Card:
 def _inputs_of(project: Project) -> dict[str, Any]:
     vision, text = project.vision_spec, project.text_spec(0)
     return {
-        "tokens": vision.tokens,
+        "tokens": project.config.store.tokens,
         "converter": vision.converter,
         "sequence_length": text.sequence_length,
         "tokenizer": text.tokenizer,
@@ -105,10 +107,11 @@ def card_of(file: Path, metadata: Mapping[str, str] | None = None) -> Card | Non
         classes = len(said["labels"])
         if said["labels"] != (expected := labels_of(3 if classes == 3 else 2)):
             raise ValueError(f"labels are {said['labels']}, expected {expected}")
-        k_txt = said["k_txt"]
+        # Of an export from before vision blocks trained: none.
+        trained = (said["k_txt"], said.get("k_vit", 0))
         threshold = float(said["threshold"]) if classes == 2 else None
-        if type(k_txt) is not int or k_txt < 0 or not 0 <= (threshold or 0) <= 1:
-            raise ValueError(f"k_txt is {k_txt!r} and the threshold {threshold}")
+        if any(type(k) is not int or k < 0 for k in trained) or not 0 <= (threshold or 0) <= 1:
+            raise ValueError(f"k_txt and k_vit are {trained!r} and the threshold {threshold}")
         # Exports of earlier versions have the study's head.
         before = {"queries": "cls", "fusion_layers": 1}
         head = before | {key: said["head"][key] for key in before.keys() & said["head"].keys()}
@@ -122,4 +125,4 @@ def card_of(file: Path, metadata: Mapping[str, str] | None = None) -> Card | Non
         digests = {"vision": vision["weights"], "text": text["weights"]}
     except (KeyError, TypeError, ValueError) as error:
         raise refused(file, f"what it says of itself is not whole ({error})") from error
-    return Card(file, k_txt, threshold, classes, head, inputs, digests)
+    return Card(file, *trained, threshold, classes, head, inputs, digests)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.encoders.presets import resolve_preset
+from featstore.encoders.spec import vision_row_shape
 from featstore.encoders.tower import Tower, load_backbone
 from featstore.errors import Advice, RunError, UsageError, counted
 from featstore.project import Project
@@ -50,12 +51,14 @@ class Found:
 
     Attributes:
         k_txt: The last text layers that it trained.
+        k_vit: The last vision blocks that it trained.
         weights: Those of the head and of these layers, named as by `trained_weights`.
         card: What an export says of itself, or None.
         note: What a reader should know of it, or "".
     """
 
     k_txt: int
+    k_vit: int
     weights: Mapping[str, Any]
     card: Card | None
     note: str = ""
@@ -77,19 +80,20 @@ def read_tensors(file: Path, project: Project) -> Found:
             " --format weights` writes",
         )
     card.check(project, of_weights=True)
-    train = dataclasses.replace(config.train, k_txt=card.k_txt)
+    train = dataclasses.replace(config.train, k_txt=card.k_txt, k_vit=card.k_vit)
+    row_shape = vision_row_shape(project.at_k_vit(card.k_vit).vision_spec)
     with seeded("spared"):
-        expected = trained_weights(
-            build_model(Config.of(config, train), project.images().row_shape)
-        )
+        expected = trained_weights(build_model(Config.of(config, train), row_shape))
     shapes = {name: tuple(weight.shape) for name, weight in expected.items()}
     lines = misfits(shapes, {name: array.shape for name, array in tensors.arrays.items()})
     if lines:
         raise _misfit(file, lines, "")
-    return Found(card.k_txt, tensors.arrays, card)
+    return Found(card.k_txt, card.k_vit, tensors.arrays, card)
 
 
-def read_model(file: Path, kind: str, project: Project, k_txt: int | None) -> Found:
+def read_model(
+    file: Path, kind: str, project: Project, k_txt: int | None, k_vit: int | None = None
+) -> Found:
     """Take the trained weights of a whole model, and see that the rest are the presets'.
 
     Args:
@@ -97,17 +101,18 @@ def read_model(file: Path, kind: str, project: Project, k_txt: int | None) -> Fo
         kind: "weights" or "keras".
         project: The encoders, and the settings of the head.
         k_txt: The last text layers that were trained; None: those that are not the preset's.
+        k_vit: The last vision blocks that were trained, likewise.
 
     Raises:
         RunError: It cannot be read, is another model, or has frozen weights of its own.
-        UsageError: More text layers differ from the preset's than `k_txt` says.
+        UsageError: More layers differ from the preset's than `k_txt` or `k_vit` says.
     """
     config = project.config
     assert isinstance(config, Config)
     card = card_of(file)
     if card is not None:
         card.check(project)
-    train = dataclasses.replace(config.train, k_txt=0, dtype_policy="float32")
+    train = dataclasses.replace(config.train, k_txt=0, k_vit=0, dtype_policy="float32")
     presets = (
         resolve_preset(config.encoders.vit).tower("vision"),
         resolve_preset(config.encoders.text).tower("text"),
@@ -118,8 +123,8 @@ def read_model(file: Path, kind: str, project: Project, k_txt: int | None) -> Fo
         check_code(file, opened)
         vision, text = (load_backbone(preset, "float32") for preset in presets)
         plain = build_plain(vision, text, train, config.store.tokens, config.data.classes)
-        tower = Tower(text, "text")
-        leading = Tower(vision, "vision").leading_tokens
+        towers = {VISION_NAME: Tower(vision, "vision"), TEXT_NAME: Tower(text, "text")}
+        leading = towers[VISION_NAME].leading_tokens
         if opened.config is not None:
             skipped = leading if config.store.tokens == "patches" else 0
             ours = json.loads(plain.to_json())
@@ -141,24 +146,29 @@ def read_model(file: Path, kind: str, project: Project, k_txt: int | None) -> Fo
         preset = stack.enter_context(open_weights(pattern, "weights", num_bytes))
         check_shapes(file, opened, preset)
         try:
-            found, note = trained_layers(file, opened, preset, tower)
+            found, note = trained_layers(file, opened, preset, towers)
             weights = folder / "file.weights.h5"
             weights.symlink_to(opened.path.absolute())
             plain.load_weights(weights)
         except HDF5_ERRORS as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise refused(file, f"its weights cannot be read ({reason})") from error
-    if k_txt is not None and k_txt < found:
-        raise UsageError(
-            f"{file}: its text layer {tower.blocks[-found].name} is not the preset's, so at"
-            f" least the last {found} were trained; expected --k-txt {found}, or to leave it"
-            f" out, found {k_txt}"
-        )
+    for name, given, kind in ((TEXT_NAME, k_txt, "text"), (VISION_NAME, k_vit, "vision")):
+        least = found[name]
+        if given is not None and given < least:
+            option = "--k-txt" if kind == "text" else "--k-vit"
+            raise UsageError(
+                f"{file}: its {kind} layer {towers[name].blocks[-least].name} is not the preset's,"
+                f" so at least the last {least} were trained; expected {option} {least}, or to"
+                f" leave it out, found {given}"
+            )
     if k_txt is None:
-        k_txt = max(found, card.k_txt) if card else found
+        k_txt = max(found[TEXT_NAME], card.k_txt if card else 0)
+    if k_vit is None:
+        k_vit = max(found[VISION_NAME], card.k_vit if card else 0)
     if card is None and opened.config is None and leading:
         note = "; ".join(filter(None, [note, _tokens_note(config.store.tokens, leading)]))
-    return Found(k_txt, plain_weights(plain, k_txt), card, note)
+    return Found(k_txt, k_vit, plain_weights(plain, k_txt, k_vit), card, note)
 
 
 def _tokens_note(tokens: str, leading: int) -> str:
@@ -246,24 +256,30 @@ def _is_of_head(preset: WeightsFile, path: str) -> bool:
 
 
 def trained_layers(
-    file: Path, opened: WeightsFile, preset: WeightsFile, text: Tower
-) -> tuple[int, str]:
-    """Tell how many of the last text layers are not the preset's.
+    file: Path, opened: WeightsFile, preset: WeightsFile, towers: Mapping[str, Tower]
+) -> tuple[dict[str, int], str]:
+    """Tell how many of the last layers of each encoder are not the preset's.
 
     Frozen weights must equal the preset's bit for bit, or be its weights rounded to the
     16 bits in which a preset was loaded or a file was saved.
 
     Returns:
-        Their number, and a note where frozen weights are rounded.
+        Their number by the encoder's name, and a note where frozen weights are rounded.
 
     Raises:
         RunError: Other layers differ: then the stored features are not the file's.
     """
-    # Of a layer that runs several times, the first.
-    blocks = {layer.name: i for i, layer in reversed([*enumerate(text.blocks)])}
-    if text.norm is not None:
-        blocks[text.norm.name] = text.num_blocks - 1  # It trains with the last block.
-    lowest, rounded = text.num_blocks, False
+    # Counted from the top; of a layer that runs several times, from its first run.
+    blocks = {
+        (name, layer.name): tower.num_blocks - i
+        for name, tower in towers.items()
+        for i, layer in reversed([*enumerate(tower.blocks)])
+    }
+    # It trains with the last block.
+    blocks |= {
+        (name, tower.norm.name): 1 for name, tower in towers.items() if tower.norm is not None
+    }
+    counts, rounded = dict.fromkeys(towers, 0), False
     tuned: dict[str, float] = {}
     with h5py.File(opened.path, "r") as found, h5py.File(preset.path, "r") as expected:
         for path in preset.shapes:
@@ -275,8 +291,8 @@ def trained_layers(
             if equal:
                 continue
             backbone, layer = _label(preset.names, path).split("/")[:2]
-            if backbone == TEXT_NAME and layer in blocks:
-                lowest = min(lowest, blocks[layer])
+            if ks := [k for key in _layers_of(preset, path) if (k := blocks.get(key))]:
+                counts[backbone] = max(counts[backbone], *ks)
             else:
                 largest = float(np.abs(theirs.astype(np.float32) - ours).max())
                 name = f"{backbone}/{layer}"
@@ -292,7 +308,15 @@ def trained_layers(
             ),
         )
     note = "its frozen weights are the presets' rounded to 16 bits; the presets' are used"
-    return text.num_blocks - lowest, note if rounded else ""
+    return counts, note if rounded else ""
+
+
+def _layers_of(preset: WeightsFile, path: str) -> list[tuple[str, str]]:
+    """Return the layers in which a weight is: the backbone's name, and each one's own."""
+    parts = path.split("/")
+    above = ["/".join(parts[:length]) for length in range(2, len(parts))]
+    names = [preset.names[layer] for layer in above if layer in preset.names]
+    return [(names[0], name) for name in names[1:]]
 
 
 def _same_numbers(found: NDArray[Any], expected: NDArray[Any]) -> tuple[bool, bool]:

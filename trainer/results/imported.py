@@ -1,7 +1,7 @@
 """Make a run of weights that were trained elsewhere: end to end, as the reference study did.
 
 The settings say which rows, encoders and features the run is of. The file gives the
-trained numbers: the head, and the text layers that differ from the preset's. All that is
+trained numbers: the head, and the layers that differ from the presets'. All that is
 frozen must be the presets' own, for otherwise the stored features are not what the head
 was trained on.
 """
@@ -26,7 +26,7 @@ from featstore.settings import plain_path
 from trainer.config import Config
 from trainer.features import cached_rows
 from trainer.metrics import evaluate_logits
-from trainer.model.weights import copy_weights, seeded, trained_weights
+from trainer.model.weights import copy_weights, seeded, trained_layers, trained_weights
 from trainer.model.weights_file import kind_of, refused
 from trainer.results.foreign import read_model, read_tensors
 from trainer.run.checkpoint import build_model, save_weights
@@ -82,6 +82,7 @@ def import_run(
     *,
     labels: str | None = None,
     k_txt: int | None = None,
+    k_vit: int | None = None,
     threshold: float | None = None,
     show: Show = SILENT,
 ) -> Run:
@@ -100,6 +101,7 @@ def import_run(
             their order, by which the last layer is reordered; None: as here.
         k_txt: The last text layers that were trained; None: those that differ from the
             preset's.
+        k_vit: The last vision blocks that were trained, likewise.
         threshold: On the probability of entailment; None: as an export says, else swept on
             the val split.
         show: Shows what goes on.
@@ -127,9 +129,10 @@ def import_run(
     if kind == "safetensors":
         found = read_tensors(file, project)
     else:
-        found = read_model(file, kind, project, k_txt)
-    if k_txt not in (None, found.k_txt):
-        raise UsageError(f"{file}: trained with k_txt {found.k_txt}; expected that, found {k_txt}")
+        found = read_model(file, kind, project, k_txt, k_vit)
+    for setting, given in (("k_txt", k_txt), ("k_vit", k_vit)):
+        if given not in (None, own := getattr(found, setting)):
+            raise UsageError(f"{file}: trained with {setting} {own}; expected that, found {given}")
     inverted, reordered = positive == LABELS["contradiction"], order != sorted(order)
     if found.card and (inverted or reordered):
         raise UsageError(f"{file}: an export, in which entailment is 1; leave --labels out")
@@ -138,9 +141,11 @@ def import_run(
     for name, weight in found.weights.items():
         if not np.isfinite(np.asarray(weight)).all():
             raise refused(file, f"{name} has numbers that are not finite")
-    train = dataclasses.replace(config.train, k_txt=found.k_txt)
+    train = dataclasses.replace(config.train, k_txt=found.k_txt, k_vit=found.k_vit)
     config = Config.of(config, train)
     project = project.with_config(config)
+    project.usable("val")
+    row_shape = project.images().row_shape
     with seeded("spared"):
         model = build_model(config, row_shape)
     expected = trained_weights(model)
@@ -167,7 +172,7 @@ def import_run(
             "xxh3_128": Digests().of([file]),
             "kind": kind,
             "labels": _said(classes, inverted, order),
-            "layers": list(dict.fromkeys(name.partition("/")[0] for name in expected)),
+            "layers": [name for name, layer in trained_layers(model).items() if layer.weights],
             "note": found.note,
         },
         "wall_seconds": {"total": round(time.perf_counter() - started, 3)},

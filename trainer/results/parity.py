@@ -143,7 +143,7 @@ def load_models(scorer: Scorer) -> Models:
         transfer_weights(best, cached)
         predictor = make_predictor([cached])
     encoders, store = config.encoders, config.store
-    vision = VisionEncoder(encoders.vit, store.tokens)
+    vision = VisionEncoder(encoders.vit, scorer.project.vision_spec.tokens)
     text = TextEncoder(encoders.text, encoders.sequence_length)
     model = build_end_to_end(
         vision.backbone, text.backbone, train, store.tokens, config.data.classes
@@ -162,6 +162,7 @@ class _Comparison:
         project = scorer.project
         store, k_txt = project.config.store, scorer.train.k_txt
         self.dataset, self.k_txt, self.models = project.dataset, k_txt, models
+        self.k_vit = scorer.train.k_vit
         self.vision_store, self.text_store = project.images(), project.sentences(k_txt)
         self.rows, _ = project.usable(split)
         self.cached: CachedRows = scorer.rows(split)
@@ -225,8 +226,11 @@ class _Comparison:
         }
         outputs = self.models.end_to_end.predict_on_batch(inputs)
         expected = flat(np.asarray(outputs["logits"]))[: len(kept)]
-        fresh = np.asarray(outputs["features"])[: len(kept)]
-        self._add_features(self.vision, batch.features[: len(kept)], fresh)
+        # Where blocks train, the model's own features are what these made of the stored ones.
+        fresh = outputs["features"]
+        if self.k_vit:
+            fresh = self.models.vision.encode(inputs["pixel_values"], self.k_vit)
+        self._add_features(self.vision, batch.features[: len(kept)], np.asarray(fresh)[: len(kept)])
         # Padding is zero in the store and whatever the layers make of it here.
         states = self.models.text.encode(token_ids, mask, self.k_txt) * mask[..., None]
         fresh = states[: len(kept)]
@@ -317,7 +321,7 @@ def _failure(
 ) -> RunError | None:
     """Return the error, for the first cause found from the photo to the metric."""
     run, photos, found = scorer.run, result["photos"], result["quantities"]
-    again = Command("extract-vit", split=split)
+    again = scorer.project.vision_spec.command(split=split)
     if photos["unreadable"]:
         reason = next(iter(photos["unreadable"].values()))
         return RunError(

@@ -117,10 +117,20 @@ class Adjustable:
 def depths(model: keras.Model) -> list[int]:
     """Return for each trainable variable how far below the head its layer is: 0 in the head."""
     found: dict[int, int] = {}
-    tail = next((layer for layer in model.layers if layer.name == head.TAIL_NAME), None)
-    if tail is not None:
-        for depth, layer in enumerate(reversed(tail.transformer_layers), 1):
-            found |= {id(variable): depth for variable in layer.trainable_variables}
+    layers = {layer.name: layer for layer in model.layers}
+    towers: list[list[Any]] = []
+    if head.TAIL_NAME in layers:
+        towers.append([[layer] for layer in layers[head.TAIL_NAME].transformer_layers])
+    if head.VISION_TAIL_NAME in layers:
+        tail = layers[head.VISION_TAIL_NAME]
+        norm = [] if tail.norm is None else [tail.norm]
+        *below, last = tail.blocks
+        # The final norm trains with the last block.
+        towers.append([*([block] for block in below), [last, *norm]])
+    for tower in towers:
+        for depth, together in enumerate(reversed(tower), 1):
+            for layer in together:
+                found |= {id(variable): depth for variable in layer.trainable_variables}
     return [found.get(id(variable), 0) for variable in model.trainable_variables]
 
 

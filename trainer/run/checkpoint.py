@@ -19,13 +19,14 @@ from featstore.publish import check_space, publish, write_bytes
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config, TrainConfig
 from trainer.model.cached import build_cached_model
-from trainer.model.head import TAIL_NAME, head_layers, is_of_head
+from trainer.model.head import head_layers, is_of_head
 from trainer.model.weights import (
     copy_weights,
     layer_weights,
     random_state,
     seeded,
     set_random_state,
+    trained_layers,
 )
 from trainer.model.weights_file import check_self_contained
 from trainer.run.folder import SEARCH_FILE, Run
@@ -39,13 +40,16 @@ def build_model(config: Config, row_shape: tuple[int, int]) -> keras.Model:
         row_shape: Tokens and width of the image features.
     """
     tokens, width = row_shape
-    text = resolve_preset(config.encoders.text).tower("text")
+    text, train = resolve_preset(config.encoders.text).tower("text"), config.train
+    vision = resolve_preset(config.encoders.vit).tower("vision") if train.k_vit else None
     return build_cached_model(
         text.config,
         width,
         tokens,
-        config.train,
+        train,
         feature_dtype=config.store.dtype,
+        vision_config=None if vision is None else vision.config,
+        tokens=config.store.tokens,
         classes=config.data.classes,
     )
 
@@ -99,23 +103,22 @@ def starting_weights(source: Run) -> LayerWeights:
     # Layers that Keras makes draw seeds from Python's random state, used or not.
     with seeded("spared"):
         model = load_best(source)
-    layers = [layer for layer in head_layers(model) if layer.weights]
-    layers += model.get_layer(TAIL_NAME).transformer_layers
     numpy = keras.ops.convert_to_numpy
     return {
-        layer.name: {path: numpy(weight) for path, weight in layer_weights(layer).items()}
-        for layer in layers
+        name: {path: numpy(weight) for path, weight in layer_weights(layer).items()}
+        for name, layer in trained_layers(model).items()
+        if layer.weights
     }
 
 
 def start_from(model: keras.Model, source: Run, weights: LayerWeights) -> list[str]:
-    """Copy another run's head, and the text layers that both train.
+    """Copy another run's head, and the layers of the encoders that both train.
 
     The last layer of the head is left as it is where the other run tells apart another number
     of classes.
 
     Args:
-        model: A cached model, its text layers already pretrained.
+        model: A cached model, its other layers already pretrained.
         source: The run to start from.
         weights: Its `starting_weights`.
 
@@ -126,7 +129,7 @@ def start_from(model: keras.Model, source: Run, weights: LayerWeights) -> list[s
         RunError: The heads do not have the same layers, or one that both have differs in
             shape.
     """
-    tail = model.get_layer(TAIL_NAME).transformer_layers
+    trained = trained_layers(model)
     layers = {layer.name: layer for layer in head_layers(model) if layer.weights}
     theirs = {name for name in weights if is_of_head(name)}
     if differing := sorted(layers.keys() ^ theirs):
@@ -136,7 +139,9 @@ def start_from(model: keras.Model, source: Run, weights: LayerWeights) -> list[s
         )
     if weights["logit"]["bias"].shape != tuple(layers["logit"].bias.shape):
         del layers["logit"]
-    layers |= {layer.name: layer for layer in tail if layer.name in weights}
+    layers |= {
+        name: layer for name, layer in trained.items() if name in weights and not is_of_head(name)
+    }
     for name, layer in layers.items():
         try:
             copy_weights(weights[name], layer_weights(layer))

@@ -26,7 +26,7 @@ from featstore.encoders.framework import pinned_framework
 from featstore.encoders.presets import resolve_preset
 from trainer.config import Config, TrainConfig
 from trainer.model.cached import load_pretrained
-from trainer.model.head import TAIL_NAME, attention_dropout
+from trainer.model.head import TAIL_NAME, VISION_TAIL_NAME, attention_dropout
 from trainer.model.weights import seeded
 from trainer.run.adjustable import Adjustable
 from trainer.run.checkpoint import LayerWeights, build_model, starting_weights
@@ -36,20 +36,26 @@ from trainer.run.step import Stepper, make_stepper
 
 KEPT_MODELS, KEPT_BYTES = 8, 1 << 31
 """Most models, and bytes of them, that are kept for later runs; those idle longest go first."""
+# Each begins anew with a run's seed.
+STREAMS = ("vision", "text", "head")
 DRAWS = 4096
 # As Keras draws the seed of what is given none.
 LOWEST_SEED, HIGHEST_SEED = 1, int(1e9)
 
 
-def architecture(config: Config, row_shape: tuple[int, int], text: str) -> Hashable:
+def architecture(
+    config: Config, row_shape: tuple[int, int], text: str, vision: str = ""
+) -> Hashable:
     """Return what decides a step's graph: runs that agree in it can share a model.
 
     Args:
         config: The run's settings.
         row_shape: Tokens and width of the image features.
         text: Fingerprint of the text features, which is also that of the layers above them.
+        vision: The image features', which counts where layers above them train.
     """
     train = config.train
+    blocks = (vision, train.k_vit, config.store.tokens) if train.k_vit else ()
     numbers = [train.dropout, attention_dropout(train), train.weight_decay, train.clipnorm]
     if train.fast_path:
         # Arguments of the graph, but for whether there are any.
@@ -63,6 +69,7 @@ def architecture(config: Config, row_shape: tuple[int, int], text: str) -> Hasha
         (config.data.classes, train.queries, train.fusion_layers),
         (train.mlp_dim, train.dtype_policy, train.fast_path, *numbers),
         (train.accumulate_steps, *options),
+        blocks,
     )
 
 
@@ -76,8 +83,8 @@ def _draws(seed: str) -> list[int]:
 def _watched_weights() -> Iterator[dict[int, Any]]:
     """Note the initializer of each weight that is made meanwhile, by the weight's `id`.
 
-    The text layers' weights are zero: the preset's will take their place, and random numbers for
-    them take longer than the rest of the model.
+    Weights of the encoders' layers are zero: the presets' will take their place, and random
+    numbers for them take longer than the rest of the model.
     """
     found: dict[int, Any] = {}
     add_weight = keras.layers.Layer.add_weight
@@ -87,7 +94,7 @@ def _watched_weights() -> Iterator[dict[int, Any]]:
     def noting(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
         initializer = keras.initializers.get(given.arguments.get("initializer"))
-        if TAIL_NAME in current_path().split("/"):
+        if {TAIL_NAME, VISION_TAIL_NAME} & {*current_path().split("/")}:
             given.arguments["initializer"] = "zeros"
         weight = add_weight(*given.args, **given.kwargs)
         found[id(weight)] = initializer
@@ -124,7 +131,8 @@ class Engine:
         # Every layer that Keras makes draws a seed from Python's random state, used or not.
         with seeded("spared"), _watched_weights() as initializers:
             self.model = build_model(config, row_shape)
-            load_pretrained(self.model, resolve_preset(config.encoders.text).tower("text"))
+            vision = resolve_preset(config.encoders.vit).tower("vision") if train.k_vit else None
+            load_pretrained(self.model, resolve_preset(config.encoders.text).tower("text"), vision)
         self.optimizer = make_optimizer(train)
         self.optimizer.build(self.model.trainable_variables)
         if not again:
@@ -134,12 +142,22 @@ class Engine:
         self._initialised: list[tuple[Any, Any, int]] = []
         self._find_draws(train.seed, initializers)
         numpy = keras.ops.convert_to_numpy
-        tail = self.model.get_layer(TAIL_NAME)
-        self._pretrained = [(variable, numpy(variable)) for variable in tail.trainable_variables]
+        self._pretrained = [
+            (variable, numpy(variable))
+            for tail in self._tails.values()
+            for variable in tail.trainable_variables
+        ]
         self._at_start = [
             (variable, value if (value := numpy(variable)).any() else None)
             for variable in self.optimizer.variables
         ]
+
+    @property
+    def _tails(self) -> dict[str, Any]:
+        """The layers that have the presets' weights, by the sequence that their draws are of."""
+        layers = {layer.name: layer for layer in self.model.layers}
+        names = {"vision": VISION_TAIL_NAME, "text": TAIL_NAME}
+        return {stream: layers[name] for stream, name in names.items() if name in layers}
 
     def _find_draws(self, seed: int, initializers: Mapping[int, Any]) -> None:
         """Find out which draw of which sequence each random object of the new model has.
@@ -148,18 +166,23 @@ class Engine:
             seed: The model was built with it.
             initializers: Of each variable, by its `id`.
         """
-        tail = self.model.get_layer(TAIL_NAME)
-        of_tail = {id(layer) for layer in (tail, *tail._flatten_layers(include_self=False))}
+        stream_of = {
+            id(layer): stream
+            for stream, tail in self._tails.items()
+            for layer in tail._flatten_layers()
+        }
         places = {
             stream: {drawn: place for place, drawn in enumerate(_draws(f"{stream} {seed}"))}
-            for stream in ("text", "head")
+            for stream in STREAMS
         }
         for layer in self.model._flatten_layers(include_self=False):
-            stream = "text" if id(layer) in of_tail else "head"
+            stream = stream_of.get(id(layer), "head")
             for generator in layer._seed_generators:
                 drawn = int(keras.ops.convert_to_numpy(generator.state)[0])
                 self._generators.append((generator.state, stream, places[stream][drawn]))
-        pretrained = {id(variable) for variable in tail.trainable_variables}
+        pretrained = {
+            id(variable) for tail in self._tails.values() for variable in tail.trainable_variables
+        }
         for variable in self.model.trainable_variables:
             if id(variable) not in pretrained:
                 initializer = initializers[id(variable)]
@@ -181,7 +204,7 @@ class Engine:
         Args:
             train: The run's settings; they are of this engine's architecture.
         """
-        draws = {stream: _draws(f"{stream} {train.seed}") for stream in ("text", "head")}
+        draws = {stream: _draws(f"{stream} {train.seed}") for stream in STREAMS}
         for state, stream, place in self._generators:
             state.assign([draws[stream][place], 0])
         for variable, initializer, place in self._initialised:
@@ -213,15 +236,18 @@ class Engines:
         self._steppers: list[tuple[list[Engine], Stepper]] = []
         self._starting: tuple[Hashable, LayerWeights] = ((), {})
 
-    def take(self, config: Config, row_shape: tuple[int, int], text: str) -> Engine:
+    def take(
+        self, config: Config, row_shape: tuple[int, int], text: str, vision: str = ""
+    ) -> Engine:
         """Return an engine in the state in which a run begins, nobody else's until given back.
 
         Args:
             config: The run's settings.
             row_shape: Tokens and width of the image features.
             text: Fingerprint of the text features.
+            vision: Fingerprint of the image features.
         """
-        key = architecture(config, row_shape, text)
+        key = architecture(config, row_shape, text, vision)
         at = next((i for i, (known, _) in enumerate(self._idle) if known == key), None)
         if at is None:
             engine = Engine(config, row_shape, again=self._kept > 0)

@@ -1,6 +1,6 @@
 """The training loop: steps and epochs of one run, or of several in one pass over the store.
 
-With k_txt 0 a step is so short that reading, widening and multiplying its features is a
+With k_txt and k_vit 0 a step is so short that reading, widening and multiplying its features is a
 part worth sharing. Runs that see the same batches can therefore be trained
 together; each ends with what it would have reached alone, but for the last digits
 (`trainer.model.together`).
@@ -51,13 +51,13 @@ def check_same_batches(trainings: Sequence[Training]) -> None:
 
     Raises:
         UsageError: They differ in one of the settings that decide the batches,
-            or a text layer trains.
+            or a layer of an encoder trains.
     """
     first = trainings[0]
-    if len(trainings) > 1 and first.train_config.k_txt:
-        raise UsageError("runs can be trained together with k_txt 0 only")
+    if len(trainings) > 1 and (first.train_config.k_txt or first.train_config.k_vit):
+        raise UsageError("runs can be trained together with k_txt 0 and k_vit 0 only")
     for training in trainings[1:]:
-        for name in ("k_txt", *DECIDE_BATCHES):
+        for name in ("k_txt", "k_vit", *DECIDE_BATCHES):
             ours, theirs = getattr(training.train_config, name), getattr(first.train_config, name)
             if ours != theirs:
                 raise UsageError(

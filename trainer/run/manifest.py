@@ -37,6 +37,8 @@ def new_manifest(
         MissingFeaturesError: A photo of these splits was not extracted.
     """
     dataset, text = project.dataset, project.text_spec(train.k_txt)
+    # Not of other runs: those that were started before there were such must go on.
+    cut = {"boundary": project.vision_spec.boundary} if train.k_vit else {}
     unread: dict[str, str] = {}
     for split in splits:
         unread |= project.usable(split)[1]
@@ -61,6 +63,7 @@ def new_manifest(
             "vision": {
                 "fingerprint": project.vision_spec.fingerprint,
                 "row_shape": list(row_shape),
+                **cut,
             },
             "text": {"fingerprint": text.fingerprint, "boundary": text.boundary},
         },

@@ -129,7 +129,7 @@ class Training:
         run: Where it is kept; its lock is held by the caller.
         project: Its rows and features, see `trainer.features.prepare`.
         train: Its settings.
-        init_from: A run to take the head (and shared text layers) from.
+        init_from: A run to take the head (and shared layers of the encoders) from.
         reporter: How it is shown.
         hparams: What a search chose for it, for TensorBoard's HParams tab.
         engines: Where its model comes from, and goes when it is done; None: made for it.
@@ -162,7 +162,8 @@ class Training:
         row_shape = project.images().row_shape
         self.engines = engines or Engines(kept=0)
         text = project.text_spec(train.k_txt).fingerprint
-        self.engine = self.engines.take(self.config, row_shape, text)
+        vision = project.vision_spec.fingerprint
+        self.engine = self.engines.take(self.config, row_shape, text, vision)
         self.model, self.optimizer = self.engine.model, self.engine.optimizer
         self.initialised: list[str] = []
         if init_from is not None:

@@ -96,7 +96,7 @@ def kept_bytes(project: Project, space: Space, base: Config) -> int:
         vision = project.with_config(config).vision_spec.architecture
         text = resolve_preset(config.encoders.text).tower("text").config
         classes = config.data.classes
-        largest = max(largest, count_parameters(text, vision["hidden_dim"], config.train, classes))
+        largest = max(largest, count_parameters(text, vision, config.train, classes))
     return 4 * largest * min(space.search.kept, space.trials)
 
 

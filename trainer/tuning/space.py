@@ -235,7 +235,7 @@ class Space:
         deciding = [
             parameter
             for parameter in self.parameters
-            if parameter.section != "train" or parameter.key == "k_txt"
+            if parameter.section != "train" or parameter.key in ("k_txt", "k_vit")
         ]
         for parameter in deciding:
             if parameter.kind in ("uniform", "log_uniform", "log_int"):

@@ -58,8 +58,9 @@ def work(
     from trainer.run.engine import Engines
 
     first_bytes = 0
-    ks = {config.train.k_txt for config in search.space.feature_configs(search.base)}
-    limit = search.space.search.group_size if 0 in ks else 1
+    configs = search.space.feature_configs(search.base)
+    heads_alone = any(not (c.train.k_txt or c.train.k_vit) for c in configs)
+    limit = search.space.search.group_size if heads_alone else 1
     engines = Engines()
     while not stopping():
         # What is drawn, counted and told must be written too.
@@ -89,7 +90,7 @@ def _groups(search: Search, claims: Sequence[Claim]) -> list[list[Claim]]:
         train = config.train
         key: Any = claim.trial.number
         # One that ended its process before runs alone: it may do so again.
-        if train.k_txt == 0 and not claim.trial.user_attrs["attempts"][1]:
+        if train.k_txt == train.k_vit == 0 and not claim.trial.user_attrs["attempts"][1]:
             deciding = [getattr(train, name) for name in DECIDE_BATCHES]
             key = (config.encoders, config.store, toml_value(deciding))
         groups.setdefault(key, []).append(claim)

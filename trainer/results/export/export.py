@@ -151,7 +151,7 @@ def _exported(scorer: Scorer, vision: VisionEncoder, text: TextEncoder) -> _Expo
     train = dataclasses.replace(scorer.train, dtype_policy="float32")
     tokens = scorer.project.config.store.tokens
     model = build_plain(vision.backbone, text.backbone, train, tokens, scorer.classes)
-    transfer_to_plain(scorer.model, model, train.k_txt)
+    transfer_to_plain(scorer.model, model, train)
     return _Exported(model, trained_weights(scorer.model), vision, text, _card(scorer, text))
 
 
@@ -178,6 +178,7 @@ def _card(scorer: Scorer, text: TextEncoder) -> dict[str, Any]:
         "threshold": threshold_of(run.metrics),
         "output": _OUTPUT[scorer.classes],
         "k_txt": train.k_txt,
+        "k_vit": train.k_vit,
         "head": {
             "num_heads": head_heads(train, width),
             "head_dim": train.head_dim,
@@ -188,7 +189,7 @@ def _card(scorer: Scorer, text: TextEncoder) -> dict[str, Any]:
             "attention_dropout": attention_dropout(train),
         },
         "encoders": {
-            "vision": {**encoder(config.encoders.vit, vision_spec), "tokens": vision_spec.tokens},
+            "vision": {**encoder(config.encoders.vit, vision_spec), "tokens": config.store.tokens},
             "text": encoder(config.encoders.text, text_spec),
         },
         "pixel_values": {
