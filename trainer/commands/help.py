@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,7 +56,8 @@ class SettingOption(click.Option):
         if meta["choices"]:
             options["type"] = click.Choice(meta["choices"])
         elif meta["path"]:
-            options["type"] = PATH
+            # Several files: the flag is repeated.
+            options |= {"type": PATH, "multiple": holds_tuple(hint)}
         else:
             options["type"] = hint if hint in (int, float, bool) else str
         if meta["words"] is not None:
@@ -89,8 +91,13 @@ class SettingOption(click.Option):
         if isinstance(value, bool):
             return (self.opts if value else self.secondary_opts)[0].lstrip("-")
         if isinstance(value, tuple):
-            return ",".join(map(self._typed, value))
+            return ",".join(map(self._typed, value)) or "none"
         return f"{value:g}" if isinstance(value, float) else str(value) or "none"
+
+
+def holds_tuple(hint: Any) -> bool:
+    """Tell whether a setting may be a list."""
+    return any(typing.get_origin(kind) is tuple for kind in (hint, *typing.get_args(hint)))
 
 
 def setting_option(
