@@ -25,7 +25,7 @@ from featstore.errors import (
     counted,
 )
 from trainer.commands.answer import Answer, fail, warn
-from trainer.commands.help import PATH, SectionedGroup, setting_option
+from trainer.commands.help import PATH, SectionedGroup, lone, setting_option
 from trainer.config import SECTIONS, Config, load_config
 
 if TYPE_CHECKING:
@@ -256,8 +256,8 @@ def _flag(key: str) -> str:
 
 
 def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that were given; a flag that may be repeated is () where it was not."""
-    return {key: _lone(value) for key, value in flags.items() if value is not None and value != ()}
+    """Return the settings that were given."""
+    return {key: value for key, value in flags.items() if value is not None}
 
 
 def flag_sections(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -290,11 +290,6 @@ def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
             err=True,
         )
     return config
-
-
-def _lone(value: Any) -> Any:
-    """Return the one value of a flag that may be repeated; several as they are."""
-    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 def open_project(config_file: str | None, flags: dict[str, Any], save: bool = True) -> Project:
@@ -371,9 +366,11 @@ def run_options(command: Function) -> Function:
 
 
 def _remember_elsewhere(context: click.Context, option: click.Parameter, value: Any) -> None:
-    if value is not None and value != ():
+    if option.multiple:
+        value = lone(value)
+    if value is not None:
         place = str(option.name).removeprefix("elsewhere_")
-        context.meta.setdefault(ELSEWHERE, {})[place] = _lone(value)
+        context.meta.setdefault(ELSEWHERE, {})[place] = value
         if place == "config":
             context.meta[CONFIG] = value
 

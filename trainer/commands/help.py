@@ -32,6 +32,11 @@ class PathType(click.Path):
 PATH = PathType()
 
 
+def lone(values: tuple[Any, ...]) -> Any:
+    """Return what a flag that may be repeated was given: nothing, one value, or several."""
+    return values if len(values) > 1 else next(iter(values), None)
+
+
 class SettingOption(click.Option):
     """One setting as a flag.
 
@@ -65,6 +70,11 @@ class SettingOption(click.Option):
         text = meta["help"]
         options |= {"default": None, "help": f"{text[0].upper()}{text[1:]}."}
         super().__init__(declarations, **options)
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Return None where a flag that may be repeated was not given, and one value as it is."""
+        found = super().type_cast_value(ctx, value)
+        return lone(found) if self.multiple else found
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Return what stands in brackets: the default, the demo's own, the bounds."""
