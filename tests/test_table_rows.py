@@ -298,6 +298,8 @@ def test_class_ids_have_names_or_are_refused(photos: Path, root: Path, tmp_path:
     with pytest.raises(RowError, match="labels in label are class ids without names; say what"):
         load(rows, root)
     assert load(rows, root, label_names=SNLI_VE).examples.digest() == named
+    three = load(rows, root, label_names=SNLI_VE, classes=3)
+    assert three.examples.labels.tolist() == [1, 2, 0] * PHOTOS
     # The file's own names win, in the other order here.
     other = parquet(tmp_path / "c.parquet", hub_table(paths, names=SNLI_VE[::-1]))
     labels = load(other, root, label_names=SNLI_VE).examples.labels
