@@ -237,7 +237,7 @@ def values_of(section: str, field: dataclasses.Field[Any], hint: Any) -> st.Sear
         return st.lists(letters, max_size=3).map(tuple)
     low = meta["minimum"] if meta["minimum"] is not None else meta["above"]
     if hint is int:
-        return st.integers(low, 2**63)
+        return st.integers(low, meta["maximum"] or 2**63)
     if hint is bool:
         return st.booleans()
     if hint is str:
