@@ -27,14 +27,18 @@ STUDY_TEXT = "distil_bert_base_en_uncased"
 class DataConfig:
     """The user's rows and photos, and how the rows are split."""
 
-    rows: str | dict[str, str] = setting(
+    rows: str | tuple[str, ...] | dict[str, str | tuple[str, ...]] = setting(
         "",
-        "row file (JSONL or CSV), or one per split: {train = ..., val = ..., test = ...};"
-        " empty: the built-in demo",
+        "row file (JSONL, CSV or Parquet; a pattern, or a data set's folder), a list of them (as a"
+        " flag: repeated), or either per split: {train = ..., val = ..., test = ...}; empty: the"
+        " built-in demo",
         path=True,
     )
     images: str = setting(
-        "", "folder of photos, <Image_ID>.jpg or .png, .webp, .gif, .bmp, .tif, .avif", path=True
+        "",
+        "folder of photos, <Image_ID>.jpg or .png, .webp, .gif, .bmp, .tif, .avif; empty: those"
+        " in the rows' Parquet or Arrow files",
+        path=True,
     )
     fractions: tuple[float, ...] = setting(
         (0.8, 0.1, 0.1), "shares of the images in train, val, test", minimum=0, maximum=1
@@ -55,6 +59,19 @@ class DataConfig:
         minimum=2,
         maximum=3,
         before=2,
+    )
+    row_weights: tuple[float, ...] = setting(
+        (),
+        "weight in the loss of each file of rows (of train, where rows are per split), in their"
+        " order; empty: 1",
+        above=0,
+        before=(),
+    )
+    label_names: tuple[str, ...] = setting(
+        (),
+        "what labels that are class ids mean, from 0 on, such as entailment, neutral,"
+        " contradiction; files that name theirs need none",
+        before=(),
     )
 
 
@@ -215,6 +232,8 @@ def with_paths(config: Composite, change: Callable[[str], str]) -> Composite:
     def changed(value: Any, of_preset: bool) -> Any:
         if isinstance(value, dict):
             return {key: changed(inner, of_preset) for key, inner in value.items()}
+        if isinstance(value, tuple):
+            return tuple(changed(inner, of_preset) for inner in value)
         return change(value) if value and (not of_preset or "/" in value) else value
 
     sections = {}

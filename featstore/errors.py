@@ -51,14 +51,19 @@ class Command:
 
         Args:
             program: How the reader calls this program.
-            *more: Options and values to add, those apart that it has already.
+            *more: Options and values to add, those apart that it has already; a tuple's are
+                given one by one.
         """
-        flags = {f"--{name}": value for name, value in self.options.items()}
-        flags = {flag: str(value) for flag, value in more} | flags
+        own_flags = {f"--{name}": [value] for name, value in self.options.items()}
+        flags = {
+            flag: [str(part) for part in (value if isinstance(value, tuple) else (value,))]
+            for flag, value in more
+        } | own_flags
         # Its own options first, in their order; then what is added.
         own = [f"--{name}" for name in self.options]
         order = own + [flag for flag in flags if flag not in own]
-        parts = [*self.words, *(part for flag in order for part in (flag, flags[flag]))]
+        given = ((flag, value) for flag in order for value in flags[flag])
+        parts = [*self.words, *(part for pair in given for part in pair)]
         return " ".join([program, *map(shlex.quote, parts)])
 
     def __eq__(self, other: object) -> bool:

@@ -192,6 +192,8 @@ def _anchor(value: Any, folder: Path) -> Any:
     """Take a relative path relative to `folder`; leave preset names and URLs alone."""
     if isinstance(value, dict):
         return {key: _anchor(item, folder) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_anchor(item, folder) for item in value)
     if not value or "://" in value:
         return value
     return plain_path(str(folder / os.path.expanduser(value)))
@@ -226,13 +228,20 @@ def _backslash(path: Path, error: ValueError) -> Advice | None:
     return Advice(f"between double quotes a backslash begins an escape: {_WINDOWS_PATH}")
 
 
+def paths_in(value: Any) -> list[str]:
+    """Return the paths of a setting: one, several, or a table of either."""
+    if isinstance(value, dict):
+        return [path for item in value.values() for path in paths_in(item)]
+    return list(value) if isinstance(value, tuple) else [value]
+
+
 def _check_path(value: Any, where: str, name: str) -> None:
     """Refuse a path in which TOML made something else of a backslash: `\\t` is a tab.
 
     Raises:
         ConfigError: It has a control character.
     """
-    for text in value.values() if isinstance(value, dict) else [value]:
+    for text in paths_in(value):
         if _ESCAPED.search(text):
             raise ConfigError(
                 f"{where}: {name} has a control character, found {text!r}",

@@ -16,7 +16,14 @@ from featstore.store.numbers import Numbers
 from featstore.store.shard import shard_name
 from featstore.store.store import TextStore, VisionStore
 from featstore.store.write import ShardRows, write_shard
-from trainer.batches import WINDOW_BATCHES, Batch, CachedRows, epoch_batches, other_images
+from trainer.batches import (
+    WINDOW_BATCHES,
+    Batch,
+    CachedRows,
+    Emphasis,
+    epoch_batches,
+    other_images,
+)
 from trainer.prefetch import PREFETCHED, Prefetcher
 
 IMAGES, TOKENS, WIDTH, TEXT_WIDTH = 7, 3, 4, 5
@@ -50,7 +57,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextStore:
 
 
 def make_rows(
-    vision: VisionStore, text: TextStore, count: int = 40, k_txt: int = 2, control: str = "none"
+    vision: VisionStore,
+    text: TextStore,
+    count: int = 40,
+    k_txt: int = 2,
+    control: str = "none",
+    weights: np.ndarray | None = None,
 ) -> CachedRows:
     rng = np.random.default_rng(2)
     return CachedRows(
@@ -61,7 +73,15 @@ def make_rows(
         rng.integers(0, 2, count).astype(np.int8),
         whole=k_txt > 0,
         control=control,
+        emphasis=Emphasis(row_weights=weights),
     )
+
+
+def test_a_row_has_its_weight_and_a_filling_one_none(vision: VisionStore, text: TextStore) -> None:
+    rows = make_rows(vision, text, weights=np.arange(40, dtype=np.float32))
+    assert rows.batch(np.array([7, 3, 9]), 5).weights.tolist() == [7, 3, 9, 0, 0]
+    plain = make_rows(vision, text).batch(np.array([7, 3, 9]), 5).weights
+    assert (plain.dtype, plain.tolist()) == (np.float32, [1, 1, 1, 0, 0])
 
 
 @settings(max_examples=60, deadline=None)

@@ -67,8 +67,8 @@ def test_every_setting_has_a_help_text(name: str, field: dataclasses.Field[Any])
         ("[data]\nfractions = [0.8, 'a']", "fractions must be tuple"),
         ("[data]\nfractions = [0.8, nan]", "fractions must be tuple"),
         ("[data]\nfractions = [1.5, 0.1]", "fractions must be at most 1, found 1.5"),
-        ("[data]\nrows = ['a']", "rows must be str | dict"),
-        ("[data]\nrows = {train = 1}", "rows must be str | dict"),
+        ("[data]\nrows = [1]", "rows must be str | tuple"),
+        ("[data]\nrows = {train = 1}", "rows must be str | tuple"),
         ("[data\n", "not a TOML file: .*line 1"),
     ],
 )
@@ -221,7 +221,8 @@ def values_of(section: str, field: dataclasses.Field[Any], hint: Any) -> st.Sear
     if meta["choices"]:
         return st.sampled_from(meta["choices"])
     if field.name == "rows":
-        return paths | st.dictionaries(letters, paths, min_size=1, max_size=3)
+        files = paths | st.lists(paths, max_size=2).map(tuple)
+        return files | st.dictionaries(letters, files, min_size=1, max_size=3)
     if field.name == "root":
         return st.just("/none/root")
     if meta["preset"]:
@@ -230,9 +231,13 @@ def values_of(section: str, field: dataclasses.Field[Any], hint: Any) -> st.Sear
         return paths
     if field.name == "fractions":
         return st.lists(st.floats(0, 1), max_size=4).map(tuple)
+    if field.name == "row_weights":
+        return st.lists(st.floats(0, 9, exclude_min=True), max_size=3).map(tuple)
+    if field.name == "label_names":
+        return st.lists(letters, max_size=3).map(tuple)
     low = meta["minimum"] if meta["minimum"] is not None else meta["above"]
     if hint is int:
-        return st.integers(low, 2**63)
+        return st.integers(low, meta["maximum"] or 2**63)
     if hint is bool:
         return st.booleans()
     if hint is str:

@@ -19,7 +19,7 @@ from tiny_presets import write_tiny_family
 from tiny_runs import extracted, tiny_config
 
 import trainer.tuning.drive
-from featstore.errors import Command
+from featstore.errors import Command, UsageError
 from featstore.store.folder import shard_paths
 from trainer.commands import console
 from trainer.commands.main import cli
@@ -103,6 +103,42 @@ def test_a_command_has_the_name_and_the_settings_in_force_that_it_takes(program:
     ]
     # Where it is by default is not said.
     assert shown[6:] == [line.replace(f" {place}", "") for line in shown[:6]]
+
+
+def test_lists_are_typed_by_commas_and_files_by_repeated_flags(elsewhere: Path) -> None:
+    found: list[Any] = []
+
+    @click.group()
+    def root() -> None:
+        """Stand in for the program, with one command of settings."""
+
+    root.add_command(cli.commands["extract-vit"], "extract-vit")
+
+    @root.command("read")
+    @console.settings("data")
+    def read(config_file: str | None, **flags: Any) -> None:
+        config = console.read_config(config_file, flags)
+        found.append((config.data, console.typed(Command("extract-vit"))))
+
+    def data(*arguments: str) -> Any:
+        done = CliRunner().invoke(root, ["read", *arguments], prog_name="featstore")
+        if done.exception:
+            raise done.exception
+        return found[-1]
+
+    typed = (
+        "--rows a.jsonl --rows b.csv --row-weights 2,1 --label-names 'entailment, contradiction'"
+    )
+    read_back, line = data(*shlex.split(typed))
+    assert read_back.rows == (str(elsewhere / "a.jsonl"), str(elsewhere / "b.csv"))
+    assert read_back.row_weights == (2.0, 1.0)
+    assert read_back.label_names == ("entailment", "contradiction")
+    assert line == f"featstore extract-vit {typed}"
+    assert data("--rows", "a.jsonl")[0].rows == str(elsewhere / "a.jsonl")
+    (elsewhere / "featstore.toml").write_text("[data]\nrows = ['a.jsonl', 'b.csv']\n")
+    assert data()[0].rows == (str(elsewhere / "a.jsonl"), str(elsewhere / "b.csv"))
+    with pytest.raises(UsageError, match=r"--row-weights 'x': expected numbers, such as 2,1"):
+        data("--row-weights", "x")
 
 
 def test_without_a_command_line_the_program_is_called_by_its_name() -> None:

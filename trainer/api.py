@@ -194,7 +194,7 @@ class Run(folder.Run):
         """Predict as `predict`; return the lines one by one, the metrics and the counts."""
         from trainer.results.predict import predict
 
-        return predict(self.scorer, rows, self.scorer.photos(images), show, cache, encoding)
+        return predict(self.scorer, rows, self.scorer.photos(images, rows), show, cache, encoding)
 
     def predict_pair(
         self, image: str | os.PathLike[str], text: str, show: Show = SHOWN
@@ -227,7 +227,7 @@ def load_run(
     config: str | os.PathLike[str] | None = None,
     root: str | os.PathLike[str] | None = None,
     images: str | os.PathLike[str] | None = None,
-    rows: str | os.PathLike[str] | None = None,
+    rows: str | os.PathLike[str] | Sequence[str] | None = None,
     split_file: str | os.PathLike[str] | None = None,
 ) -> Run:
     """Open a run by its folder, or by its name in the folder of the runs.

@@ -30,7 +30,7 @@ class Batch:
         padding_mask: bool of shape (batch, length).
         labels: float32 of shape (batch,), 1 for entailment; of three classes (batch, 3), 1 for
             the row's own; smoothed where they are to be.
-        weights: float32 of shape (batch,), that of the row's class, or 0.
+        weights: float32 of shape (batch,), that of the row and of its class, or 0.
         rows: int64 of shape (valid rows,): positions in the rows given.
     """
 
@@ -108,12 +108,14 @@ class Emphasis:
         class_weights: float32 of shape (classes,): weight of a row by its label; None: 1.
         label_smoothing: Share of a label that is spread over all classes.
         recorded: What a run's manifest says of it.
+        row_weights: float32 of shape (rows,): weight of each row; None: 1.
     """
 
     draws: NDArray[np.float64] | None = None
     class_weights: NDArray[np.float32] | None = None
     label_smoothing: float = 0.0
     recorded: Mapping[str, Any] = field(default_factory=dict)
+    row_weights: NDArray[np.float32] | None = None
 
     def drawn(self, count: int, seed: int, epoch: int) -> IntArray:
         """Return the rows of an epoch, in order, each as often as it is drawn.
@@ -223,6 +225,8 @@ class CachedRows:
         given, smoothing = self.emphasis.class_weights, self.emphasis.label_smoothing
         weights = np.zeros(batch_size, np.float32)
         weights[: len(rows)] = 1 if given is None else given[self.labels[rows]]
+        if self.emphasis.row_weights is not None:
+            weights[: len(rows)] *= self.emphasis.row_weights[rows]
         labels = self.labels[filled]
         if self.classes > 2:
             labels = labels[:, None] == np.arange(self.classes)

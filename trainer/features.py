@@ -170,11 +170,11 @@ def emphasis(train: TrainConfig, examples: Examples, classes: int = 2) -> Emphas
 
     A row of several buckets gets the surplus of each: 1 + Σ (factor - 1). So gender 1.2 and
     counting 1.3 add 0.2 of the rows of one and 0.3 of the other, as the reference study did.
-    Balanced weights are inverse to the draws of each class.
+    Balanced weights are inverse to the draws of each class, times the weights of its rows.
 
     Args:
         train: `oversample`, `buckets`, `class_weights` and `label_smoothing` are used.
-        examples: The rows.
+        examples: The rows, with the weights of their files.
         classes: 2 or 3.
 
     Raises:
@@ -183,6 +183,8 @@ def emphasis(train: TrainConfig, examples: Examples, classes: int = 2) -> Emphas
     draws, weights = None, None
     recorded: dict[str, Any] = {}
     labels, names = np.asarray(examples.labels), labels_of(classes)
+    rows_weigh = examples.weights
+    is_weighed = bool((rows_weigh != 1).any())
     if isinstance(train.oversample, dict) and train.oversample:
         patterns = load_buckets(train.buckets or None)
         _check_names("oversample", train.oversample, patterns, "bucket")
@@ -202,11 +204,16 @@ def emphasis(train: TrainConfig, examples: Examples, classes: int = 2) -> Emphas
             _check_names("class_weights", train.class_weights, names, "label")
             given = [train.class_weights.get(name, 1.0) for name in names]
         else:
-            of_class = np.bincount(labels, weights=draws, minlength=len(names))
+            said = rows_weigh if draws is None else draws * rows_weigh
+            of_class = np.bincount(labels, weights=said, minlength=len(names))
             given = list(of_class.sum() / (len(names) * of_class))
         weights = np.array(given, np.float32)
         recorded["class_weights"] = dict(zip(names, map(float, given), strict=True))
-    return Emphasis(draws, weights, train.label_smoothing, recorded)
+    if not is_weighed:
+        return Emphasis(draws, weights, train.label_smoothing, recorded)
+    values, counts = np.unique(rows_weigh, return_counts=True)
+    recorded["rows_of_weight"] = {f"{v:g}": int(n) for v, n in zip(values, counts, strict=True)}
+    return Emphasis(draws, weights, train.label_smoothing, recorded, rows_weigh)
 
 
 def _check_names(

@@ -19,6 +19,7 @@ from featstore.data.examples import (
     ReadResult,
     RowIssue,
     UnusableRowsError,
+    drop_repeats,
     summarise,
 )
 from featstore.data.labels import (
@@ -135,6 +136,35 @@ def collect(
         np.full(len(rows), file, dtype=object),
     )
     return ReadResult(examples, issues)
+
+
+def joined(parts: Sequence[Examples], unique: bool) -> tuple[Examples, list[RowIssue]]:
+    """Return the rows of several files as one table.
+
+    Args:
+        parts: The rows of each file, which says of itself what it repeats and contradicts.
+        unique: Rows that repeat one of another file are dropped.
+
+    Returns:
+        The rows, and one issue for each that was dropped, or whose hypothesis and photo another
+        file gives another label.
+    """
+    examples, issues = Examples.concatenate(parts), list[RowIssue]()
+    if unique:
+        examples, issues = drop_repeats(examples)
+    first: dict[tuple[str, str], dict[int, int]] = {}
+    pairs = list(zip(examples.image_ids, examples.hypotheses, strict=True))
+    labels = examples.labels.tolist()
+    for row, pair in enumerate(pairs):
+        first.setdefault(pair, {}).setdefault(labels[row], row)
+    for row, pair in enumerate(pairs):
+        other = next((at for label, at in first[pair].items() if label != labels[row]), row)
+        if examples.sources[other] != examples.sources[row]:
+            file, line = examples.sources[other], examples.source_lines[other]
+            place = str(examples.sources[row]), int(examples.source_lines[row])
+            detail = f"the other label stands in line {line} of {file}"
+            issues.append(RowIssue("kept", *place, pair[0], CONFLICT, pair[1], detail))
+    return examples, issues
 
 
 def _why_none(issues: Sequence[RowIssue], classes: int) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore import demo
 from featstore.config import SPLITS, DataConfig
+from featstore.data.collect import joined
 from featstore.data.examples import (
     NO_PHOTO,
     READ_AS,
@@ -31,12 +33,22 @@ from featstore.data.photo_ids import Nearest, one_spelling, tried
 from featstore.data.rows import read_examples, read_frame
 from featstore.data.splits import (
     Splits,
+    by_split,
     make_splits,
     read_split_file,
     save_splits,
     splits_from_parts,
 )
-from featstore.errors import Advice, ConfigError, FeatstoreError, short
+from featstore.data.table_rows import (
+    TableRows,
+    files_of,
+    packed_images,
+    saved_splits,
+)
+from featstore.data.tables import is_table
+from featstore.errors import Advice, ConfigError, FeatstoreError, RowError, counted, short
+
+Rows = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -177,20 +189,22 @@ def _no_photo(issues: list[RowIssue], images: ImageIndex, nearest: Nearest) -> U
 
 def rows_to_predict(
     rows: RowSource,
-    images: str | os.PathLike[str],
+    images: str | os.PathLike[str] | ImageIndex | None,
     root: Path,
     encoding: str = "",
     classes: int = 2,
+    label_names: Sequence[str] = (),
 ) -> Dataset:
     """Read rows that need no label, and find their photos.
 
     Args:
         rows: A row file, an open one, or a table with such columns; see
             `featstore.data.rows`. Labels that are there are read.
-        images: Folder of the photos.
+        images: Folder of the photos, or what was found in it; None: they are in `rows`.
         root: The store's root.
         encoding: Of the file's text; "": UTF-8, or told from the bytes.
         classes: Of the labels that are there; with 2, neutral is none.
+        label_names: See `read_examples`.
 
     Returns:
         The rows that can be predicted, in order, repeats included, in no split.
@@ -199,13 +213,28 @@ def rows_to_predict(
     Raises:
         RowError, DataError: None of the rows can be used, or they cannot be read.
     """
+    index = images if isinstance(images, ImageIndex) else None
     if hasattr(rows, "columns"):
-        result = read_frame(cast("pd.DataFrame", rows), classes)
+        result = read_frame(cast("pd.DataFrame", rows), classes, label_names)
+    elif isinstance(rows, str | os.PathLike) and is_table(file := _only_file(rows)):
+        table = TableRows(
+            file, labelled=False, label_names=label_names, packed=images is None, root=root
+        )
+        index = packed_images([table]) if images is None else index
+        result = table.result(labelled=False, unique=False, classes=classes)
     else:
         result = read_examples(
-            rows, labelled=False, duplicates="keep", encoding=encoding, classes=classes
+            rows,
+            labelled=False,
+            duplicates="keep",
+            encoding=encoding,
+            classes=classes,
+            label_names=label_names,
         )
-    index = index_images(images)
+    if index is None:
+        if images is None or isinstance(images, ImageIndex):
+            raise ConfigError("images: name the folder of photos (flag --images)")
+        index = index_images(images)
     name = result.examples.sources[0]
     kept, issues = _with_photos({name: result}, index, unique=False)
     return Dataset(kept[name], Splits.none(kept[name]), index, issues, root)
@@ -229,15 +258,17 @@ def load_dataset(data: DataConfig, root: Path, report: bool = True) -> Dataset:
     if not rows:
         demo_rows, demo_images = demo.ensure_demo_data(root)
         rows, folder = str(demo_rows), str(demo_images)
-    if not folder:
-        raise ConfigError("[data] images: name the folder of photos (flag --images)")
-    if isinstance(rows, dict) and data.split_file:
+    if isinstance(rows, str) and not data.split_file:
+        rows = dict(saved_splits(rows)) or rows
+    elif isinstance(rows, dict) and data.split_file:
         raise ConfigError("[data] rows per split and split_file exclude each other")
-    images = index_images(folder)
+    files = _files(rows, data.row_weights)
+    if not folder:
+        _require_photos(files)
     try:
-        return _load(data, rows, images, root)
+        return _load(data, files, folder, root, report)
     except UnusableRowsError as error:
-        if not report:
+        if not report or not error.issues:
             raise
         path = root / "reports" / f"unusable-{Path(error.issues[0].file).name}.csv"
         try:
@@ -248,25 +279,112 @@ def load_dataset(data: DataConfig, root: Path, report: bool = True) -> Dataset:
         raise UnusableRowsError(named, error.mend, error.issues) from error
 
 
-def _load(data: DataConfig, rows: str | dict[str, str], images: ImageIndex, root: Path) -> Dataset:
-    """Read the rows of `load_dataset`, find their photos, make or read the split."""
+class _File(NamedTuple):
+    """A row file, the split that its rows are of ("" where they are to be split), their weight."""
 
-    def read(path: str) -> ReadResult:
-        return read_examples(
-            path, duplicates=data.duplicates, encoding=data.encoding, classes=data.classes
+    split: str
+    path: Path
+    weight: float
+
+
+def _files(rows: Rows, weights: Sequence[float]) -> list[_File]:
+    """Return the files of `[data] rows`, those of a pattern or a folder one by one."""
+    parts = by_split(rows.items(), "row files") if isinstance(rows, dict) else {"": rows}
+    weighed = "train" if isinstance(rows, dict) else ""
+    files: list[_File] = []
+    for split, given in {weighed: (), **parts}.items():
+        paths = (given,) if isinstance(given, str) else tuple(given)
+        own = tuple(weights) if weights and split == weighed else (1.0,) * len(paths)
+        if len(own) != len(paths):
+            of = "train's" if split else "the rows'"
+            raise ConfigError(
+                f"[data] row_weights: expected {counted(len(paths), 'number')}, one for each of"
+                f" {of} files in [data] rows, found {len(own)}"
+            )
+        for path, weight in zip(paths, own, strict=True):
+            files += [_File(split, file, weight) for file in files_of(path)]
+    return files
+
+
+def _require_photos(files: Sequence[_File]) -> None:
+    """Check that photos are in the rows' files, no folder being named.
+
+    Raises:
+        ConfigError: They are in none, or not in all.
+    """
+    without = [file.path for file in files if not is_table(file.path)]
+    if len(without) == len(files):
+        raise ConfigError("[data] images: name the folder of photos (flag --images)")
+    if without:
+        packed = next(file.path for file in files if is_table(file.path))
+        raise ConfigError(
+            f"[data] rows: {packed} may have its photos in it, {without[0]} cannot; name the folder"
+            " of all their photos ([data] images, --images), or use files of one kind"
         )
 
+
+def _load(
+    data: DataConfig, files: Sequence[_File], folder: str, root: Path, report: bool
+) -> Dataset:
+    """Read the rows of `load_dataset`, find their photos, make or read the split."""
     unique = data.duplicates == "drop"
-    if isinstance(rows, dict):
-        results = {split: read(path) for split, path in rows.items()}
-        parts, issues = _with_photos(results, images, unique)
+    images: ImageIndex | None = index_images(folder) if folder else None
+    tables = {
+        number: TableRows(
+            file.path,
+            label_names=data.label_names,
+            packed=images is None,
+            root=root if report else None,
+        )
+        for number, file in enumerate(files)
+        if is_table(file.path)
+    }
+    if images is None:
+        images = packed_images(list(tables.values()))
+
+    def read(number: int, file: _File) -> ReadResult:
+        if number in tables:
+            # Popped: its columns are not held beside what is made of them.
+            found = tables.pop(number).result(True, unique, data.classes)
+        else:
+            found = read_examples(
+                file.path,
+                duplicates=data.duplicates,
+                encoding=data.encoding,
+                classes=data.classes,
+                label_names=data.label_names,
+            )
+        if file.weight == 1:
+            return found
+        weights = np.full(len(found.examples), file.weight, np.float32)
+        return ReadResult(dataclasses.replace(found.examples, weights=weights), found.issues)
+
+    results = {str(number): read(number, file) for number, file in enumerate(files)}
+    kept, issues = _with_photos(results, images, unique)
+    of_split: dict[str, list[Examples]] = {}
+    for file, examples in zip(files, kept.values(), strict=True):
+        of_split.setdefault(file.split, []).append(examples)
+    parts: dict[str, Examples] = {}
+    for split, several in of_split.items():
+        parts[split] = several[0]
+        if len(several) > 1:
+            parts[split], more = joined(several, unique)
+            issues += more
+    if "" not in parts:
         examples, splits = splits_from_parts(parts)
         return Dataset(examples, splits, images, issues, root)
-    kept, issues = _with_photos({rows: read(rows)}, images, unique)
-    examples = kept[rows]
+    examples = parts[""]
     splits = (
         read_split_file(data.split_file, examples, data.encoding)
         if data.split_file
         else make_splits(examples, data.fractions, data.split_seed)
     )
     return Dataset(examples, splits, images, issues, root)
+
+
+def _only_file(rows: str | os.PathLike[str]) -> Path:
+    """Return the file of rows that are predicted, whose lines are numbered in one file."""
+    files = files_of(rows)
+    if len(files) > 1:
+        raise RowError(f"{os.fspath(rows)}: is {len(files)} files; name one, such as {files[0]}")
+    return files[0]

@@ -39,6 +39,7 @@ class Examples:
         source_lines: int64 of shape (rows,): 1-based line where the row starts.
         sources: object of shape (rows,), str: the file of each row.
         written_ids: object of shape (rows,), str: the image ids as the files spell them.
+        weights: float32 of shape (rows,): of each row in the training loss.
     """
 
     image_ids: ObjectArray
@@ -47,10 +48,13 @@ class Examples:
     source_lines: npt.NDArray[np.int64]
     sources: ObjectArray
     written_ids: ObjectArray = None  # type: ignore[assignment]  # those of image_ids
+    weights: npt.NDArray[np.float32] = None  # type: ignore[assignment]  # 1
 
     def __post_init__(self) -> None:
         if self.written_ids is None:
             object.__setattr__(self, "written_ids", self.image_ids)
+        if self.weights is None:
+            object.__setattr__(self, "weights", np.ones(len(self.labels), np.float32))
         lengths = {len(getattr(self, field.name)) for field in dataclasses.fields(self)}
         if len(lengths) != 1:
             raise ValueError(f"columns of different lengths: {sorted(lengths)}")
@@ -74,7 +78,7 @@ class Examples:
     def digest(self) -> str:
         """Return a hex digest of each row's image id, hypothesis and label, in order.
 
-        Where the rows were read from does not count.
+        Weights count where one is not 1. Where the rows were read from does not count.
         """
         state = hashlib.blake2b(digest_size=16)
         for image_id, text, label in zip(
@@ -82,6 +86,8 @@ class Examples:
         ):
             # Lengths first, so that no two tables can run together into the same bytes.
             state.update(f"{len(image_id)} {len(text)} {label} {image_id}{text}".encode())
+        if (self.weights != 1).any():
+            state.update(b"weights" + self.weights.astype("<f4").tobytes())
         return state.hexdigest()
 
     @staticmethod

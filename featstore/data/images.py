@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from featstore.data.tables import PackedPhoto
 from featstore.errors import DataError, ImageError
 from featstore.pinned import Outermost, setting
 
@@ -32,6 +33,9 @@ feature is."""
 
 MAX_PIXELS = 178_956_970 // 2
 MAX_FILE_BYTES = 512 << 20
+
+Photo = Path | PackedPhoto
+"""Where a photo is."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -91,7 +95,7 @@ class ImageIndex:
         """Yield the name of each file below the folder, `/` between folders."""
         return itertools.chain.from_iterable(self._files.values())
 
-    def lookup(self, image_id: str) -> Path | None:
+    def lookup(self, image_id: str) -> Photo | None:
         """Return the file of an image id, or None where there is none.
 
         Raises:
@@ -144,12 +148,14 @@ def index_images(folder: str | os.PathLike[str]) -> ImageIndex:
     return ImageIndex(folder, files, stems, tuple(passed_over), tuple(others))
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Return a file's bytes.
+def read_bytes(path: Photo) -> bytes:
+    """Return a photo's bytes.
 
     Raises:
         ImageError: The file cannot be read, or is larger than `MAX_FILE_BYTES`.
     """
+    if isinstance(path, PackedPhoto):
+        return path.read()
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,19 @@ def integer_label(value: Any) -> int | None:
     if isinstance(value, str) and (found := _INTEGER.fullmatch(value.strip())):
         return int(found[1])
     return None
+
+
+def named_class(value: Any, names: Sequence[str]) -> Any:
+    """Return the name of a label that is a class id; any other label as it is.
+
+    Args:
+        value: As parsed.
+        names: Of the class ids, from 0 on. -1 is no label, as for the `datasets` package.
+    """
+    code = integer_label(value)
+    if code is None or code == -1:
+        return None if code == -1 else value
+    return names[code] if 0 <= code < len(names) else f"class id {code}"
 
 
 class FileLabels:

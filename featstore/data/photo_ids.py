@@ -16,9 +16,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
-from featstore.data.images import IMAGE_SUFFIXES, ImageIndex
+from featstore.data.images import IMAGE_SUFFIXES, ImageIndex, Photo
 from featstore.errors import DataError, short
 
 _END = re.compile(r"#\d+$|(?<=\d)\.0+$")
@@ -42,7 +42,7 @@ def one_spelling(files: Iterable[Iterable[str]], index: ImageIndex) -> list[dict
         DataError: Two photos answer an id.
     """
     meant: list[dict[str, str]] = []
-    spellings: defaultdict[Path | None, set[str]] = defaultdict(set)
+    spellings: defaultdict[Photo | None, set[str]] = defaultdict(set)
     for ids in files:
         distinct = list(dict.fromkeys(ids))
         taken = {image_id: image_id for image_id in distinct if index.lookup(image_id)}

@@ -6,7 +6,8 @@ Formats, told apart by content:
   `Flickr30K_ID`, `sentence2`, `gold_label` (SNLI-VE). Other keys are ignored.
 * CSV with a header; comma, semicolon or tab.
 
-Either may be packed by gzip. `encoding.py` says how their bytes become text.
+Either may be packed by gzip. `encoding.py` says how their bytes become text. Parquet files and
+saved data sets are read in `table_rows.py`.
 
 Columns are found by name: case, spaces, underscores and hyphens do not count, and
 `ROLES` lists the names known. What a label may be stands in `labels.py`: a file that has
@@ -32,6 +33,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 from featstore.data.collect import Raw, collect
 from featstore.data.encoding import encoding_of, unpacked
 from featstore.data.examples import ReadResult
+from featstore.data.labels import named_class
 from featstore.errors import RowError, short
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ _EXPECTED = (
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """The name (or, in a CSV, the position) of each column; None where it is absent."""
 
     image_id: Any
@@ -70,6 +72,7 @@ def read_examples(
     duplicates: Literal["drop", "keep"] | str = "drop",
     encoding: str = "",
     classes: int = 2,
+    label_names: Sequence[str] = (),
 ) -> ReadResult:
     """Read a row file; see the module for formats, columns and labels.
 
@@ -90,6 +93,8 @@ def read_examples(
         encoding: Of the file's text; "": UTF-8, or told from the bytes, in which case each
             row with a character beyond ASCII is reported as "read as …".
         classes: 2 leaves neutral rows out, 3 keeps them.
+        label_names: What labels that are whole numbers mean, from 0 on; none: 1 and 0 mean
+            entailment and contradiction.
 
     Returns:
         The rows in the order of the file, and the issues in the order of their lines.
@@ -111,7 +116,7 @@ def read_examples(
             # A pipe is read once, and rows are looked at twice: for their format and encoding.
             shutil.copyfileobj(path, kept)
             kept.seek(0)
-            return _read(STREAM, kept, labelled, unique, encoding, classes)
+            return _read(STREAM, kept, labelled, unique, encoding, classes, label_names)
     path = Path(path)
     if not path.exists():
         raise RowError(f"{path}: no such file; name a JSONL or CSV file of rows")
@@ -120,13 +125,19 @@ def read_examples(
         raise RowError(f"{path}: is {kind}; name a JSONL or CSV file of rows")
     try:
         with path.open("rb") as file:
-            return _read(path, file, labelled, unique, encoding, classes)
+            return _read(path, file, labelled, unique, encoding, classes, label_names)
     except OSError as error:
         raise RowError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _read(
-    path: Path, packed: IO[bytes], labelled: bool, unique: bool, encoding: str, classes: int
+    path: Path,
+    packed: IO[bytes],
+    labelled: bool,
+    unique: bool,
+    encoding: str,
+    classes: int,
+    label_names: Sequence[str],
 ) -> ReadResult:
     """Read a seekable file from its start."""
     with unpacked(path, packed) as file:
@@ -136,16 +147,25 @@ def _read(
         # In JSONL only \n ends a line; in CSV \r does too.
         with io.TextIOWrapper(file, encoding=name, newline="\n" if is_json else "") as text:
             records = (_jsonl if is_json else _csv)(path, text, labelled)
+            if label_names:
+                records = _named(records, label_names)
             return collect(path, records, labelled, unique, name if detected else "", classes)
 
 
-def read_frame(frame: pd.DataFrame, classes: int = 2) -> ReadResult:
+def _named(records: Iterable[Raw], names: Sequence[str]) -> Iterator[Raw]:
+    """Yield records whose class ids are the names that they mean."""
+    return (record._replace(label=named_class(record.label, names)) for record in records)
+
+
+def read_frame(
+    frame: pd.DataFrame, classes: int = 2, label_names: Sequence[str] = ()
+) -> ReadResult:
     """Read rows to predict from a table whose columns are named as those of a file.
 
     Args:
         frame: Columns as in the module; labels are read as `labelled=False` reads those of
             a file. A missing value (NaN, None) is an empty cell.
-        classes: As of `read_examples`.
+        classes, label_names: As of `read_examples`.
 
     Returns:
         As `read_examples`; a row's line is its place in the table, from 1.
@@ -154,9 +174,9 @@ def read_frame(frame: pd.DataFrame, classes: int = 2) -> ReadResult:
         RowError: A column is missing, or no row can be used.
     """
     path, names = Path("table"), [str(name) for name in frame.columns]
-    at, problem = _resolve(names, labelled=False)
+    at, problem = resolve(names, labelled=False)
     if problem:
-        raise _column_error(path, 0, problem, names)
+        raise column_error(path, 0, problem, names)
 
     def values(column: int | None) -> list[Any]:
         if column is None:
@@ -165,7 +185,9 @@ def read_frame(frame: pd.DataFrame, classes: int = 2) -> ReadResult:
         return cells.where(cells.notna(), None).tolist()
 
     rows = zip(*map(values, at), strict=True)
-    records = (Raw(line, *row) for line, row in enumerate(rows, 1))
+    records: Iterable[Raw] = (Raw(line, *row) for line, row in enumerate(rows, 1))
+    if label_names:
+        records = _named(records, label_names)
     return collect(path, records, labelled=False, unique=False, classes=classes)
 
 
@@ -199,7 +221,7 @@ def columns_named(names: Sequence[str], tiers: Iterable[Sequence[str]]) -> list[
     return next((at for at in found if at), [])
 
 
-def _resolve(names: Sequence[str], labelled: bool) -> tuple[_Columns, str]:
+def resolve(names: Sequence[str], labelled: bool) -> tuple[Columns, str]:
     """Find the columns of a header; the second value says what is wrong, or is empty."""
     found: list[int | None] = []
     problems: list[str] = []
@@ -213,10 +235,11 @@ def _resolve(names: Sequence[str], labelled: bool) -> tuple[_Columns, str]:
             several = " and ".join(short(names[i]) for i in at)
             problems.append(f"more than one {role} column, {several}: rename or remove one")
         found.append(at[0] if at else None)
-    return _Columns(*found), "; ".join(problems)
+    return Columns(*found), "; ".join(problems)
 
 
-def _column_error(path: Path, line: int, problem: str, names: Sequence[str]) -> RowError:
+def column_error(path: Path, line: int, problem: str, names: Sequence[str]) -> RowError:
+    """Return what to raise where `resolve` finds something wrong."""
     columns = short(", ".join(names), 300)
     return RowError(
         f"{path}:{line}: {problem}; columns found: {columns}; columns expected: {_EXPECTED}"
@@ -229,17 +252,17 @@ def _jsonl(path: Path, file: TextIO, labelled: bool) -> Iterator[Raw]:
     The first record must have all columns; a later one that lacks some yields None for
     them, and is dropped with that reason.
     """
-    columns: dict[tuple[str, ...], _Columns] = {}
+    columns: dict[tuple[str, ...], Columns] = {}
     for line, text in enumerate(_lines(path, file), 1):
         if not text.strip():
             continue
         record = _json_object(path, line, text)
         keys = tuple(record)
         if keys not in columns:
-            at, problem = _resolve(keys, labelled)
+            at, problem = resolve(keys, labelled)
             if problem and (not columns or "more than one" in problem):
-                raise _column_error(path, line, problem, keys)
-            columns[keys] = _Columns(*(None if i is None else keys[i] for i in at))
+                raise column_error(path, line, problem, keys)
+            columns[keys] = Columns(*(None if i is None else keys[i] for i in at))
         image_key, text_key, label_key = columns[keys]
         yield Raw(
             line,
@@ -319,7 +342,7 @@ def _csv(path: Path, file: TextIO, labelled: bool) -> Iterator[Raw]:
         yield Raw(line, cells[at.image_id], cells[at.text], label)
 
 
-def _header(path: Path, line: int, header: str, labelled: bool) -> tuple[str, list[str], _Columns]:
+def _header(path: Path, line: int, header: str, labelled: bool) -> tuple[str, list[str], Columns]:
     """Return the delimiter under which the header has the columns, its names, and where."""
     readings: list[tuple[int, str, list[str]]] = []
     for delimiter in ",;\t":
@@ -328,11 +351,11 @@ def _header(path: Path, line: int, header: str, labelled: bool) -> tuple[str, li
             names = [name.strip() for name in next(row)]
         except csv.Error:
             continue
-        at, problem = _resolve(names, labelled)
+        at, problem = resolve(names, labelled)
         if not problem:
             return delimiter, names, at
         readings.append((len(names), problem, names))
     if not readings:
         raise RowError(f"{path}:{line}: the header is not CSV; found {short(header)}")
     _, problem, names = max(readings, key=lambda reading: reading[0])
-    raise _column_error(path, line, problem, names)
+    raise column_error(path, line, problem, names)

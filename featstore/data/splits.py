@@ -161,7 +161,7 @@ def splits_from_parts(parts: Mapping[str, Examples]) -> tuple[Examples, Splits]:
     Raises:
         SplitError: Unknown split name, an empty part, or a photo in two parts.
     """
-    named = _by_split(parts.items(), "row files")
+    named = by_split(parts.items(), "row files")
     for split, part in named.items():
         if len(part) == 0:
             raise SplitError(f"split {split!r} has no rows; leave it out or add rows")
@@ -279,7 +279,7 @@ def _photos(examples: Examples) -> dict[str, list[str]]:
     return photos
 
 
-def _by_split(items: Iterable[tuple[Any, Any]], where: str) -> dict[str, Any]:
+def by_split(items: Iterable[tuple[Any, Any]], where: str) -> dict[str, Any]:
     """Return values by split name, synonyms resolved."""
     named: dict[str, Any] = {}
     for name, value in items:
@@ -320,7 +320,7 @@ def _split_json(path: Path, text: str) -> dict[str, list[str]]:
             f'{path}: expected {{"train": [ids], "val": [ids], "test": [ids]}}, found a list'
         )
     given: dict[str, list[str]] = {}
-    for split, ids in _by_split(content.items(), str(path)).items():
+    for split, ids in by_split(content.items(), str(path)).items():
         if not isinstance(ids, list):
             raise SplitError(f"{path}: split {split!r}: expected a list of ids, found {short(ids)}")
         for image_id in ids:
@@ -335,7 +335,7 @@ def _split_json(path: Path, text: str) -> dict[str, list[str]]:
 def _split_csv(path: Path, text: str) -> dict[str, list[str]]:
     given: dict[str, list[str]] = {split: [] for split in SPLITS}
     for line, image_id, name in _split_records(path, text):
-        split = next(iter(_by_split([(name, None)], f"{path}:{line}")))
+        split = next(iter(by_split([(name, None)], f"{path}:{line}")))
         given[split].append(image_id)
     return given
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.config import EncodersConfig
+from featstore.data.images import Photo
 from featstore.encoders.framework import import_framework
 from featstore.encoders.spec import FeatureSpec, TextSpec, text_spec, vision_spec
 from featstore.errors import FeatstoreError, StoreError
@@ -41,7 +42,7 @@ class Task:
     job: Job
     token: str
     marker: str
-    photos: tuple[Path, ...]
+    photos: tuple[Photo, ...]
     threads: int
     return_shards: bool
     environment: dict[str, str]

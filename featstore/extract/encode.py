@@ -13,14 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.config import StoreConfig
-from featstore.data.images import decode_image
+from featstore.data.images import Photo, decode_image
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError
@@ -116,7 +115,7 @@ class Encoding(Protocol):
 
     batched: Batched
 
-    def rows(self, keys: Sequence[str], paths: Sequence[Path]) -> Iterator[Encoded]:
+    def rows(self, keys: Sequence[str], paths: Sequence[Photo]) -> Iterator[Encoded]:
         """Encode inputs, each once; one that fails never shifts another.
 
         Photos come in order but for those that cannot be decoded, which come
@@ -170,7 +169,7 @@ class PhotoEncoding:
             encode = functools.partial(encode, k_vit=encoder.num_layers - spec.boundary)
         self.batched = Batched(encode, store.encode_batch_size, on_halved)
 
-    def rows(self, keys: Sequence[str], paths: Sequence[Path]) -> Iterator[Encoded]:
+    def rows(self, keys: Sequence[str], paths: Sequence[Photo]) -> Iterator[Encoded]:
         """Encode photos; see `Encoding`."""
         with closing(self._decoded(zip(keys, paths, strict=True))) as decoded:
             yield from self._encoded(decoded)
@@ -181,7 +180,7 @@ class PhotoEncoding:
         """Encode planned shards, the photos of the next ones decoded meanwhile; see `Encoding`."""
         begun: deque[PlannedShard] = deque()
 
-        def photos() -> Iterator[tuple[str, Path]]:
+        def photos() -> Iterator[tuple[str, Photo]]:
             for shard in planned:
                 begun.append(shard)
                 yield from zip(shard.keys, shard.paths, strict=True)
@@ -193,7 +192,7 @@ class PhotoEncoding:
                 own = chain([first], islice(decoded, len(shard.keys) - 1))
                 yield self._made(shard, self._encoded(own), progress)
 
-    def _decoded(self, photos: Iterable[tuple[str, Path]]) -> Generator[_Decoded, None, None]:
+    def _decoded(self, photos: Iterable[tuple[str, Photo]]) -> Generator[_Decoded, None, None]:
         """Yield photos in order, decoded some batches ahead of the reader by threads."""
         ahead = 3 * self.store.encode_batch_size
         with ThreadPoolExecutor(self.store.threads) as pool:
@@ -208,7 +207,7 @@ class PhotoEncoding:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, key: str, path: Path) -> _Decoded:
+    def _decode(self, key: str, path: Photo) -> _Decoded:
         digest = None
         try:
             data, digest = self._read(path)
@@ -278,7 +277,7 @@ class SentenceEncoding:
             lambda ids, mask: encoder.encode(ids, mask, k_txt), store.encode_batch_size, on_halved
         )
 
-    def rows(self, keys: Sequence[str], paths: Sequence[Path] = ()) -> Iterator[Encoded]:
+    def rows(self, keys: Sequence[str], paths: Sequence[Photo] = ()) -> Iterator[Encoded]:
         """Encode sentences; see `Encoding`."""
         token_ids, mask = self.encoder.tokenize(keys)
         lengths = mask.sum(axis=1)

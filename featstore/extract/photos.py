@@ -3,7 +3,8 @@
     <root>/photo-digests/<folder>.npz    one list for each folder of photos
 
 Of each photo it has the size, the times of modification and of change, and the
-inode that the file had when it was read, and the digest of its bytes. It is a
+inode that the file had when it was read, and the digest of its bytes; of a photo
+in a Parquet or Arrow file, those of that file. It is a
 shortcut, no part of the features: where it is missing, damaged or of another
 data set, photos are read, and it is made anew.
 """
@@ -21,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from featstore.data.images import read_bytes
+from featstore.data.images import Photo, read_bytes
+from featstore.data.tables import PackedPhoto
 from featstore.errors import FeatstoreError, ImageError
 from featstore.progress import SILENT, Show
 from featstore.publish import publish, text_digest
@@ -50,7 +52,7 @@ _ENTRY = np.dtype(
 _CHUNK = 512
 
 
-def read_photo(path: Path) -> tuple[bytes, Digest]:
+def read_photo(path: Photo) -> tuple[bytes, Digest]:
     """Return a photo's bytes and their XXH3-128.
 
     Raises:
@@ -60,7 +62,7 @@ def read_photo(path: Path) -> tuple[bytes, Digest]:
     return data, digest_bytes(data)
 
 
-def photo_digest(path: Path) -> Digest | None:
+def photo_digest(path: Photo) -> Digest | None:
     """Return the digest of a photo's bytes, or None where it cannot be read."""
     try:
         return read_photo(path)[1]
@@ -68,16 +70,16 @@ def photo_digest(path: Path) -> Digest | None:
         return None
 
 
-def photo_digests(paths: Sequence[Path | None], threads: int) -> list[Digest | None]:
+def photo_digests(paths: Sequence[Photo | None], threads: int) -> list[Digest | None]:
     """Return the digests of photos, read by threads; None where one is absent or unreadable."""
     with ThreadPoolExecutor(max(4, threads)) as pool:
         return list(pool.map(lambda path: path and photo_digest(path), paths))
 
 
-def _state(path: Path) -> State | None:
+def _state(path: Photo) -> State | None:
     """Return what tells whether a file changed; None where it cannot be asked."""
     try:
-        status = os.stat(path)
+        status = os.stat(path.file if isinstance(path, PackedPhoto) else path)
     except OSError:
         return None
     inode = status.st_ino & (2**64 - 1)
@@ -111,7 +113,7 @@ class PhotoDigests:
 
     def of(
         self,
-        paths: Sequence[Path | None],
+        paths: Sequence[Photo | None],
         threads: int,
         show: Show = SILENT,
         every: bool = False,
@@ -143,20 +145,20 @@ class PhotoDigests:
                     progress(1)
         return found
 
-    def _known(self, paths: Sequence[Path | None]) -> list[Digest | None]:
+    def _known(self, paths: Sequence[Photo | None]) -> list[Digest | None]:
         found: list[Digest | None] = []
         for path in paths:
             state, digest = self._entries.get(self._name(path), (None, None)) if path else (0, None)
             found.append(digest if digest and path and state == _state(path) else None)
         return found
 
-    def _digest(self, path: Path | None) -> Digest | None:
+    def _digest(self, path: Photo | None) -> Digest | None:
         try:
             return None if path is None else self.read(path)[1]
         except ImageError:
             return None
 
-    def read(self, path: Path) -> tuple[bytes, Digest]:
+    def read(self, path: Photo) -> tuple[bytes, Digest]:
         """Read a photo and learn its digest; see `read_photo`."""
         name, state, read_ns = self._name(path), _state(path), time.time_ns()
         data, digest = read_photo(path)
@@ -165,8 +167,8 @@ class PhotoDigests:
             self._learnt = True
         return data, digest
 
-    def _name(self, path: Path) -> bytes:
-        name = os.fspath(path).removeprefix(os.fspath(self.folder))
+    def _name(self, path: Photo) -> bytes:
+        name = str(path).removeprefix(os.fspath(self.folder))
         return xxhash.xxh3_128_digest(os.fsencode(name))
 
     def _read(self) -> dict[bytes, tuple[State, Digest]]:

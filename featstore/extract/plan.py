@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from featstore.config import StoreConfig
-from featstore.data.images import ImageIndex
+from featstore.data.images import ImageIndex, Photo
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, vision_row_shape
 from featstore.errors import (
     ConfigError,
@@ -92,14 +92,14 @@ class Job:
         return PhotoDigests(Path(self.store.root), self.images.folder)
 
     def digests_of(
-        self, paths: Sequence[Path], show: Show = SILENT
+        self, paths: Sequence[Photo], show: Show = SILENT
     ) -> list[tuple[int, int] | None]:
         """Return the digests of photos, those that changed or are not known read for it."""
         assert self.photos is not None
         every = self.source == "bytes"
         return self.photos.of(paths, self.store.threads, show, every)
 
-    def paths_of(self, keys: Sequence[str]) -> list[Path]:
+    def paths_of(self, keys: Sequence[str]) -> list[Photo]:
         """Return the photos of image ids; none for sentences.
 
         Raises:

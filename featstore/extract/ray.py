@@ -251,7 +251,7 @@ def _task(
         job=dataclasses.replace(work.job, keys=(), images=None, load=None),
         token=token,
         marker=marker,
-        photos=tuple(filter(Path.is_file, work.shard(pending[0]).paths[:SAMPLED_PHOTOS])),
+        photos=tuple(p for p in work.shard(pending[0]).paths[:SAMPLED_PHOTOS] if p.is_file()),
         threads=0 if gpus else int(cpus),
         return_shards=wanted.return_shards,
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from featstore.data.images import decode_image, read_bytes
+from featstore.data.images import Photo, decode_image, read_bytes
 from featstore.encoders.families import FAMILIES, num_patches
 from featstore.encoders.spec import FeatureSpec, TextSpec
 from featstore.errors import FeatstoreError, ImageError
@@ -87,7 +87,7 @@ def operations(spec: FeatureSpec) -> float:
     return float(max(1, blocks) * block)
 
 
-def _decode_seconds(photos: Sequence[Path]) -> float:
+def _decode_seconds(photos: Sequence[Photo]) -> float:
     """Return the seconds in which a thread reads and decodes a photo; 0 without any."""
     started, decoded = time.perf_counter(), 0
     for path in photos[:: max(1, len(photos) // DECODED_PHOTOS)]:
@@ -97,7 +97,7 @@ def _decode_seconds(photos: Sequence[Path]) -> float:
     return (time.perf_counter() - started) / max(1, decoded)
 
 
-def estimated_speed(spec: FeatureSpec, photos: Sequence[Path] = (), threads: int = 1) -> float:
+def estimated_speed(spec: FeatureSpec, photos: Sequence[Photo] = (), threads: int = 1) -> float:
     """Return inputs a second from `operations` and this machine's matrix product.
 
     Args:

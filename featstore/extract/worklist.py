@@ -20,6 +20,7 @@ from typing import Any
 
 import filelock
 
+from featstore.data.images import Photo
 from featstore.encoders.spec import FORMAT
 from featstore.extract.claims import (
     CLAIM,
@@ -70,7 +71,7 @@ class PlannedShard:
 
     number: int
     keys: list[str]
-    paths: list[Path] = field(default_factory=list)
+    paths: list[Photo] = field(default_factory=list)
 
 
 class WorkList:

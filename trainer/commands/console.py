@@ -25,7 +25,7 @@ from featstore.errors import (
     counted,
 )
 from trainer.commands.answer import Answer, fail, warn
-from trainer.commands.help import PATH, SectionedGroup, setting_option
+from trainer.commands.help import PATH, SectionedGroup, lone, setting_option
 from trainer.config import SECTIONS, Config, load_config
 
 if TYPE_CHECKING:
@@ -41,12 +41,21 @@ ELSEWHERE, GIVEN, CONFIG = "featstore.elsewhere", "featstore.given", "featstore.
 ELSEWHERE_FLAGS = (
     ("--config", "config", "Settings that say where the run's data and store are now."),
     ("--root", "root", "Folder of the run's store."),
-    ("--data-rows", "rows", "The run's own row file."),
+    ("--data-rows", "rows", "The run's own row file; repeated for several."),
     ("--data-images", "images", "Folder of the run's own photos."),
     ("--split-file", "split_file", "The run's own split file."),
 )
 # What a setting of `extract-vit` and others is called.
 SETTING_FLAGS = {"--data-rows": "--rows", "--data-images": "--images"}
+
+
+# Settings that are lists, typed with commas.
+LISTS: dict[str, Callable[[str], Any]] = {
+    "fractions": float,
+    "row_weights": float,
+    "label_names": str,
+}
+NUMBERS = {"fractions": "0.8,0.1,0.1", "row_weights": "2,1"}
 
 
 def import_framework() -> None:
@@ -241,19 +250,27 @@ def settings(*sections: str) -> Callable[[Function], Function]:
     return add
 
 
+def _flag(key: str) -> str:
+    """Return the flag of a setting as click gives it, `section__key`."""
+    return f"--{key.partition('__')[2].replace('_', '-')}"
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that were given."""
+    return {key: value for key, value in flags.items() if value is not None}
+
+
 def flag_sections(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the settings that were given as flags: section to key to value."""
     sections: dict[str, dict[str, Any]] = {}
-    for flag, value in flags.items():
-        if value is None:
-            continue
-        section, _, name = flag.partition("__")
-        if name == "fractions":
+    for key, value in _given(flags).items():
+        section, _, name = key.partition("__")
+        if name in LISTS:
             try:
-                value = [float(part) for part in value.split(",")]
+                value = [LISTS[name](part.strip()) for part in value.split(",")]
             except ValueError as error:
                 raise UsageError(
-                    f"--fractions {value!r}: expected three numbers, such as 0.8,0.1,0.1"
+                    f"{_flag(key)} {value!r}: expected numbers, such as {NUMBERS[name]}"
                 ) from error
         sections.setdefault(section, {})[name] = value
     return sections
@@ -262,9 +279,7 @@ def flag_sections(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
     """Read the settings with the flags that were given."""
     given = [("--config", config_file)] if config_file is not None else []
-    for flag, value in flags.items():
-        if value is not None:
-            given.append((f"--{flag.partition('__')[2].replace('_', '-')}", value))
+    given += [(_flag(key), value) for key, value in _given(flags).items()]
     overrides = flag_sections(flags)
     remember_settings(*given)
     config = load_config(config_file, overrides)
@@ -342,6 +357,7 @@ def run_options(command: Function) -> Function:
             f"elsewhere_{place}",
             type=PATH,
             expose_value=False,
+            multiple=place == "rows",
             is_eager=place == "config",
             callback=_remember_elsewhere,
             help=f"{what}  [default: as recorded by the run]",
@@ -350,6 +366,8 @@ def run_options(command: Function) -> Function:
 
 
 def _remember_elsewhere(context: click.Context, option: click.Parameter, value: Any) -> None:
+    if option.multiple:
+        value = lone(value)
     if value is not None:
         place = str(option.name).removeprefix("elsewhere_")
         context.meta.setdefault(ELSEWHERE, {})[place] = value

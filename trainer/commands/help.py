@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,11 @@ class PathType(click.Path):
 PATH = PathType()
 
 
+def lone(values: tuple[Any, ...]) -> Any:
+    """Return what a flag that may be repeated was given: nothing, one value, or several."""
+    return values if len(values) > 1 else next(iter(values), None)
+
+
 class SettingOption(click.Option):
     """One setting as a flag.
 
@@ -55,7 +61,8 @@ class SettingOption(click.Option):
         if meta["choices"]:
             options["type"] = click.Choice(meta["choices"])
         elif meta["path"]:
-            options["type"] = PATH
+            # Several files: the flag is repeated.
+            options |= {"type": PATH, "multiple": holds_tuple(hint)}
         else:
             options["type"] = hint if hint in (int, float, bool) else str
         if meta["words"] is not None:
@@ -63,6 +70,11 @@ class SettingOption(click.Option):
         text = meta["help"]
         options |= {"default": None, "help": f"{text[0].upper()}{text[1:]}."}
         super().__init__(declarations, **options)
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Return None where a flag that may be repeated was not given, and one value as it is."""
+        found = super().type_cast_value(ctx, value)
+        return lone(found) if self.multiple else found
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Return what stands in brackets: the default, the demo's own, the bounds."""
@@ -89,8 +101,13 @@ class SettingOption(click.Option):
         if isinstance(value, bool):
             return (self.opts if value else self.secondary_opts)[0].lstrip("-")
         if isinstance(value, tuple):
-            return ",".join(map(self._typed, value))
+            return ",".join(map(self._typed, value)) or "none"
         return f"{value:g}" if isinstance(value, float) else str(value) or "none"
+
+
+def holds_tuple(hint: Any) -> bool:
+    """Tell whether a setting may be a list."""
+    return any(typing.get_origin(kind) is tuple for kind in (hint, *typing.get_args(hint)))
 
 
 def setting_option(

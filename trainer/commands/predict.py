@@ -20,7 +20,9 @@ STREAM = "-"
 @command()
 @click.argument("run")
 @click.option(
-    "--rows", type=PATH, help="Row file, JSONL or CSV, labelled or not; - is standard input."
+    "--rows",
+    type=PATH,
+    help="Row file, JSONL, CSV or Parquet, labelled or not; - is standard input.",
 )
 @click.option("--images", type=PATH, help="Folder of the photos.  [default: the run's own]")
 @encoding_option

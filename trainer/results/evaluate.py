@@ -97,7 +97,7 @@ def evaluate(
     patterns = load_buckets(buckets)
     source: Labelled = SplitRows(project, split, show)
     if rows is not None:
-        photos = scorer.photos(images)
+        photos = scorer.photos(images, rows)
         source = UnseenRows(run, project.root, rows, photos, show, cache, encoding)
     scored = source.score(scorer, control)
     clustered = Clustered(scored.image_ids)

@@ -133,7 +133,7 @@ def judge(
             scorer = Scorer(run, project)
             source: Labelled = SplitRows(project, split, show)
             if rows is not None:
-                photos = scorer.photos(images)
+                photos = scorer.photos(images, rows)
                 source = UnseenRows(run, project.root, rows, photos, show, encoding=encoding)
             threshold = threshold_of(run.metrics)
             try:

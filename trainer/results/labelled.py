@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from featstore.config import SPLITS
 from featstore.data.dataset import Dataset, rows_to_predict
+from featstore.data.images import ImageIndex
 from featstore.data.labels import NEUTRAL, UNLABELLED, labels_of
 from featstore.errors import Advice, Command, DataError, RunError, counted
 from featstore.progress import Show
@@ -94,7 +95,7 @@ class UnseenRows:
         run: Its name is in what is said of rows without labels.
         root: The store's.
         rows: The file or the table; see `trainer.results.predict.predict`.
-        images: Folder of the photos.
+        images: Folder of the photos, or what was found in it; None: they are in `rows`.
         show: Shows the extraction and the scoring.
         cache: Keep the features in the run's store.
         encoding: Of the file's text; "": UTF-8, or told from the bytes, which is shown.
@@ -108,7 +109,7 @@ class UnseenRows:
         run: Run,
         root: Path,
         rows: str | os.PathLike[str] | pd.DataFrame,
-        images: str | os.PathLike[str],
+        images: str | os.PathLike[str] | ImageIndex | None,
         show: Show,
         cache: bool = True,
         encoding: str = "",
@@ -119,8 +120,8 @@ class UnseenRows:
         # The files of a split, and of a control, have names of their own.
         taken = stem in SPLITS or any(stem.endswith(f"-{control}") for control in CONTROLS)
         self.name = f"rows-{stem}" if taken else stem
-        classes = run.config.data.classes
-        self.dataset = rows_to_predict(rows, images, root, encoding, classes)
+        classes, names = run.config.data.classes, run.config.data.label_names
+        self.dataset = rows_to_predict(rows, images, root, encoding, classes, names)
         labels = self.dataset.examples.labels
         # Said before anything is extracted.
         self.notes = [*self.dataset.notes(), *_absent_classes(labels, classes)]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from featstore.data.dataset import Dataset
 from featstore.data.examples import RowIssue, class_counts, summarise
+from featstore.data.images import ImageIndex
 from featstore.data.labels import LABEL_NAMES, UNLABELLED, labels_of
 from featstore.data.values import read_hypothesis
 from featstore.errors import DataError
@@ -206,7 +207,7 @@ class Predictions:
 def predict(
     scorer: Scorer,
     rows: RowSource,
-    images: str | os.PathLike[str],
+    images: str | os.PathLike[str] | ImageIndex | None,
     show: Show = SILENT,
     cache: bool = True,
     encoding: str = "",
@@ -222,7 +223,7 @@ def predict(
         scorer: The run over its store; the rows that it was trained on are not needed.
         rows: A row file, an open one, or a table with an image id and a sentence. Labels
             are not needed; those that are there are measured.
-        images: Folder of the photos.
+        images: Folder of the photos, or what was found in it; None: they are in `rows`.
         show: Shows the extraction and the scoring.
         cache: Keep the features that are missing in the run's store. False computes them
             in memory and writes nothing; the predictions are the same.

@@ -6,21 +6,29 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from glob import glob
 from os.path import exists, isabs
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.examples import NO_PHOTO
+from featstore.data.images import ImageIndex
+from featstore.data.table_rows import has_photos
 from featstore.errors import Advice, Command, MissingFeaturesError, RunError, counted
 from featstore.progress import SILENT, Show
 from featstore.project import Project
+from featstore.settings import paths_in
 from trainer.batches import CachedRows
 from trainer.features import cached_rows
 from trainer.run.checkpoint import load_best
 from trainer.run.folder import Run
 from trainer.run.step import Predictor, make_predictor, predict_logits
+
+if TYPE_CHECKING:
+    from featstore.data.dataset import RowSource
 
 NAMED = 5
 
@@ -64,9 +72,15 @@ class Scorer:
         self.train, self.classes = config.train, config.data.classes
         self.logit_shape = () if self.classes == 2 else (self.classes,)
 
-    def photos(self, images: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
-        """Return the folder of photos that is given, or else the run's own."""
-        return images or self.project.config.data.images or self.project.dataset.images.folder
+    def photos(
+        self, images: str | os.PathLike[str] | None, rows: RowSource
+    ) -> str | os.PathLike[str] | ImageIndex | None:
+        """Return where the photos of other rows are: given, in their file (None), or the run's."""
+        if images:
+            return images
+        if isinstance(rows, str | os.PathLike) and has_photos(rows):
+            return None
+        return self.project.config.data.images or self.project.dataset.images
 
     @functools.cached_property
     def model(self) -> keras.Model:
@@ -176,15 +190,14 @@ def check_same_data(run: Run, project: Project) -> None:
         RunError: The rows or the split differ from the run's, or are not there.
     """
     expected, data = run.manifest["data"], project.config.data
-    files = data.rows.values() if isinstance(data.rows, dict) else [data.rows]
     absent = {
         option: path
         for option, path in (
-            *(("--data-rows", path) for path in files),
+            *(("--data-rows", path) for path in paths_in(data.rows)),
             ("--data-images", data.images),
             ("--split-file", data.split_file),
         )
-        if path and not exists(path)
+        if path and not exists(path) and not glob(path)
     }
     if project.config.is_demo and not project.has_dataset:
         absent["--root"] = str(project.root)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.errors import Command, counted
+from featstore.settings import paths_in
 from trainer.config import Config
 from trainer.metrics import decided
 from trainer.results.controls import NO_BLIND
@@ -379,10 +380,7 @@ def _errors(result: dict[str, Any]) -> str:
 
 
 def _settings(config: Config) -> str:
-    rows: Any = config.data.rows
-    files = ", ".join(
-        Path(path).name for path in (rows.values() if isinstance(rows, dict) else [rows])
-    )
+    files = ", ".join(Path(path).name for path in paths_in(config.data.rows))
     shown: dict[str, Any] = {
         "rows": files or "the built-in demo",
         "classes": config.data.classes,

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.dataset import Dataset, rows_to_predict
+from featstore.data.images import ImageIndex
 from featstore.errors import Advice, DataError, counted
 from featstore.extract.held import HeldImages, HeldSentences, Holder
 from featstore.progress import SILENT, Show
@@ -36,7 +37,7 @@ Keys = NDArray[np.object_]
 def score_rows(
     scorer: Scorer,
     rows: RowSource,
-    images: str | os.PathLike[str],
+    images: str | os.PathLike[str] | ImageIndex | None,
     *,
     show: Show = SILENT,
     cache: bool = True,
@@ -48,7 +49,7 @@ def score_rows(
     Args:
         scorer: The run over its store.
         rows: See `predict`.
-        images: Folder of the photos.
+        images: Folder of the photos, or what was found in it; None: they are in `rows`.
         show: Shows the extraction and the scoring.
         cache: See `predict`.
         control: As in `Scorer.score`, another photo being one of these rows'; None: as the
@@ -63,8 +64,8 @@ def score_rows(
     Raises:
         RowError, DataError, StoreError: See `predict`; also where no photo could be read.
     """
-    root, classes = scorer.project.root, scorer.classes
-    dataset = rows_to_predict(rows, images, root, encoding, classes)
+    root, names = scorer.project.root, scorer.run.config.data.label_names
+    dataset = rows_to_predict(rows, images, root, encoding, scorer.classes, names)
     return dataset, score_dataset(scorer, dataset, show=show, cache=cache, control=control)
 
 

@@ -25,7 +25,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -297,7 +297,7 @@ def places(
     config: str | os.PathLike[str] | None = None,
     root: str | os.PathLike[str] | None = None,
     images: str | os.PathLike[str] | None = None,
-    rows: str | os.PathLike[str] | None = None,
+    rows: str | os.PathLike[str] | Sequence[str] | None = None,
     split_file: str | os.PathLike[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return the settings that say where a run's data and store are now.
@@ -306,7 +306,7 @@ def places(
         config: A configuration of the same data: its rows, photos, split, encoders and store.
         root: Folder of the store; this and the following win.
         images: Folder of the photos.
-        rows: Row file.
+        rows: Row file, or several.
         split_file: The user's own split.
 
     Raises:
@@ -327,7 +327,10 @@ def places(
         ("data", "split_file", split_file),
     ):
         if value is not None:
-            found.setdefault(section, {})[key] = os.fspath(value)
+            of_section = found.setdefault(section, {})
+            of_section[key] = (
+                os.fspath(value) if isinstance(value, str | os.PathLike) else tuple(value)
+            )
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +160,6 @@ def _readable(
             data = read_bytes(path)
             digest = images.source_digests(stored.image_positions[[pick]])[0]
             if digest_bytes(data) == tuple(digest.tolist()):
-                yield pick, data, models.vision.to_pixels(decode_image(data, os.fspath(path)))
+                yield pick, data, models.vision.to_pixels(decode_image(data, str(path)))
         except ImageError:
             continue
