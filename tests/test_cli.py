@@ -451,13 +451,22 @@ def test_evaluate_prints_one_object_or_a_table(project: Project, trained: object
     assert "50.00%" in control
 
 
+LISTS_AND_TABLES: dict[str, Any] = {
+    "fractions": (0.5, 0.25, 0.25),
+    "row_weights": (2.0, 1.5),
+    "label_names": ("entailment", "neutral"),
+    "class_weights": {"contradiction": 1.0, "entailment": 2.5},
+    "oversample": {"gender": 1.5, "counting": 2.0},
+}
+
+
 def other_value(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     """Return a valid value of a setting that is not `value`."""
     choices = field.metadata["choices"]
     if choices:
         return next(choice for choice in choices if choice != value)
-    if field.name == "fractions":
-        return (0.5, 0.25, 0.25)
+    if field.name in LISTS_AND_TABLES:
+        return LISTS_AND_TABLES[field.name]
     if kind is bool:
         return not value
     if kind is int:
@@ -482,7 +491,8 @@ def test_every_flag_overrides_the_file(
 ) -> None:
     in_file = getattr(getattr(project.config, section), field.name)
     wanted = other_value(field, kind, in_file)
-    text = ",".join(map(str, wanted)) if isinstance(wanted, tuple) else str(wanted)
+    listed = [f"{k}={v}" for k, v in wanted.items()] if isinstance(wanted, dict) else wanted
+    text = ",".join(map(str, listed)) if isinstance(listed, tuple | list) else str(wanted)
     command = cli.commands["train"]
     name = field.name.replace("_", "-")
     given = [f"--{name}" if wanted else f"--no-{name}"] if kind is bool else [f"--{name}", text]
