@@ -103,7 +103,10 @@ def test_cached_is_end_to_end(tiny_family: Preset, pair: Pair, name: str, k_txt:
         )
         load_pretrained(model, preset)
         assert_same_numbers(model, oracle, rows)
-        assert count_parameters(preset.config, vision.width, train) == model.count_params()
+        assert (
+            count_parameters(preset.config, {"hidden_dim": vision.width}, train)
+            == model.count_params()
+        )
 
 
 @pytest.mark.parametrize("name", ["xlm_roberta", "albert", "clip"])
@@ -113,7 +116,7 @@ def test_the_plain_model_is_the_end_to_end_model(pair: Pair, name: str) -> None:
     expected = build_end_to_end(vision.backbone, text.backbone, settings(BLOCKS))
     logits = np.asarray(expected(rows))
     plain = build_plain(vision.backbone, text.backbone, settings(BLOCKS))
-    transfer_to_plain(expected, plain, BLOCKS)
+    transfer_to_plain(expected, plain, settings(BLOCKS))
     np.testing.assert_allclose(np.asarray(plain(rows)), logits, atol=1e-6)
     # As it is imported again, when its operations have other names.
     described = json.loads(plain.to_json())

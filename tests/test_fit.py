@@ -693,5 +693,5 @@ def test_only_runs_of_the_same_batches_go_together(
 
 
 def test_text_layers_do_not_train_together(work: Workspace) -> None:
-    with pytest.raises(UsageError, match="k_txt 0 only"):
+    with pytest.raises(UsageError, match="k_txt 0 and k_vit 0 only"):
         train_together([work.training(k_txt=1), work.training(k_txt=1)])
