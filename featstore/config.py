@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from featstore.errors import ConfigError
-from featstore.settings import build_section, complete, hints, read_toml, setting, suggest
+from featstore.settings import (
+    build_section,
+    checked_values,
+    complete,
+    hints,
+    read_toml,
+    setting,
+    suggest,
+)
 
 DEFAULT_FILE = "featstore.toml"
 DEFAULT_K_TXT = 3
@@ -321,8 +329,7 @@ def load_sections(
             (complete(section, given.get(name, {})), str(file), file.absolute().parent),
             ((overrides or {}).get(name, {}), where, Path.cwd()),
         ):
-            built: Any = build_section(name, section, values, source, folder)
-            parts[name] |= {key: getattr(built, key) for key in values}
+            parts[name] |= checked_values(name, section, values, source, folder)
     if not parts["data"].get("rows"):
         from featstore import demo
 

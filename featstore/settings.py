@@ -285,6 +285,14 @@ def build_section(
     return section(**chosen)
 
 
+def checked_values(
+    name: str, section: type, values: Mapping[str, Any], where: str, folder: Path
+) -> dict[str, Any]:
+    """Return the settings that were given, as `build_section` makes them, and no others."""
+    built: Any = build_section(name, section, values, where, folder)
+    return {key: getattr(built, key) for key in values}
+
+
 def complete(section: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Add what the settings of an older version meant.
 

@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from click.testing import CliRunner
+from on_jax import run_on_jax
 from tiny_runs import tiny_config
 
 from benchmarks import growth, loop, number_formats, search, together
@@ -303,25 +303,12 @@ arguments = (stepper._states(), given, stepper._numbers.array())
 cost = stepper._train.lower(*arguments).compile().cost_analysis()
 print(json.dumps((cost[0] if isinstance(cost, list) else cost)["flops"]))
 """
-    done = run_jax("-c", program)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(run_on_jax("-c", program).splitlines()[-1])
     size = dataclasses.replace(TINY, width=128, mlp_dim=128)
     counted = sum(operations(size, 2, 8, 12).values())
     # The compiler also counts softmax, norms, activations and dropout.
     assert counted < found * 1.02
     assert counted > found * 0.85
-
-
-def run_jax(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=environment,
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
 
 
 @pytest.mark.slow
@@ -505,8 +492,8 @@ runpy.run_module("benchmarks", run_name="__main__")
 """
     common = ["accelerator", "--size", "tiny", "--k-txt", "1", "--rounds", "1", "--steps", "2"]
     common = ["--results", str(tmp_path), *common, "--policy", "float32"]
-    run_jax("-c", program, *common, "--batch-size", "4", "--photos", "8")
-    run_jax("-c", program, *common, "--batch-size", "8", "--photos", "0")
+    run_on_jax("-c", program, *common, "--batch-size", "4", "--photos", "8")
+    run_on_jax("-c", program, *common, "--batch-size", "8", "--photos", "0")
     (file,) = tmp_path.glob("*.json")
     figures = json.loads(file.read_text())["accelerator"]
     assert figures["steps"].keys() == {"float32/4/1", "float32/8/1"}

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from on_jax import run_on_jax
 
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
 from featstore.encoders.presets import resolve_preset
@@ -303,15 +301,7 @@ def test_on_jax_a_run_after_another_is_as_alone(
     """Also after one that diverged, whose last steps were never written back."""
     config = tmp_path / "config.toml"
     config.write_text(render_config(with_train(project[1], k_txt=2)))
-    done = subprocess.run(
-        [sys.executable, "-c", JAX, str(config), str(tmp_path)],
-        env={**os.environ, "KERAS_BACKEND": "jax"},
-        cwd=Path(__file__).resolve().parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("same\n")
+    assert run_on_jax("-c", JAX, str(config), str(tmp_path)).endswith("same\n")
 
 
 # --- pretrained layers, sizes

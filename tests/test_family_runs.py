@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from on_jax import run_on_jax
 from test_parity import assert_same_numbers, settings
 from tiny_presets import TINY_FAMILIES
 from tiny_runs import tiny_config, with_train
@@ -228,14 +226,7 @@ def test_the_main_ways_on_jax(tiny_family: Preset, tmp_path: Path, text: str) ->
     vision = tiny_family(PAIRS[text])
     config = tiny_config(tmp_path / "data", vision, tiny_family(text), k_txt=2, epochs=1)
     (tmp_path / "config.toml").write_text(render_config(with_train(config, dropout=0.0)))
-    done = subprocess.run(
-        [sys.executable, "-c", JAX, str(tmp_path / "config.toml"), str(tmp_path)],
-        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).resolve().parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    loss, accuracy = map(float, done.stdout.splitlines()[-1].split())
+    printed = run_on_jax("-c", JAX, str(tmp_path / "config.toml"), str(tmp_path))
+    loss, accuracy = map(float, printed.splitlines()[-1].split())
     assert np.isfinite(loss)
     assert 0 <= accuracy <= 1

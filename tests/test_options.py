@@ -8,9 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from on_jax import run_on_jax
 from test_resume import assert_same
 from test_step import LENGTH, ROWS, random_batch, tiny_model, weights_of
 from tiny_runs import tiny_config, with_train
@@ -542,11 +540,4 @@ def test_runs_of_other_numbers_share_a_graph_and_are_as_alone(place: Place) -> N
 def test_all_of_it_on_jax() -> None:
     """But the plain layers, and what no backend is asked for."""
     which = "(fast or mixed or unbroken or plateau or share) and not plain"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", __file__, "-k", which],
-        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
-        cwd=Path(__file__).resolve().parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_on_jax("-m", "pytest", "-q", "-n", "0", __file__, "-k", which)

@@ -5,10 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -16,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
+from on_jax import run_on_jax
 
 from featstore.store.numbers import Numbers
 from trainer.batches import Batch
@@ -317,20 +314,5 @@ def test_acut_learning_rate_takes_effect_without_tracing_again(policy: str) -> N
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 def test_jax_gives_the_same_losses() -> None:
     program = "import json, test_step; print(json.dumps(test_step.train()[0]))"
-    folder = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "KERAS_BACKEND": "jax",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(folder), str(folder.parent)]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    losses = json.loads(done.stdout.splitlines()[-1])
+    losses = json.loads(run_on_jax("-c", program, timeout=300).splitlines()[-1])
     np.testing.assert_allclose(losses, train()[0], rtol=1e-4)

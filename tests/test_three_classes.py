@@ -6,11 +6,8 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from on_jax import run_on_jax
 from scipy.optimize import minimize_scalar
 from sklearn import metrics as oracle
 from tiny_runs import SENTENCES, prepared, tiny_config, with_train
@@ -387,15 +385,7 @@ def test_on_jax_the_fast_form_is_the_plain_one(made: Made, tmp_path: Path, k_txt
     prepared(config)
     path = tmp_path / "config.toml"
     path.write_text(render_config(config))
-    done = subprocess.run(
-        [sys.executable, "-c", JAX, str(path), str(tmp_path)],
-        env={**os.environ, "KERAS_BACKEND": "jax"},
-        cwd=Path(__file__).resolve().parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("same\n")
+    assert run_on_jax("-c", JAX, str(path), str(tmp_path)).endswith("same\n")
 
 
 @pytest.mark.slow

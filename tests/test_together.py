@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from on_jax import run_on_jax
 
 from benchmarks.sizes import TINY
 from featstore.store.numbers import Numbers
@@ -113,20 +110,5 @@ def test_the_same_under_jax() -> None:
         "import json, test_together as t;"
         "print(json.dumps([[losses for losses, *_ in t.train(way)] for way in (True, False)]))"
     )
-    folder = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "KERAS_BACKEND": "jax",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(folder), str(folder.parent)]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    together, alone = json.loads(done.stdout.splitlines()[-1])
+    together, alone = json.loads(run_on_jax("-c", program, timeout=300).splitlines()[-1])
     np.testing.assert_allclose(together, alone, rtol=1e-5)

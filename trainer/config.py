@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -206,6 +207,20 @@ def load_config(
 def render_config(config: Config, comments: bool = False, defaults: bool = True) -> str:
     """Return the settings as TOML that `load_config` reads back; see `render_toml`."""
     return render_toml(config, comments, defaults)
+
+
+def with_sections(config: Config, sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Return settings under others.
+
+    Args:
+        config: The settings.
+        sections: Section to key to value; these win.
+    """
+    parts = {
+        name: dataclasses.replace(getattr(config, name), **values)
+        for name, values in sections.items()
+    }
+    return dataclasses.replace(config, **parts)
 
 
 def beside_run(config: Config, folder: Path) -> Config:

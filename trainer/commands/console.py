@@ -24,6 +24,7 @@ from featstore.errors import (
     WriteError,
     counted,
 )
+from featstore.progress import SHOWN, Show
 from trainer.commands.answer import Answer, fail, warn
 from trainer.commands.help import PATH, SectionedGroup, lone, setting_option
 from trainer.config import SECTIONS, Config, load_config
@@ -378,6 +379,11 @@ def _remember_elsewhere(context: click.Context, option: click.Parameter, value: 
 def elsewhere() -> dict[str, Any]:
     """Return where this command's runs have their data now, as `trainer.load_run` takes it."""
     return dict(click.get_current_context().meta.get(ELSEWHERE, {}))
+
+
+def show_of(as_json: bool) -> Show:
+    """Return how work is shown: with --json without notes, whose content the object has."""
+    return dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN
 
 
 @contextlib.contextmanager

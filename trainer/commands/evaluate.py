@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from featstore.errors import Advice, UsageError, counted
-from featstore.progress import SHOWN
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     check_kept,
@@ -18,6 +17,7 @@ from trainer.commands.console import (
     print_confusion,
     quoted,
     run_options,
+    show_of,
     split_option,
     stop_request,
 )
@@ -207,7 +207,7 @@ def evaluate(
     if with_controls and control not in (None, "none"):
         raise UsageError("--with-controls and --control exclude each other: all of them, or one")
     found = open_run(run, runs)
-    show = dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN
+    show = show_of(as_json)
     if with_controls:
         from trainer.run.shown import SHOWN_REPORTER
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import click
 
-from featstore.progress import SHOWN
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     import_framework,
@@ -15,6 +13,7 @@ from trainer.commands.console import (
     print_metrics,
     runs_option,
     settings,
+    show_of,
 )
 from trainer.commands.help import PATH, command
 
@@ -60,7 +59,7 @@ def import_weights(
         k_txt=flags["train__k_txt"],
         k_vit=flags["train__k_vit"],
         threshold=threshold,
-        show=dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN,
+        show=show_of(as_json),
     )
     imported = run.manifest["imported"]
     if as_json:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import click
 
 from featstore.errors import counted
-from featstore.progress import SHOWN
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     flag_sections,
@@ -16,6 +14,7 @@ from trainer.commands.console import (
     remember_settings,
     runs_option,
     settings,
+    show_of,
     stop_request,
 )
 from trainer.commands.help import PATH, command
@@ -44,7 +43,7 @@ def run_recipe(
     if config_file is not None:
         remember_settings(("--config", config_file))
     overrides = flag_sections(flags)
-    show = dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN
+    show = show_of(as_json)
     import_framework()
     from trainer.recipes import chain
     from trainer.recipes.recipe import read_recipe

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from featstore.progress import SHOWN
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     import_framework,
@@ -17,6 +16,7 @@ from trainer.commands.console import (
     remember_settings,
     runs_option,
     settings,
+    show_of,
     stop_request,
 )
 from trainer.commands.help import command
@@ -85,7 +85,7 @@ def train(
     from trainer import api
     from trainer.run.shown import SHOWN_REPORTER
 
-    show = dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN
+    show = show_of(as_json)
     with stop_request() as stopping:
         run = api.train(
             project,

@@ -25,12 +25,11 @@ from featstore.progress import SHOWN, Show
 from featstore.project import Project
 from featstore.publish import command_line, package_versions, write_json, write_text
 from trainer import api
-from trainer.config import Config
+from trainer.config import Config, with_sections
 from trainer.recipes.recipe import Recipe, Stage, read_recipe
 from trainer.recipes.table import as_markdown, measured_figures, stage_row
 from trainer.results.predictions_file import format_of, opened_for
 from trainer.results.score import check_same_data
-from trainer.run.resume import check_resumable
 from trainer.run.training import Reporter
 from trainer.tuning.drive import SearchResults, load_search, plan_features, search
 from trainer.tuning.space_file import read_space
@@ -134,16 +133,14 @@ def settled(stage: Stage, done: Mapping[str, api.Run | SearchResults]) -> Config
         return stage.config
     found = done[stage.settings_from]
     assert isinstance(found, SearchResults)
-    config, tried = stage.config, found.best_run.config
-    space = found.search.space
+    space, tried = found.search.space, found.best_run.config
     named = {(parameter.section, parameter.key) for parameter in space.parameters}
     named |= {(section, key) for section, values in space.fixed.items() for key in values}
-    for section, key in sorted(named):
+    taken: dict[str, dict[str, Any]] = {}
+    for section, key in named:
         if key not in stage.own.get(section, ()):
-            value = getattr(getattr(tried, section), key)
-            part = dataclasses.replace(getattr(config, section), **{key: value})
-            config = dataclasses.replace(config, **{section: part})
-    return config
+            taken.setdefault(section, {})[key] = getattr(getattr(tried, section), key)
+    return with_sections(stage.config, taken)
 
 
 def plan(recipe: Recipe, until: str | None = None, show: Show = SHOWN) -> list[dict[str, Any]]:
@@ -161,10 +158,10 @@ def plan(recipe: Recipe, until: str | None = None, show: Show = SHOWN) -> list[d
     """
     found = []
     for stage in asked(recipe, until):
-        project = Project(stage.config, dry_run=True)
-        show.note(f"stage {stage.name}: {state_of(stage, recipe)}")
+        project, state = Project(stage.config, dry_run=True), state_of(stage, recipe)
+        show.note(f"stage {stage.name}: {state}")
         plans: list[Plan] = []
-        if state_of(stage, recipe) != "finished":
+        if state != "finished":
             configs = [stage.config]
             if stage.space is not None:
                 space = read_space(stage.space, stage.search, {}, stage.config.is_demo)
@@ -174,7 +171,7 @@ def plan(recipe: Recipe, until: str | None = None, show: Show = SHOWN) -> list[d
             {
                 "stage": stage.name,
                 "kind": "run" if stage.space is None else "search",
-                "state": state_of(stage, recipe),
+                "state": state,
                 "to_extract": [one.to_dict() for one in plans],
             }
         )
@@ -216,7 +213,6 @@ def _train(
         _check_same(run, settings, source)
         check_same_data(run, project)
     else:
-        check_resumable(run, settings)
         run = api.train(
             project,
             name=stage.name,

@@ -30,7 +30,6 @@ Relative paths are taken from the file's folder.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,8 +38,8 @@ from typing import Any
 
 from featstore.config import runs_folder
 from featstore.errors import ConfigError
-from featstore.settings import build_section, plain_path, read_toml, suggest
-from trainer.config import SECTIONS, Config, load_config
+from featstore.settings import checked_values, plain_path, read_toml, suggest
+from trainer.config import SECTIONS, Config, load_config, with_sections
 from trainer.run.folder import NAME_PATTERN
 
 STAGE_SECTIONS = ("data", "encoders", "store", "train")
@@ -204,13 +203,9 @@ def _stage(
         if missing := [key for key in ("rows", "out") if key not in predict]:
             raise ConfigError(f"{at}: predict has no {missing[0]}; expected rows and out")
     own = _layered(_sections(table, STAGE_SECTIONS, at, home), given)
-    config = base
-    for section, values in own.items():
-        changed = dataclasses.replace(getattr(config, section), **values)
-        config = dataclasses.replace(config, **{section: changed})
     return Stage(
         name,
-        config,
+        with_sections(base, own),
         {section: frozenset(values) for section, values in own.items()},
         init_from,
         settings_from,
@@ -259,8 +254,7 @@ def _sections(
         values = tables.get(name, {})
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: {name} must be a section: [{name}]")
-        built: Any = build_section(name, SECTIONS[name], values, where, folder)
-        found[name] = {key: getattr(built, key) for key in values}
+        found[name] = checked_values(name, SECTIONS[name], values, where, folder)
     return found
 
 

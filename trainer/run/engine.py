@@ -36,8 +36,6 @@ from trainer.run.step import Stepper, make_stepper
 
 KEPT_MODELS, KEPT_BYTES = 8, 1 << 31
 """Most models, and bytes of them, that are kept for later runs; those idle longest go first."""
-# Each begins anew with a run's seed.
-STREAMS = ("vision", "text", "head")
 DRAWS = 4096
 # As Keras draws the seed of what is given none.
 LOWEST_SEED, HIGHEST_SEED = 1, int(1e9)
@@ -173,7 +171,7 @@ class Engine:
         }
         places = {
             stream: {drawn: place for place, drawn in enumerate(_draws(f"{stream} {seed}"))}
-            for stream in STREAMS
+            for stream in (*self._tails, "head")
         }
         for layer in self.model._flatten_layers(include_self=False):
             stream = stream_of.get(id(layer), "head")
@@ -204,7 +202,7 @@ class Engine:
         Args:
             train: The run's settings; they are of this engine's architecture.
         """
-        draws = {stream: _draws(f"{stream} {train.seed}") for stream in STREAMS}
+        draws = {stream: _draws(f"{stream} {train.seed}") for stream in (*self._tails, "head")}
         for state, stream, place in self._generators:
             state.assign([draws[stream][place], 0])
         for variable, initializer, place in self._initialised:

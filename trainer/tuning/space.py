@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featstore.errors import ConfigError
-from featstore.settings import build_section, setting, toml_value
-from trainer.config import LOWER_IS_BETTER, MONITORS, SECTIONS, Config
+from featstore.settings import checked_values, setting, toml_value
+from trainer.config import LOWER_IS_BETTER, MONITORS, SECTIONS, Config, with_sections
 
 if TYPE_CHECKING:
     import optuna
@@ -201,11 +201,7 @@ class Space:
 
     def base(self, config: Config) -> Config:
         """Return the settings that all trials share: a configuration's, under what is fixed."""
-        parts = {
-            name: dataclasses.replace(getattr(config, name), **given)
-            for name, given in self.fixed.items()
-        }
-        return dataclasses.replace(config, **parts)
+        return with_sections(config, self.fixed)
 
     def config(self, base: Config, values: Mapping[str, Any]) -> Config:
         """Return the settings of a trial.
@@ -219,12 +215,11 @@ class Space:
             if parameter.name in values:
                 value = parameter.setting(values[parameter.name])
                 changes.setdefault(parameter.section, {})[parameter.key] = value
-        sections: dict[str, Any] = {}
-        for name, given in changes.items():
-            built: Any = build_section(name, SECTIONS[name], given, "trial", Path.cwd())
-            checked = {key: getattr(built, key) for key in given}
-            sections[name] = dataclasses.replace(getattr(base, name), **checked)
-        return dataclasses.replace(base, **sections)
+        checked = {
+            name: checked_values(name, SECTIONS[name], given, "trial", Path.cwd())
+            for name, given in changes.items()
+        }
+        return with_sections(base, checked)
 
     def feature_configs(self, base: Config) -> list[Config]:
         """Return one configuration for each set of features that a trial can ask for.
