@@ -33,6 +33,7 @@ from benchmarks.steps import cached_stepper, random_batch
 from benchmarks.tables import table
 from trainer.config import render_config
 from trainer.run.folder import Run
+from trainer.run.training import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -346,14 +347,14 @@ def test_runs_trained_together_are_the_runs_trained_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses: dict[str, float] = {}
-    end = together.Training.end
+    end = Training.end
 
-    def record(training: Any, status: str) -> None:
+    def record(training: Training, status: str) -> None:
         end(training, status)
         assert isinstance(training.run, Run)
         losses[training.run.name] = training.progress.history[-1]["loss"]
 
-    monkeypatch.setattr(together.Training, "end", record)
+    monkeypatch.setattr(Training, "end", record)
     figures = together.measure(2, 2, 20, 40, 2, 1, (3,), TINY, str(tmp_path))
     assert len(losses) == 8
     for run in ("0-0-0", "0-0-1", "0-1-0", "0-1-1"):

@@ -27,6 +27,7 @@ def history(epochs: int) -> list[dict[str, Any]]:
             "val_accuracy": 0.6 + 0.02 * i,
             "val_macro_f1": 0.6 + 0.02 * i,
             "val_auc": 0.65 + 0.02 * i,
+            "val_brier": 0.3 - 0.01 * i,
             "lr": 1e-4 if i < 3 else 5e-5,
         }
         for i in range(epochs)
@@ -76,7 +77,9 @@ def test_curves(tmp_path: Path, figures: list[Figure]) -> None:
         assert axes.get_xlabel() == "epoch"
 
 
-@pytest.mark.parametrize(("monitor", "best"), [("val_loss", 3), ("val_macro_f1", 6), ("loss", 6)])
+@pytest.mark.parametrize(
+    ("monitor", "best"), [("val_loss", 3), ("val_macro_f1", 6), ("val_brier", 6)]
+)
 def test_best_epoch_follows_the_monitor(
     tmp_path: Path, figures: list[Figure], monitor: str, best: int
 ) -> None:

@@ -93,7 +93,10 @@ def build_plain(
 
 def plain_weights(model: keras.Model, k_txt: int, k_vit: int = 0) -> dict[str, Any]:
     """Return the weights of a plain model that train, named as by `trained_weights`."""
-    vision = Tower(model.get_layer(VISION_NAME), "vision").upper_layers(k_vit)
+    # A tower whose backbone pools is a model of its own in here, of no family; none of its blocks
+    # trains.
+    tower = model.get_layer(VISION_NAME)
+    vision = Tower(tower, "vision").upper_layers(k_vit) if k_vit else []
     text = Tower(model.get_layer(TEXT_NAME), "text").upper_layers(k_txt)
     return named_weights(name_layers({layer.name: layer for layer in vision}, text, model))
 
