@@ -63,7 +63,8 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and (path.suffix in (".py", ".toml") or "presets" in path.parts)
+        if path.is_file()
+        if path.suffix in (".py", ".toml") or {"presets", "templates"} & {*path.parts}
         if "__pycache__" not in path.parts
     }
     assert {"trainer/commands/main.py", "featstore/demo/presets/vit_demo/config.json"} <= expected
