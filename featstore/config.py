@@ -23,7 +23,7 @@ from featstore.settings import (
 DEFAULT_FILE = "featstore.toml"
 DEFAULT_K_TXT = 3
 # Of the file, read by the trainer.
-OTHER_SECTIONS = ("train", "runs")
+OTHER_SECTIONS = ("train", "track", "runs")
 # What a run and a search write of themselves into their folder.
 RECORDS = ("manifest.json", "search.json")
 SPLITS = ("train", "val", "test")
@@ -273,7 +273,7 @@ def material(
     found: dict[str, dict[str, Any]] = {}
     for name, values in config.items():
         declared = {field.name: field.metadata for field in dataclasses.fields(sections[name])}
-        found[name] = {
+        kept = {
             key: value
             for key, value in values.items()
             if not (
@@ -282,6 +282,8 @@ def material(
                 or (declared[key]["preset"] and os.path.isabs(value))
             )
         }
+        if kept:
+            found[name] = kept
     return found
 
 

@@ -41,6 +41,7 @@ def setting(
     preset: bool = False,
     free: bool = False,
     before: Any = None,
+    flag: str = "",
 ) -> Any:
     """Declare one setting of a section.
 
@@ -57,6 +58,7 @@ def setting(
         free: The value changes no number, and may change while something goes on.
         before: Of a setting that came later: what was done before there was one.
             See `complete`.
+        flag: Its flag, where that is not `--` and its name.
     """
     metadata = {
         "help": help,
@@ -69,6 +71,7 @@ def setting(
         "preset": preset,
         "free": free,
         "before": before,
+        "flag": flag,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -146,10 +149,13 @@ def check(section: str, field: dataclasses.Field[Any], hint: Any, value: Any, wh
     if not ok:
         raise ConfigError(f"{where}: {name} must be {_type_name(hint)}, found {value!r}")
     meta = field.metadata
-    if meta.get("choices") and value not in meta["choices"]:
-        allowed = ", ".join(map(str, meta["choices"]))
-        hint_text = suggest(str(value), map(str, meta["choices"]))
-        raise ConfigError(f"{where}: {name} must be one of {allowed}; found {value!r}{hint_text}")
+    for item in value if isinstance(value, tuple) else (value,):
+        if meta.get("choices") and item not in meta["choices"]:
+            allowed = ", ".join(map(str, meta["choices"]))
+            hint_text = suggest(str(item), map(str, meta["choices"]))
+            raise ConfigError(
+                f"{where}: {name} must be one of {allowed}; found {item!r}{hint_text}"
+            )
     words = meta.get("words")
     if words is not None and isinstance(value, str) and value not in ("", *words):
         others = "".join(f" or {word!r}" for word in words)

@@ -457,16 +457,17 @@ LISTS_AND_TABLES: dict[str, Any] = {
     "label_names": ("entailment", "neutral"),
     "class_weights": {"contradiction": 1.0, "entailment": 2.5},
     "oversample": {"gender": 1.5, "counting": 2.0},
+    "to": ("mlflow", "tensorboard"),
 }
 
 
 def other_value(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     """Return a valid value of a setting that is not `value`."""
     choices = field.metadata["choices"]
-    if choices:
-        return next(choice for choice in choices if choice != value)
     if field.name in LISTS_AND_TABLES:
         return LISTS_AND_TABLES[field.name]
+    if choices:
+        return next(choice for choice in choices if choice != value)
     if kind is bool:
         return not value
     if kind is int:
@@ -494,7 +495,7 @@ def test_every_flag_overrides_the_file(
     listed = [f"{k}={v}" for k, v in wanted.items()] if isinstance(wanted, dict) else wanted
     text = ",".join(map(str, listed)) if isinstance(listed, tuple | list) else str(wanted)
     command = cli.commands["train"]
-    name = field.name.replace("_", "-")
+    name = field.metadata["flag"].removeprefix("--") or field.name.replace("_", "-")
     given = [f"--{name}" if wanted else f"--no-{name}"] if kind is bool else [f"--{name}", text]
     flags = ["--config", project.file, *given]
     params = command.make_context("train", flags).params

@@ -218,6 +218,8 @@ paths = st.just("") | letters.map(
 
 def values_of(section: str, field: dataclasses.Field[Any], hint: Any) -> st.SearchStrategy[Any]:
     meta = field.metadata
+    if field.name == "to":
+        return st.lists(st.sampled_from(meta["choices"]), max_size=3).map(tuple)
     if meta["choices"]:
         return st.sampled_from(meta["choices"])
     if field.name == "rows":

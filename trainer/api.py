@@ -21,6 +21,7 @@ from trainer.run.fit import fit
 from trainer.run.folder import find_run, free_name, run_folder
 from trainer.run.resume import check_resumable
 from trainer.run.shown import SHOWN_REPORTER, threshold_line
+from trainer.run.tracking import check_trackers
 from trainer.run.training import Reporter, Training
 
 if TYPE_CHECKING:
@@ -300,6 +301,7 @@ def train(
         init_from = init_from or known.source
     folders = Path(runs or runs_folder(project.file))
     config = config_of(project, **settings)
+    check_trackers(config.track)
     project = project.with_config(config)
     source = find_run(folders, init_from) if init_from else None
     name = free_name(folders, f"k{config.train.k_txt}") if name is None else name

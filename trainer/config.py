@@ -32,6 +32,7 @@ MONITORS = (
     *("val_brier", "val_calibration_error"),
 )
 LOWER_IS_BETTER = ("val_loss", "val_brier", "val_calibration_error")
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 SCHEDULES = ("plateau", "constant", "linear", "cosine")
 DECAYS = ("linear", "cosine")
 # What a step with k_txt 0 reads.
@@ -175,15 +176,39 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class TrackConfig:
+    """Who else is told what a run does; its own folder always has everything."""
+
+    to: tuple[str, ...] = setting(
+        ("tensorboard",),
+        "what a run's settings and figures are also sent to: tensorboard (files in the run's"
+        " folder), mlflow, wandb, trackio",
+        choices=TRACKERS,
+        free=True,
+        before=("tensorboard",),
+        flag="--track",
+    )
+    project: str = setting(
+        "featstore",
+        "name under which they keep the runs: an experiment of MLflow, a project of the others",
+        free=True,
+        before="featstore",
+        flag="--track-project",
+    )
+
+
+@dataclass(frozen=True)
 class Config(FeatureConfig):
     """All sections of `featstore.toml`."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     @classmethod
     def of(cls, features: FeatureConfig, train: TrainConfig) -> Config:
         """Return the settings of a run over the features of a configuration."""
-        return cls(features.data, features.encoders, features.store, train)
+        track = features.track if isinstance(features, Config) else TrackConfig()
+        return cls(features.data, features.encoders, features.store, train, track)
 
 
 @dataclass(frozen=True)
@@ -259,4 +284,4 @@ def config_of(project: Project, **settings: Any) -> Config:
         known = load_config(project.file or os.devnull, rows)
     values = {**vars(known.train), **settings}
     train = build_section("train", TrainConfig, values, "settings", Path.cwd())
-    return Config.of(project.config, train)
+    return Config.of(known if isinstance(known, Config) else project.config, train)

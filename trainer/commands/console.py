@@ -55,6 +55,7 @@ LISTS: dict[str, Callable[[str], Any]] = {
     "fractions": float,
     "row_weights": float,
     "label_names": str,
+    "to": str,
 }
 NUMBERS = {"fractions": "0.8,0.1,0.1", "row_weights": "2,1"}
 
@@ -253,7 +254,9 @@ def settings(*sections: str) -> Callable[[Function], Function]:
 
 def _flag(key: str) -> str:
     """Return the flag of a setting as click gives it, `section__key`."""
-    return f"--{key.partition('__')[2].replace('_', '-')}"
+    section, _, name = key.partition("__")
+    (field,) = (field for field in dataclasses.fields(SECTIONS[section]) if field.name == name)
+    return str(field.metadata["flag"]) or f"--{name.replace('_', '-')}"
 
 
 def _given(flags: Mapping[str, Any]) -> dict[str, Any]:

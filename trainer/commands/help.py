@@ -58,7 +58,7 @@ class SettingOption(click.Option):
     ) -> None:
         self.section, self.field = section, field
         meta = field.metadata
-        if meta["choices"]:
+        if meta["choices"] and not holds_tuple(hint):
             options["type"] = click.Choice(meta["choices"])
         elif meta["path"]:
             # Several files: the flag is repeated.
@@ -123,7 +123,7 @@ def setting_option(
     """
     (field,) = (field for field in dataclasses.fields(kind) if field.name == name)
     hint = _hints(kind)[name]
-    flag = flag or f"--{name.replace('_', '-')}"
+    flag = flag or field.metadata["flag"] or f"--{name.replace('_', '-')}"
     if hint is bool:
         flag = f"{flag}/--no-{flag[2:]}"
     return click.option(

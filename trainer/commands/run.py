@@ -26,7 +26,7 @@ from trainer.commands.help import PATH, command
 @click.option("--dry-run", is_flag=True, help="Print what there is to do; change nothing.")
 @runs_option
 @json_option
-@settings("data", "encoders", "store", "train")
+@settings("data", "encoders", "store", "train", "track")
 def run_recipe(
     recipe: str,
     until: str | None,

@@ -64,7 +64,7 @@ RAY_HELP = "Run the trials on a Ray cluster: host:port, auto, or local."
 @runs_option
 @json_option
 @_search_options
-@settings("data", "encoders", "store", "train")
+@settings("data", "encoders", "store", "train", "track")
 @click.pass_context
 def search_group(
     context: click.Context,

@@ -47,7 +47,7 @@ PLACES = {
 )
 @runs_option
 @json_option
-@settings("data", "encoders", "store", "train")
+@settings("data", "encoders", "store", "train", "track")
 def train(
     name: str | None,
     init_from: str | None,

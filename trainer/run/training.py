@@ -35,7 +35,6 @@ from trainer.run.checkpoint import (
 )
 from trainer.run.curves import plot_learning_curves
 from trainer.run.engine import Engines, variable_bytes
-from trainer.run.events import EventLog
 from trainer.run.folder import Run
 from trainer.run.manifest import new_manifest
 from trainer.run.optimizer import (
@@ -47,6 +46,7 @@ from trainer.run.optimizer import (
     learning_rate,
     rate_scale,
 )
+from trainer.run.tracking import Tracking
 
 CURVES_SECONDS = 10.0
 STATE_SECONDS = 120.0
@@ -154,7 +154,6 @@ class Training:
         self.config = Config.of(project.config, train)
         self.reporter = reporter or Reporter()
         self.hparams = hparams
-        self._events = EventLog(run.tensorboard_path)
         self.started = self._drawn = self._saved = time.perf_counter()
         self.rows = cached_rows(project, train, "train", train.control, emphasised=True)
         check_length(train, len(self.rows.epoch(train.batch_size, train.seed, 0)))
@@ -176,6 +175,7 @@ class Training:
             self._check_same_start()
             self.progress = load_state(run.checkpoint_path, self.model, self.optimizer)
         self._earlier_seconds = self.progress.total_seconds
+        self._tracking = Tracking(self.config, run, self.manifest, hparams, self.reporter.note)
 
     def _manifest(self, row_shape: tuple[int, int], init_from: Run | None) -> dict[str, Any]:
         manifest = new_manifest(
@@ -233,8 +233,7 @@ class Training:
         for write in reversed(writes) if self.run.exists else writes:
             write()
         self.run.record_use(self.project.root)
-        if self.hparams is not None:
-            self._events.hparams(self.hparams, self.run.name)
+        self._tracking.begin(self.progress.history)
         if self._source is not None and "logit" not in self.initialised:
             self.reporter.note(
                 f"{self._source}: of another number of classes: layer logit is not taken from it"
@@ -268,7 +267,6 @@ class Training:
         Of a finished run the state goes, unless it is to be kept; of one that ends by an
         error, the state that was saved last stays.
         """
-        self._events.close()
         self._draw_curves()
         progress, train = self.progress, self.train_config
         if status == "finished":
@@ -282,6 +280,7 @@ class Training:
                     f" {progress.best_epoch + 1}"
                 )
         self._write_manifest(status)
+        self._tracking.end(status, progress.history, progress.best_epoch)
         if status == "finished" and not train.keep_state:
             self.run.checkpoint_path.unlink(missing_ok=True)
 
@@ -355,7 +354,7 @@ class Training:
         if self.state_is_due and not self.finished:
             self.save()
         self._write_reports()
-        self._events.epoch(record)
+        self._tracking.epoch(record)
         self.reporter.epoch(record)
 
     def _threshold_interval(self, logits: NDArray[np.float32]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from trainer.features import plan_jobs
 from trainer.model.sizes import count_parameters
 from trainer.run import folder as folder_of_run
 from trainer.run.folder import find_run, free_name, places, run_folder
+from trainer.run.tracking import check_trackers
 from trainer.tuning.live import live_view
 from trainer.tuning.plots import no_importance
 from trainer.tuning.space import SearchConfig, Space, shown
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from trainer.api import Run
-    from trainer.run.training import Reporter
+from trainer.run.training import Reporter
 
 View = Callable[[Search], AbstractContextManager[Callable[[Watched], None]]]
 
@@ -313,6 +314,7 @@ def meant(
         varied = read_space(file, search_settings, settings, config.is_demo)
         base = varied.base(config)
     project = Project(base, dry_run=dry_run, file=folder / "config.toml")
+    check_trackers(base.track)
     return Meant(project, base, varied, source)
 
 
