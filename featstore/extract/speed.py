@@ -10,6 +10,7 @@ that is most of it. Nothing is said so of a GPU; there the encoder itself is tim
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 import time
@@ -21,7 +22,7 @@ import numpy as np
 
 from featstore.data.images import Photo, decode_image, read_bytes
 from featstore.encoders.families import FAMILIES, num_patches
-from featstore.encoders.spec import FeatureSpec, TextSpec
+from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.errors import FeatstoreError, ImageError
 from featstore.publish import read_checked, write_checked
 
@@ -63,11 +64,19 @@ def record_speed(root: Path, spec: FeatureSpec, rows: int, rows_per_second: floa
 
 
 def recorded_speed(root: Path, spec: FeatureSpec) -> float | None:
-    """Return inputs a second of the last extraction on this machine; None without one."""
-    for line in _read(root):
-        if (line["fingerprint"], line.get("machine")) == (spec.fingerprint, _machine()):
-            return float(line["rows_per_second"])
-    return None
+    """Return inputs a second of the last extraction on this machine; None without one.
+
+    A photometric view of which none is known takes as long as the plain photos did.
+    """
+    speeds = {
+        line["fingerprint"]: float(line["rows_per_second"])
+        for line in _read(root)
+        if line.get("machine") == _machine()
+    }
+    found = speeds.get(spec.fingerprint)
+    if found is None and isinstance(spec, VisionSpec) and spec.view:
+        found = speeds.get(dataclasses.replace(spec, view={}).fingerprint)
+    return found
 
 
 def operations(spec: FeatureSpec) -> float:
