@@ -283,9 +283,7 @@ class Project:
         Raises:
             PresetError: It cannot be loaded.
         """
-        fixed = dataclasses.replace(spec, dtype="", boundary=0, weights="", architecture={})
-        if isinstance(fixed, VisionSpec):
-            fixed = dataclasses.replace(fixed, view={})
+        fixed = dataclasses.replace(spec.plain, dtype="", boundary=0, weights="", architecture={})
         key = f"encoder {self.preset_name(spec.kind)} {fixed!r}"
         return self.once(key, lambda: load_encoder(spec, self.preset_name(spec.kind)))
 
@@ -491,12 +489,13 @@ class Project:
         k_txt: int | None = None,
         source: str = "times",
         view: int = 0,
+        speed: float | None = None,
     ) -> tuple[Plan, float]:
         """Say what `extract` would do, of photos for one view, and how many inputs a second.
 
-        Nothing is changed.
+        Nothing is changed. With `speed`, the inputs a second are known already.
         """
-        return estimate(self.job(kind, split, k_txt, source, view))
+        return estimate(self.job(kind, split, k_txt, source, view), speed)
 
     def extract(
         self,

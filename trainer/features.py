@@ -100,10 +100,14 @@ def plan_jobs(jobs: Sequence[Job], show: Show = SILENT) -> list[Plan]:
     """
     found: list[Plan] = []
     total = 0.0
+    # All views of the photos take as long.
+    rates: dict[str, float] = {}
     for job in jobs:
-        plan, rate = estimate(job)
+        encoder = job.spec.plain.fingerprint
+        plan, rate = estimate(job, rates.get(encoder))
         if not plan.keys:
             continue
+        rates[encoder] = rate
         seconds = len(plan.keys) / rate
         total += seconds
         k, boundary = blocks_left(job.spec.to_dict()), ""

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import DECODER
@@ -72,6 +72,11 @@ class FeatureSpec:
         """32 hexadecimal digits: BLAKE2b-128 of the canonical JSON."""
         return text_digest(canonical_json(self.to_dict()))
 
+    @property
+    def plain(self) -> Self:
+        """The spec itself; of a photometric view that of the plain photos."""
+        return self
+
     def command(self, **options: Any) -> Command:
         """Return what extracts such features; see `extraction_of`."""
         return extraction_of(self.to_dict(), **options)
@@ -112,6 +117,11 @@ class VisionSpec(FeatureSpec):
             # As it was before there were views: a fingerprint is of all that stands here.
             del found["view"]
         return found
+
+    @property
+    def plain(self) -> Self:
+        """The spec of the plain photos."""
+        return dataclasses.replace(self, view={})
 
 
 @dataclass(frozen=True)

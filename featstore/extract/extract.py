@@ -220,8 +220,12 @@ def rows_per_second(job: Job) -> float:
     return size / (time.perf_counter() - started)
 
 
-def estimate(job: Job) -> tuple[Plan, float]:
+def estimate(job: Job, speed: float | None = None) -> tuple[Plan, float]:
     """Say what `extract` would do, and how fast; change nothing.
+
+    Args:
+        job: What is wanted.
+        speed: Inputs a second, where that was just found of the same encoder.
 
     Returns:
         The plan, and inputs a second on this machine, see `speed.py` (0 where there is
@@ -230,7 +234,8 @@ def estimate(job: Job) -> tuple[Plan, float]:
     plan = make_plan(job)
     if not plan.keys:
         return plan, 0.0
-    if (speed := recorded_speed(Path(job.store.root), job.spec)) is None:
+    speed = speed or recorded_speed(Path(job.store.root), job.spec)
+    if speed is None:
         photos, threads = job.paths_of(plan.keys), job.store.threads
         speed = rows_per_second(job) if has_gpu() else estimated_speed(job.spec, photos, threads)
     return plan, speed

@@ -10,7 +10,6 @@ that is most of it. Nothing is said so of a GPU; there the encoder itself is tim
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import platform
 import time
@@ -22,7 +21,7 @@ import numpy as np
 
 from featstore.data.images import Photo, decode_image, read_bytes
 from featstore.encoders.families import FAMILIES, num_patches
-from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
+from featstore.encoders.spec import FeatureSpec, TextSpec
 from featstore.errors import FeatstoreError, ImageError
 from featstore.publish import read_checked, write_checked
 
@@ -73,10 +72,7 @@ def recorded_speed(root: Path, spec: FeatureSpec) -> float | None:
         for line in _read(root)
         if line.get("machine") == _machine()
     }
-    found = speeds.get(spec.fingerprint)
-    if found is None and isinstance(spec, VisionSpec) and spec.view:
-        found = speeds.get(dataclasses.replace(spec, view={}).fingerprint)
-    return found
+    return speeds.get(spec.fingerprint, speeds.get(spec.plain.fingerprint))
 
 
 def operations(spec: FeatureSpec) -> float:

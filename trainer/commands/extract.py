@@ -225,8 +225,11 @@ def _extract(
         )
     project = open_project(config_file, flags, save=not dry_run)
     if dry_run:
-        views = range(project.views if kind == "vit" else 1)
-        plans = [project.estimate(kind, split, source=source, view=view) for view in views]
+        plans: list[tuple[Any, float]] = []
+        for view in range(project.views if kind == "vit" else 1):
+            speed = next((rate for _, rate in plans if rate), None)
+            plan = project.estimate(kind, split, source=source, view=view, speed=speed)
+            plans.append(plan)
         _print_plans(plans, as_json)
         return
     from featstore.ray_cluster import Actors
