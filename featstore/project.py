@@ -1,4 +1,7 @@
-"""A configuration opened: rows, presets, specs, stores, encoders; each made once and kept."""
+"""A configuration opened: rows, presets, specs, stores, encoders; each made once and kept.
+
+One class, though long: each method is a question that commands and notebooks ask of it.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from test_resume import Place, assert_same
 from tiny_runs import tiny_config, with_train
 
 import trainer
+from benchmarks.views import measure, report
 from featstore import api
 from featstore.data.views import View
 from featstore.encoders.pixels import QuickConverter, compile_converter
@@ -190,7 +191,8 @@ def folder_of(project: Project, view: int) -> Path:
 
 def test_view_0_is_what_it_was_and_views_are_added(place: Place, tmp_path: Path) -> None:
     store = dataclasses.replace(place.config.store, root=str(tmp_path / "cache"), view_seed=5)
-    fresh = Project(with_train(dataclasses.replace(place.config, store=store), views=1))
+    config = with_train(dataclasses.replace(place.config, store=store), views=1)
+    fresh = place.project.with_config(config)
     assert fresh.vision_spec == place.project.vision_spec
     assert "view" not in fresh.vision_spec.to_dict()
     fresh.extract("vit", "train", show=SILENT)
@@ -229,7 +231,9 @@ def test_a_kill_in_the_middle_of_a_view_costs_nothing(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = dataclasses.replace(place.config.store, root=str(tmp_path / "cache"), shard_rows=8)
-    project = Project(with_train(dataclasses.replace(place.config, store=store), views=2))
+    config = with_train(dataclasses.replace(place.config, store=store), views=2)
+    # Of the same encoder, loaded and compiled.
+    project = place.project.with_config(config)
     last, changed = project.keys("vit", "train")[-1], View.changed
 
     def killed(self: View, levels: np.ndarray, image_id: str) -> np.ndarray:
@@ -243,10 +247,10 @@ def test_a_kill_in_the_middle_of_a_view_costs_nothing(
     monkeypatch.undo()
     begun = bytes_of(folder_of(project, 1))
     assert 0 < len(begun) < 4
-    _, summary = Project(project.config).extract("vit", "train", show=SILENT)
+    _, summary = project.extract("vit", "train", show=SILENT)
     assert [one.extracted for _, one in summary.views] == [0, 32 - 8 * len(begun)]
     other = dataclasses.replace(store, root=str(tmp_path / "other"))
-    whole = Project(dataclasses.replace(project.config, store=other))
+    whole = project.with_config(dataclasses.replace(config, store=other))
     whole.extract("vit", "train", show=SILENT)
     for view in range(2):
         assert bytes_of(folder_of(project, view)) == bytes_of(folder_of(whole, view))
@@ -337,6 +341,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(place: Place, viewed: Run) ->
     assert_same(viewed, place.train("stopped", own=True))
 
 
+@pytest.mark.slow
 def test_evaluation_and_parity_need_no_view(place: Place, viewed: Run, tmp_path: Path) -> None:
     measured = viewed.evaluate("val", show=SILENT)
     shutil.copytree(viewed.folder, tmp_path / "runs" / "viewed")
@@ -512,3 +517,30 @@ def test_a_search_may_vary_the_views(place: Place) -> None:
     views = [job.spec.view.get("number", 0) for job in jobs if job.spec.kind == "vit"]
     assert views == list(range(VIEWS))
     assert {len(job.keys) for job in jobs if job.spec.kind == "vit" and job.spec.view} == {32}
+
+
+@pytest.mark.slow
+def test_the_comparison_measures_what_it_says(place: Place, tmp_path: Path) -> None:
+    project = place.project.with_config(with_train(place.config, views=1))
+    settings = vars(dataclasses.replace(place.config.train, epochs=2))
+    del settings["views"], settings["seed"]
+    found = measure(project, tmp_path, (1, 2), (0,), **settings)
+    (one,), (two,) = (found["views"][number]["runs"] for number in ("1", "2"))
+    assert (one["epochs"], two["epochs"]) == (2, 2)
+    figures = found["views"]["2"]
+    assert figures["gap"]["mean"] == pytest.approx(two["val_loss"] - two["train_loss"])
+    change = figures["gap"]["mean"] - found["views"]["1"]["gap"]["mean"]
+    assert figures["gap_change"]["mean"] == pytest.approx(change)
+    metrics = trainer.load_run("v2-s0", tmp_path).metrics
+    assert two["val_loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+    assert two["macro_f1"] == pytest.approx(metrics["at_threshold"]["macro_f1"])
+    interval = figures["macro_f1"]["interval"]
+    assert interval["low"] <= two["macro_f1"] <= interval["high"]
+    assert found["photos"] == {"train": 32, "val": 12}
+    text = report({"rows.jsonl": json.loads(json.dumps(found))})
+    assert text.startswith("rows.jsonl: train 128 rows, 32 photos, val 48 rows, 12 photos; seeds 0")
+    assert len(text.splitlines()) == 6
+    # What is there already is only measured.
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("best.weights.h5")}
+    assert measure(project, tmp_path, (1, 2), (0,), **settings)["views"] == found["views"]
+    assert {path: path.stat().st_mtime_ns for path in times} == times
