@@ -397,7 +397,10 @@ def test_the_commands(place: Place, tmp_path: Path) -> None:
     assert extracted["ok"], extracted
     project = Project(config)
     assert len(project.images(3)) == 32
-    found = answered("store", "info", "--views", 4, *at)["features"]
+    info = answered("store", "info", "--views", 4, *at)
+    under = [info["coverage"][split]["images_under_all_views"] for split in ("train", "val")]
+    assert under == [32, 0]
+    found = info["features"]
     views = {f["view"] and f["view"]["number"]: f["asked_for"] for f in found if f["kind"] == "vit"}
     assert views == {None: True, 1: True, 2: True, 3: True}
     assert "photometric view 3 of seed 0" in invoke("store", "info", *at).stdout

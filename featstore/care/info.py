@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from featstore.config import SPLITS
 from featstore.data.views import View
 from featstore.encoders.spec import TextSpec, VisionSpec
@@ -138,7 +140,24 @@ def _coverage(project: Project) -> dict[str, dict[str, int]]:
             keys = project.keys(kind, split)
             stored = 0 if opened is None else int((opened.lookup(keys) >= 0).sum())
             counts[split] |= {what: len(keys), f"{what}_with_features": stored}
+    if project.views > 1:
+        for split, found in counts.items():
+            found["images_under_all_views"] = _under_all_views(project, split)
     return counts
+
+
+def _under_all_views(project: Project, split: str) -> int:
+    """Count the photos of a split that have features under each view that is asked for."""
+    keys = project.keys("vit", split)
+    every = np.ones(len(keys), bool)
+    for view in range(project.views):
+        folder = project.view_spec(view).folder(project.root)
+        try:
+            every &= open_folder(folder).lookup(keys) >= 0 if shard_paths(folder) else False
+        except StoreError:
+            # What is wrong with it stands with the folder itself.
+            return 0
+    return int(every.sum())
 
 
 def describe_store(project: Project) -> dict[str, Any]:

@@ -104,7 +104,9 @@ def _print_info(found: dict[str, Any]) -> None:
             for what in ("image", "sentence")
             if f"{what}s" in counts
         ]
-        click.echo(f"{split:5} with features: {', '.join(parts)}")
+        viewed = counts.get("images_under_all_views")
+        more = "" if viewed is None else f"; under all views {counted(viewed, 'image')}"
+        click.echo(f"{split:5} with features: {', '.join(parts)}{more}")
     for name in ("splits", "reports"):
         files = counted(found[name]["files"], "file")
         click.echo(f"{name}: {files}, {_megabytes(found[name]['bytes'])}")
