@@ -424,11 +424,16 @@ def test_the_care_of_a_view(place: Place, viewed: Run, tmp_path: Path) -> None:
     # A run's views are needed, whatever the configuration asks for; others are not.
     runs = tmp_path / "runs"
     shutil.copytree(viewed.folder, runs / "viewed")
-    for garbage in (project.garbage(runs), api.Project(with_train(config, views=VIEWS)).garbage()):
-        assert not [item for item in garbage.garbage if item.what == "features"]
+    everyone = {"unrecorded": True, "forget": users_of(project)}
+    viewing = api.Project(with_train(config, views=VIEWS))
     views = {folder_of(project, view) for view in (1, 2)}
-    gone = project.garbage(tmp_path / "none", unrecorded=True, forget=users_of(project))
-    assert {item.path for item in gone.garbage if item.what == "features"} >= views
+    for asking, place_of_runs, expected in (
+        (project, runs, set()),
+        (viewing, tmp_path / "none", set()),
+        (project, tmp_path / "none", views),
+    ):
+        found = asking.garbage(place_of_runs, **everyone)
+        assert {i.path for i in found.garbage if i.what == "features"} & views == expected
 
 
 def users_of(project: api.Project) -> list[str]:
