@@ -22,6 +22,7 @@ from featstore.settings import (
 
 DEFAULT_FILE = "featstore.toml"
 DEFAULT_K_TXT = 3
+DEFAULT_VIEWS = 1
 # Of the file, read by the trainer.
 OTHER_SECTIONS = ("train", "track", "runs")
 # What a run and a search write of themselves into their folder.
@@ -127,6 +128,7 @@ class StoreConfig:
         "arithmetic of the frozen encoders while extracting",
         choices=("float32", "bfloat16", "float16"),
     )
+    view_seed: int = setting(0, "seed of the photometric views of photos", minimum=0, before=0)
     encode_batch_size: int = setting(
         32, "rows in one forward pass; halved on its own when memory runs out", minimum=1
     )

@@ -1,4 +1,7 @@
-"""A configuration opened: rows, presets, specs, stores, encoders; each made once and kept."""
+"""A configuration opened: rows, presets, specs, stores, encoders; each made once and kept.
+
+One class, though long: each method is a question that commands and notebooks ask of it.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from featstore.config import (
     DEFAULT_FILE,
     DEFAULT_K_TXT,
+    DEFAULT_VIEWS,
     OTHER_SECTIONS,
     FeatureConfig,
     by_section,
@@ -35,13 +39,13 @@ from featstore.errors import (
 from featstore.extract.encode import Encoder, load_encoder
 from featstore.extract.extract import ALL, Summary, estimate, extract
 from featstore.extract.lengths import Cut, find_cut
-from featstore.extract.plan import KINDS, Job, Plan, make_plan, refuse_replaced
+from featstore.extract.plan import KINDS, Job, Plan, check_space, make_plan, refuse_replaced
 from featstore.extract.speed import record_speed
 from featstore.features import FeatureRows
 from featstore.progress import SHOWN, SILENT, Show
 from featstore.ray_cluster import Actors
 from featstore.settings import read_toml
-from featstore.store.folder import read_quarantine
+from featstore.store.folder import read_quarantine, shard_paths
 from featstore.store.store import TextStore, VisionStore, open_features_of
 from featstore.store.users import User, record_use, user_of
 
@@ -191,6 +195,11 @@ class Project:
         """The vision blocks that the configuration trains: `[train] k_vit`."""
         return self._trained("k_vit", 0)
 
+    @functools.cached_property
+    def views(self) -> int:
+        """The photometric views that the configuration trains on: `[train] views`."""
+        return self._trained("views", DEFAULT_VIEWS)
+
     def _trained(self, setting: str, default: int) -> int:
         train = getattr(self.config, "train", None)
         if train is not None:
@@ -206,15 +215,23 @@ class Project:
 
     @property
     def vision_spec(self) -> VisionSpec:
-        """The spec of the hidden states that enter the last `k_vit` vision blocks.
+        """The spec of plain photos' hidden states that enter the last `k_vit` vision blocks.
 
         Raises:
             PresetError: The preset cannot be found or is not a vision encoder.
             ConfigError: The encoder has fewer blocks.
         """
+        return self.view_spec(0)
+
+    def view_spec(self, view: int) -> VisionSpec:
+        """Return the spec of one photometric view of the photos; see `vision_spec`.
+
+        Args:
+            view: Its number; 0: the plain photo.
+        """
         encoders, store, blocks = self.config.encoders, self.config.store, self.k_vit
-        key = f"spec {encoders!r} {dataclasses.replace(store, root='')!r} vit {blocks}"
-        return self.once(key, lambda: vision_spec(encoders, store, blocks, self._digests))
+        key = f"spec {encoders!r} {dataclasses.replace(store, root='')!r} vit {blocks} {view}"
+        return self.once(key, lambda: vision_spec(encoders, store, blocks, self._digests, view))
 
     def text_spec(self, k_txt: int | None = None) -> TextSpec:
         """Return the spec of the hidden states that enter the last `k_txt` text layers.
@@ -231,20 +248,32 @@ class Project:
         key = f"spec {encoders!r} {dataclasses.replace(store, root='')!r} {layers}"
         return self.once(key, lambda: text_spec(encoders, store, layers, self._digests))
 
-    def spec(self, kind: str, k_txt: int | None = None) -> VisionSpec | TextSpec:
-        """Return the spec of one kind of features, "vit" or "text"; see `text_spec`.
+    def spec(self, kind: str, k_txt: int | None = None, view: int = 0) -> VisionSpec | TextSpec:
+        """Return the spec of one kind of features, "vit" or "text".
+
+        See `view_spec` and `text_spec`.
 
         Raises:
             UsageError: Another kind.
         """
         if kind not in KINDS:
             raise UsageError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
-        return self.vision_spec if kind == "vit" else self.text_spec(k_txt)
+        return self.view_spec(view) if kind == "vit" else self.text_spec(k_txt)
 
     @property
     def asked(self) -> dict[str, VisionSpec | TextSpec]:
-        """Kind to the spec that the configuration asks for."""
+        """Kind to the spec that the configuration asks for; of photos that of view 0."""
         return {kind: self.spec(kind) for kind in KINDS}
+
+    @property
+    def asked_views(self) -> list[VisionSpec]:
+        """The specs of the photometric views that the configuration asks for beside view 0."""
+        return [self.view_spec(view) for view in range(1, self.views)]
+
+    @property
+    def fingerprints(self) -> set[str]:
+        """The fingerprints of all features that the configuration asks for."""
+        return {spec.fingerprint for spec in (*self.asked.values(), *self.asked_views)}
 
     def preset_name(self, kind: str) -> str:
         """Return the name of the encoder of one kind, as the user wrote it."""
@@ -257,7 +286,7 @@ class Project:
         Raises:
             PresetError: It cannot be loaded.
         """
-        fixed = dataclasses.replace(spec, dtype="", boundary=0, weights="", architecture={})
+        fixed = dataclasses.replace(spec.plain, dtype="", boundary=0, weights="", architecture={})
         key = f"encoder {self.preset_name(spec.kind)} {fixed!r}"
         return self.once(key, lambda: load_encoder(spec, self.preset_name(spec.kind)))
 
@@ -266,15 +295,23 @@ class Project:
         for key in [key for key in self._made if key.startswith("encoder ")]:
             del self._made[key]
 
-    def images(self) -> VisionStore:
+    def images(self, view: int = 0) -> VisionStore:
         """Open the image features.
+
+        Args:
+            view: Of which photometric view; 0: of the plain photos.
 
         Raises:
             MissingFeaturesError: Nothing of this kind was ever extracted.
             StaleFeaturesError: What was extracted is of other specs.
             CorruptShardError: The features are damaged.
         """
-        return cast(VisionStore, self._opened(self.vision_spec))
+        spec = self.view_spec(view)
+        if view and not shard_paths(folder := spec.folder(self.root)):
+            raise MissingFeaturesError(
+                f"{folder}: view {view} of the photos was never extracted", spec.command()
+            )
+        return cast(VisionStore, self._opened(spec))
 
     def sentences(self, k_txt: int | None = None) -> TextStore:
         """Open the sentence features of `k_txt`; see `images`."""
@@ -293,11 +330,12 @@ class Project:
         column = examples.image_ids if kind == "vit" else examples.hypotheses
         return list(dict.fromkeys(column[rows].tolist()))
 
-    def usable(self, split: str) -> tuple[NDArray[np.int64], dict[str, str]]:
+    def usable(self, split: str, views: int = 1) -> tuple[NDArray[np.int64], dict[str, str]]:
         """Return a split's rows whose photo has features.
 
         Args:
             split: "train", "val", "test" or "all".
+            views: Of each of so many photometric views, from view 0 on.
 
         Returns:
             int64 rows of the dataset's examples, and image id to reason of the
@@ -307,25 +345,45 @@ class Project:
             MissingFeaturesError: A photo was never extracted.
             DataError: No row is left.
         """
-        rows, opened = self.dataset.rows(split), self.images()
+        rows = self.dataset.rows(split)
+        # Asked first: what is wrong with the photos themselves goes before their views.
+        self.images()
         if not len(rows):
             raise DataError(f"split {split!r} has no rows; give it a share in [data] fractions")
         ids = self.dataset.examples.image_ids[rows]
+        every, reasons = np.ones(len(rows), bool), dict[str, str]()
+        for view in range(views):
+            present, failed = self._present(ids, split, view, views)
+            every &= present
+            reasons |= failed
+        if not every.any():
+            raise DataError(f"split {split!r} has no row whose photo could be read")
+        return rows[every], reasons
+
+    def _present(
+        self, ids: NDArray[Any], split: str, view: int, views: int
+    ) -> tuple[NDArray[np.bool_], dict[str, str]]:
+        """Tell which photos have features of a view, and why others have none."""
+        spec = self.view_spec(views - 1)
+        mend = spec.command(split=split)
+        try:
+            opened = self.images(view)
+        except MissingFeaturesError as error:
+            raise MissingFeaturesError(error.message, mend) from error
         present = opened.lookup(ids) >= 0
         absent = dict.fromkeys(ids[~present])
         quarantine = read_quarantine(opened.folder) if absent else {}
         missing = [image_id for image_id in absent if image_id not in quarantine]
         if missing:
+            of_view = f" under view {view}" if view else ""
             raise MissingFeaturesError(
-                f"{opened.folder}: no features of {len(missing)} of"
+                f"{opened.folder}: no features{of_view} of {len(missing)} of"
                 f" {counted(len(set(ids)), 'photo')} of split {split!r} (first: {missing[0]!r})",
-                self.vision_spec.command(split=split),
+                mend,
             )
-        if not present.any():
-            raise DataError(f"split {split!r} has no row whose photo could be read")
-        return rows[present], {key: quarantine[key]["reason"] for key in absent}
+        return present, {key: quarantine[key]["reason"] for key in absent}
 
-    def compare_photos(self, split: str, show: Show = SILENT) -> None:
+    def compare_photos(self, split: str, show: Show = SILENT, views: int = 1) -> None:
         """Refuse features of photos that were replaced, once; see `forget_photos`.
 
         Photos whose size and times are those of the extraction are not read.
@@ -333,14 +391,19 @@ class Project:
         Args:
             split: "train", "val", "test" or "all".
             show: Shows the reading of photos where it takes long.
+            views: The features of so many photometric views, from view 0 on.
 
         Raises:
             StaleFeaturesError: A photo was replaced; names the first.
         """
-        opened = self.images()
+        for view in range(views):
+            self._compare_photos(split, show, view)
+
+    def _compare_photos(self, split: str, show: Show, view: int) -> None:
+        opened = self.images(view)
 
         def compare() -> bool:
-            job = self.job("vit", split)
+            job = self.job("vit", split, view=view)
             refuse_replaced(job, opened, split, show)
             if self._digests.write and job.photos is not None:
                 job.photos.save()
@@ -400,10 +463,20 @@ class Project:
         )
 
     def job(
-        self, kind: str, split: Split = "all", k_txt: int | None = None, source: str = "times"
+        self,
+        kind: str,
+        split: Split = "all",
+        k_txt: int | None = None,
+        source: str = "times",
+        view: int = 0,
     ) -> Job:
-        """Return what it takes to have a split's features of one kind, "vit" or "text"."""
-        spec = self.spec(kind, k_txt)
+        """Return what it takes to have a split's features of one kind, "vit" or "text".
+
+        Args:
+            kind, split, k_txt, source: As in `extract`.
+            view: Of photos, which photometric view; 0: the plain photo.
+        """
+        spec = self.spec(kind, k_txt, view)
         images = self.dataset.images if kind == "vit" else None
         keys, name, store = self.keys(kind, split), self.preset_name(kind), self.config.store
         return Job(spec, name, store, keys, images, lambda: self.encoder(spec), source)
@@ -413,10 +486,19 @@ class Project:
         return make_plan(self.job(kind, split, k_txt))
 
     def estimate(
-        self, kind: str, split: Split = "all", k_txt: int | None = None, source: str = "times"
+        self,
+        kind: str,
+        split: Split = "all",
+        k_txt: int | None = None,
+        source: str = "times",
+        view: int = 0,
+        speed: float | None = None,
     ) -> tuple[Plan, float]:
-        """Say what `extract` would do, and how many inputs a second; change nothing."""
-        return estimate(self.job(kind, split, k_txt, source))
+        """Say what `extract` would do, of photos for one view, and how many inputs a second.
+
+        Nothing is changed. With `speed`, the inputs a second are known already.
+        """
+        return estimate(self.job(kind, split, k_txt, source, view), speed)
 
     def extract(
         self,
@@ -425,6 +507,7 @@ class Project:
         k_txt: int | None = None,
         *,
         k_vit: int | None = None,
+        views: int | None = None,
         shards: range = ALL,
         source: str = "times",
         ray: str | None = None,
@@ -440,7 +523,10 @@ class Project:
                 the configuration says.
             k_vit: Last vision blocks that will train, with kind "vit"; None: as
                 the configuration says.
-            shards: Which planned shards this process makes.
+            views: Photometric views of each photo, from the plain photo on, with kind "vit";
+                None: as the configuration says. One is made after the other, so memory holds
+                a shard of one view; those that are stored stay.
+            shards: Which planned shards this process makes, of each view.
             source: How photos that are stored are compared with their files: "times" reads
                 those whose size or times differ, "bytes" all of them.
             ray: Address of a Ray cluster to extract on; see `featstore.ray_cluster.connect`.
@@ -448,19 +534,40 @@ class Project:
             show: How it is shown.
 
         Returns:
-            What was missing, and what was done.
+            What was missing, and what was done. Of several views the plan is that of the plain
+            photos, the summary that of all of them, and its `views` has each.
 
         Raises:
             StoreError: The store cannot be written or read, or the disk is too small.
             PresetError: The encoder cannot be loaded.
+            UsageError: `views` is less than 1.
         """
-        if k_vit is not None and k_vit != self.k_vit:
-            return self.at_k_vit(k_vit).extract(
-                kind, split, k_txt, shards=shards, source=source, ray=ray, actors=actors, show=show
-            )
-        job = self.job(kind, split, k_txt, source)
+        views = self.views if views is None else views
+        if views < 1:
+            raise UsageError(f"views = {views}: expected at least 1, the plain photo")
+        own = self if k_vit is None or k_vit == self.k_vit else self.at_k_vit(k_vit)
+        if kind != "vit" or views == 1:
+            return own._extract_job(own.job(kind, split, k_txt, source), shards, ray, actors, show)
+        jobs = [own.job(kind, split, k_txt, source, view) for view in range(views)]
+        plans = [make_plan(job, show) for job in jobs]
+        check_space(plans)
+        made = []
+        for view, (job, plan) in enumerate(zip(jobs, plans, strict=True)):
+            show.note(f"view {view} of 0 to {views - 1}")
+            made.append(own._extract_job(job, shards, ray, actors, show, plan))
+        return made[0][0], Summary.of_views(made)
+
+    def _extract_job(
+        self,
+        job: Job,
+        shards: range,
+        ray: str | None,
+        actors: Actors | None,
+        show: Show,
+        plan: Plan | None = None,
+    ) -> tuple[Plan, Summary]:
         if ray is None:
-            return self._extract(job, show, shards)
+            return self._extract(job, show, shards, plan)
         self._record(job)
         from featstore.extract.ray import extract_on_ray
 

@@ -521,8 +521,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 # What decides how the same numbers are computed.
 SAME_FIGURES = {"fast_path", "keep_state"}
-# With k_txt 0, or alone, without effect: see test_options.py and test_vision_blocks.py.
-ELSEWHERE = {"layer_decay", "buckets", "k_vit"}
+# With k_txt 0, or alone, without effect: see test_options.py and test_vision_blocks.py. Views need
+# features of their own: see test_views.py.
+ELSEWHERE = {"layer_decay", "buckets", "k_vit", "views"}
 # The accuracy soon stands at 1 and gains no more: rate cuts and the early stop come.
 RESTLESS = {
     "lr": 0.05,

@@ -309,8 +309,8 @@ def train(
     check_resumable(run, config)
     project.forget_photos()
     if extract:
-        extract_missing(project, config.train.k_txt, show)
-    prepare(project, config.train.k_txt, show)
+        extract_missing(project, config.train.k_txt, show, config.train.views)
+    prepare(project, config.train.k_txt, show, views=config.train.views)
     if not project.save_dataset(run.folder):
         show.note(f"{project.root}: may not be written; the split is kept in {run.folder}")
     with run.writing():

@@ -81,6 +81,23 @@ def epoch_batches(
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
+def drawn_views(rows: int, views: int, seed: int, epoch: int) -> IntArray:
+    """Return which photometric view each row is shown under.
+
+    A pure function of its arguments: a row that is drawn twice in an epoch has one view.
+
+    Args:
+        rows: Of the split.
+        views: How many there are; each is as likely.
+        seed, epoch: Decide them.
+
+    Returns:
+        int64 of shape (rows,), in [0, views).
+    """
+    # Another sequence than those of the order and of the draws.
+    return np.random.default_rng([seed, epoch, 2]).integers(0, views, rows)
+
+
 def other_images(positions: IntArray, seed: int) -> IntArray:
     """Give every row the picture of another one: the control against which sight is judged.
 
@@ -162,9 +179,11 @@ class CachedRows:
     """The rows of one split, each with its place in both stores.
 
     Args:
-        vision: Image features: a `VisionStore`, or what is held in memory of one.
+        vision: Image features: a `VisionStore`, what is held in memory of one, or of several
+            photometric views `ViewedImages`.
         text: Sentence features: a `TextStore`, or what is held in memory of one.
-        image_positions: int64 of shape (rows,), in `vision`.
+        image_positions: int64 of shape (views × rows,), in `vision`: of each row under view 0,
+            then under view 1, and so on. There may be one view.
         text_positions: int64 of shape (rows,), in `text`.
         labels: int8 of shape (rows,).
         whole: Read all tokens of a sentence; else the first one's state alone.
@@ -191,11 +210,10 @@ class CachedRows:
     ) -> None:
         self.vision, self.text, self.labels = vision, text, labels
         self.emphasis = emphasis or Emphasis()
-        self.image_positions = (
-            other_images(image_positions, control_seed)
-            if control == "shuffled-images"
-            else image_positions
-        )
+        self.views = len(image_positions) // len(labels)
+        if control == "shuffled-images":
+            image_positions = self._shuffled(image_positions, control_seed)
+        self.image_positions = image_positions
         self.text_positions = text_positions
         self.blind = control == "hypothesis-only"
         self.whole, self.classes = whole, classes
@@ -204,22 +222,36 @@ class CachedRows:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def _shuffled(self, positions: IntArray, seed: int) -> IntArray:
+        """Return positions with another image's in the place of each; one for all of its views."""
+        plain = positions[: len(self)]
+        others = other_images(plain, seed)
+        if self.views == 1:
+            return others
+        row_of = {position: row for row, position in enumerate(plain.tolist())}
+        partners = np.array([row_of[position] for position in others.tolist()])
+        return positions.reshape(self.views, len(self))[:, partners].reshape(-1)
+
     def batch(self, rows: IntArray, batch_size: int) -> Batch:
         """Read some rows as one batch.
 
         Args:
-            rows: int64 of shape (n,), n in 1..batch_size.
+            rows: int64 of shape (n,), n in 1..batch_size. A row under view v is given as the
+                row + v × rows of the split.
             batch_size: Rows of the result; the missing repeat the first with
                 weight 0.
         """
         filled = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
+        positions = self.image_positions[filled]
+        if self.views > 1:
+            rows, filled = rows % len(self), filled % len(self)
         if self.blind:
             shape = (batch_size, *self.vision.row_shape)
             features = Numbers.empty(shape, self.vision.spec["dtype"])
             for array in features.arrays:
                 array.fill(0)
         else:
-            features = self.vision.gather_stored(self.image_positions[filled])
+            features = self.vision.gather_stored(positions)
         length = int(self.lengths[rows].max())
         hidden, mask = self.text.gather_stored(self.text_positions[filled], length)
         given, smoothing = self.emphasis.class_weights, self.emphasis.label_smoothing
@@ -244,9 +276,14 @@ class CachedRows:
                 self.vision.will_need(self.image_positions[rows])
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[IntArray]:
-        """Return the rows of each training step of an epoch; see `Emphasis.drawn`."""
+        """Return the rows of each training step of an epoch, each under one of its views.
+
+        See `Emphasis.drawn` and `drawn_views`; `batch` takes them.
+        """
         rows = self.emphasis.drawn(len(self), seed, epoch)
         batches = epoch_batches(self.lengths[rows], batch_size, seed, epoch, group=self.whole)
+        if self.views > 1:
+            rows = rows + len(self) * drawn_views(len(self), self.views, seed, epoch)[rows]
         return [rows[batch] for batch in batches]
 
     def in_order(self, batch_size: int) -> list[IntArray]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from featstore.config import (
     DEFAULT_K_TXT,
+    DEFAULT_VIEWS,
     OTHER_SECTIONS,
     FeatureConfig,
     RunsConfig,
@@ -38,7 +39,7 @@ DECAYS = ("linear", "cosine")
 # What a step with k_txt 0 reads.
 DECIDE_BATCHES = (
     *("queries", "seed", "batch_size", "control", "oversample", "buckets", "class_weights"),
-    "label_smoothing",
+    *("label_smoothing", "views"),
 )
 
 
@@ -49,6 +50,13 @@ class TrainConfig:
     k_txt: int = setting(DEFAULT_K_TXT, "last text layers that train, 0 to all of them", minimum=0)
     k_vit: int = setting(
         0, "last vision blocks that train, with the final norm; 0: none", minimum=0, before=0
+    )
+    views: int = setting(
+        DEFAULT_VIEWS,
+        "photometric views of a photo, one of which a training row is shown each epoch, view 0"
+        " being the plain photo; 1: that alone",
+        minimum=1,
+        before=1,
     )
     lr: float = setting(1e-4, "AdamW learning rate", above=0)
     weight_decay: float = setting(1e-5, "AdamW decoupled weight decay", minimum=0)

@@ -11,13 +11,15 @@ import xxhash
 from featstore.config import SPLITS
 from featstore.data.examples import Examples, class_counts, require_every_class
 from featstore.data.labels import labels_of
-from featstore.encoders.spec import blocks_left
+from featstore.encoders.spec import blocks_left, view_of
 from featstore.errors import Command, ConfigError, MissingFeaturesError, counted
 from featstore.extract.extract import estimate
 from featstore.extract.plan import Job, Plan
 from featstore.progress import SILENT, Show, duration
-from featstore.project import Project
+from featstore.project import Project, Split
 from featstore.settings import suggest
+from featstore.store.store import VisionStore
+from featstore.store.views import ViewedImages
 from trainer.batches import CachedRows, Emphasis
 from trainer.buckets import bucket_rows, load_buckets
 from trainer.config import TrainConfig
@@ -25,7 +27,9 @@ from trainer.config import TrainConfig
 QUARANTINED = "photo in quarantine"
 
 
-def prepare(project: Project, k_txt: int, show: Show = SILENT, compare: bool = True) -> None:
+def prepare(
+    project: Project, k_txt: int, show: Show = SILENT, compare: bool = True, views: int = 1
+) -> None:
     """See that a run on a project can start; encode sentences that are missing.
 
     Photos are left to `extract-vit`: they take long, and are asked for by name.
@@ -35,6 +39,7 @@ def prepare(project: Project, k_txt: int, show: Show = SILENT, compare: bool = T
         k_txt: Last text layers that train.
         show: Shows the encoding of sentences.
         compare: Compare the photos with what was extracted; not for what does so row by row.
+        views: Photometric views that training rows are drawn from.
 
     Raises:
         MissingFeaturesError: A photo of the train or val split was not extracted.
@@ -43,28 +48,43 @@ def prepare(project: Project, k_txt: int, show: Show = SILENT, compare: bool = T
         DataError: The train or val split lacks rows of a class.
     """
     fingerprint = project.text_spec(k_txt).fingerprint
-    key = f"prepared {fingerprint} {project.vision_spec.fingerprint} {project.config.data!r}"
-    project.once(key, lambda: _prepare(project, k_txt, show, compare))
+    vision = [project.view_spec(view).fingerprint for view in range(views)]
+    key = f"prepared {fingerprint} {vision} {project.config.data!r}"
+    project.once(key, lambda: _prepare(project, k_txt, show, compare, views))
     if compare:
         # Where the project was prepared long ago, and its photos were forgotten since.
-        _compare(project, show)
+        _compare(project, show, views)
 
 
-def extract_missing(project: Project, k_txt: int, show: Show = SILENT) -> None:
+def read_by_training(views: int) -> list[tuple[str, Split, int]]:
+    """Return what features a training reads: of each their kind, split and photometric view.
+
+    The test split is no training's business, and of val it reads the plain photos alone.
+
+    Args:
+        views: Photometric views that training rows are drawn from.
+    """
+    plain: list[tuple[str, Split, int]] = [("vit", ("train", "val"), 0)]
+    return [*plain, *(("vit", "train", view) for view in range(1, views)), ("text", "all", 0)]
+
+
+def extract_missing(project: Project, k_txt: int, show: Show = SILENT, views: int = 1) -> None:
     """Extract what a run on a project reads and the store lacks, after saying what it takes.
 
     Args:
         project: Its rows and stores.
         k_txt: Last text layers that train.
+        views: Photometric views that training rows are drawn from.
         show: Its notes have sizes and times; its bars show the work.
 
     Raises:
         StoreError: The store cannot be written or read, or the disk is too small.
         PresetError: An encoder cannot be loaded.
     """
-    # The test split is not read by a training.
-    wanted = [("vit", ("train", "val")), ("text", "all")]
-    for plan in plan_jobs([project.job(kind, split, k_txt) for kind, split in wanted], show):
+    wanted = [
+        project.job(kind, split, k_txt, view=view) for kind, split, view in read_by_training(views)
+    ]
+    for plan in plan_jobs(wanted, show):
         project.extract_planned(plan, show)
 
 
@@ -80,15 +100,21 @@ def plan_jobs(jobs: Sequence[Job], show: Show = SILENT) -> list[Plan]:
     """
     found: list[Plan] = []
     total = 0.0
+    # All views of the photos take as long.
+    rates: dict[str, float] = {}
     for job in jobs:
-        plan, rate = estimate(job)
+        encoder = job.spec.plain.fingerprint
+        plan, rate = estimate(job, rates.get(encoder))
         if not plan.keys:
             continue
+        rates[encoder] = rate
         seconds = len(plan.keys) / rate
         total += seconds
         k, boundary = blocks_left(job.spec.to_dict()), ""
         if k or job.spec.kind == "text":
             boundary = f" at {'k_txt' if job.spec.kind == 'text' else 'k_vit'} {k}"
+        if view := view_of(job.spec.to_dict()):
+            boundary += f" under view {view}"
         show.note(
             f"to extract: {counted(len(plan.keys), job.unit.removesuffix('s'))}{boundary},"
             f" about {duration(seconds)},"
@@ -100,21 +126,26 @@ def plan_jobs(jobs: Sequence[Job], show: Show = SILENT) -> list[Plan]:
     return found
 
 
-def _compare(project: Project, show: Show) -> None:
+def _compare(project: Project, show: Show, views: int) -> None:
     for split in ("train", "val"):
-        project.compare_photos(split, show)
+        project.compare_photos(split, show, views_of(split, views))
 
 
-def _prepare(project: Project, k_txt: int, show: Show, compare: bool) -> None:
+def views_of(split: str, views: int) -> int:
+    """Return how many of the photometric views of a run are read of a split."""
+    return views if split == "train" else 1
+
+
+def _prepare(project: Project, k_txt: int, show: Show, compare: bool, views: int) -> None:
     for split in ("train", "val"):
         rows = project.dataset.rows(split)
         examples = project.dataset.examples.select(rows)
         require_every_class(examples, f"split {split!r}", project.config.data.classes)
     for split in ("train", "val"):
         # Before the sentences are encoded, which would be for nothing.
-        project.usable(split)
+        project.usable(split, views_of(split, views))
     if compare:
-        _compare(project, show)
+        _compare(project, show, views)
     project.extract("text", k_txt=k_txt, show=show)
     project.forget_encoders()
 
@@ -124,25 +155,30 @@ def cached_rows(
     train: TrainConfig,
     split: str,
     control: str = "none",
-    emphasised: bool = False,
+    trained_on: bool = False,
 ) -> CachedRows:
     """Return the rows of a split that have features, ready to be read in batches.
 
     Args:
         project: Its rows and stores.
-        train: `k_txt`, `queries` and `seed` are used.
+        train: `k_txt`, `queries`, `seed` and, of rows that are trained on, `views` are used.
         split: "train", "val" or "test".
         control: See `CachedRows`.
-        emphasised: Draw and weigh the rows as `train` says; see `emphasis`.
+        trained_on: Draw, weigh and view the rows as `train` says; see `emphasis`. All other
+            reading is of view 0.
 
     Raises:
         MissingFeaturesError: A photo or a sentence was never extracted.
         DataError: No row is left.
     """
-    rows, _ = project.usable(split)
+    views = train.views if trained_on else 1
+    rows, _ = project.usable(split, views)
     classes = project.config.data.classes
     examples = project.dataset.examples.select(rows)
-    vision, text = project.images(), project.sentences(train.k_txt)
+    text = project.sentences(train.k_txt)
+    vision: VisionStore | ViewedImages = project.images()
+    if views > 1:
+        vision = ViewedImages([project.images(view) for view in range(views)])
     sentences = text.lookup(examples.hypotheses)
     if (sentences < 0).any():
         missing = examples.hypotheses[sentences < 0][0]
@@ -161,7 +197,7 @@ def cached_rows(
         classes=classes,
         control=control,
         control_seed=train.seed,
-        emphasis=emphasis(train, examples, classes) if emphasised else None,
+        emphasis=emphasis(train, examples, classes) if trained_on else None,
     )
 
 
@@ -227,7 +263,9 @@ def _check_names(
             )
 
 
-def row_counts(project: Project, k_txt: int, read: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def row_counts(
+    project: Project, k_txt: int, read: Sequence[str] = (), views: int = 1
+) -> dict[str, dict[str, Any]]:
     """Return rows, images and class counts of each split that has rows.
 
     Args:
@@ -237,6 +275,7 @@ def row_counts(project: Project, k_txt: int, read: Sequence[str] = ()) -> dict[s
             read, `rows_of_split` all of the split's rows, `rows_left_out` reason to rows of
             the others, and `rows_cut` the rows read whose sentence is longer than
             `sequence_length`. The photos of other splits need not be there.
+        views: Photometric views that training rows are drawn from.
 
     Raises:
         MissingFeaturesError: A photo of a split that is read was not extracted.
@@ -247,7 +286,7 @@ def row_counts(project: Project, k_txt: int, read: Sequence[str] = ()) -> dict[s
         if not len(rows):
             continue
         if split in read:
-            rows, _ = project.usable(split)
+            rows, _ = project.usable(split, views_of(split, views))
         examples = project.dataset.examples.select(rows)
         counts[split] = {
             "rows": len(rows),

@@ -340,7 +340,7 @@ def find_garbage(
     gone = _forgotten(uses, forget)
     found.forgotten = [use for use in uses if use.path in gone and not use.forgotten]
     read = _read_runs(runs)
-    own = read.digests | {spec.fingerprint for spec in project.asked.values()}
+    own = read.digests | project.fingerprints
     here = User(RUNS, os.path.abspath(runs), "")
     of_user: dict[User, list[Use]] = {}
     for use in uses:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from featstore.config import SPLITS
+from featstore.data.views import View
 from featstore.encoders.spec import TextSpec, VisionSpec
 from featstore.errors import Advice, Command, CorruptShardError, FeatstoreError, StoreError
 from featstore.extract.lengths import find_cut
@@ -61,7 +64,7 @@ def disk_bytes(paths: Sequence[Path]) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
+def describe_folder(folder: Path, asked: Collection[str]) -> dict[str, Any]:
     """Return what one feature folder holds, JSON-able.
 
     Args:
@@ -71,6 +74,7 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
     Returns:
         `damaged` is None, or why the folder cannot be opened; the counts are
         None then, that of the shards where the folder may not even be listed.
+        `view`: of a photometric view, its number, seed and ranges; else None.
         `cut`: of text, the sentences cut at `sequence_length`, see `Cut.to_dict`.
     """
     found: dict[str, Any] = {
@@ -83,6 +87,7 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         "bytes": disk_bytes([folder]),
         "leftover_files": len(list(folder.glob(f"{TEMPORARY}*"))),
         "boundary": None,
+        "view": None,
         "layers": None,
         "dtype": None,
         "tokens": None,
@@ -99,6 +104,7 @@ def describe_folder(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         spec = read_spec(folder)
         found |= {
             "boundary": spec["boundary"],
+            "view": spec.get("view"),
             "layers": spec["architecture"].get("num_layers"),
             "dtype": spec["dtype"],
         }
@@ -134,7 +140,24 @@ def _coverage(project: Project) -> dict[str, dict[str, int]]:
             keys = project.keys(kind, split)
             stored = 0 if opened is None else int((opened.lookup(keys) >= 0).sum())
             counts[split] |= {what: len(keys), f"{what}_with_features": stored}
+    if project.views > 1:
+        for split, found in counts.items():
+            found["images_under_all_views"] = _under_all_views(project, split)
     return counts
+
+
+def _under_all_views(project: Project, split: str) -> int:
+    """Count the photos of a split that have features under each view that is asked for."""
+    keys = project.keys("vit", split)
+    every = np.ones(len(keys), bool)
+    for view in range(project.views):
+        folder = project.view_spec(view).folder(project.root)
+        try:
+            every &= open_folder(folder).lookup(keys) >= 0 if shard_paths(folder) else False
+        except StoreError:
+            # What is wrong with it stands with the folder itself.
+            return 0
+    return int(every.sum())
 
 
 def describe_store(project: Project) -> dict[str, Any]:
@@ -154,16 +177,18 @@ def describe_store(project: Project) -> dict[str, Any]:
     folders = feature_folders(project.root)
     problems: list[str] = []
     asked: dict[str, str] = {}
+    wanted = set[str]()
     coverage = None
     try:
         asked = {kind: spec.fingerprint for kind, spec in project.asked.items()}
+        wanted = project.fingerprints
         coverage = _coverage(project) if project.has_dataset else None
     except FeatstoreError as error:
         problems.append(str(error))
     result: dict[str, Any] = {
         "root": str(project.root),
         "asked_for": asked,
-        "features": [describe_folder(folder, list(asked.values())) for folder in folders],
+        "features": [describe_folder(folder, wanted) for folder in folders],
         "coverage": coverage,
         "problems": problems,
     }
@@ -176,16 +201,25 @@ def describe_store(project: Project) -> dict[str, Any]:
 def matching_spec(project: Project, folder: Path) -> VisionSpec | TextSpec | None:
     """Return the spec of a folder where the configuration's encoders can make its features.
 
-    Number format, arithmetic, tokens and boundary need no other files, so the
-    features of another `--dtype`, `--k-txt` or `--k-vit` can be made too. Where the
-    folder's spec is lost, only the configuration's own can be told from its name.
+    Number format, arithmetic, tokens, boundary and photometric view need no other files, so
+    the features of another `--dtype`, `--k-txt`, `--k-vit` or view can be made too. Where the
+    folder's spec is lost, only what the configuration asks for can be told from its name.
     """
     own = project.spec(folder.parent.name)
+    for asked in project.asked_views:
+        if asked.fingerprint == folder.name:
+            return asked
     free: tuple[str, ...] = ("dtype", "precision", "boundary")
     if own.kind == "vit":
-        free = (*free, "tokens", "final_norm")
+        free = (*free, "tokens", "final_norm", "view")
     found: dict[str, Any] = {}
     with contextlib.suppress(StoreError):
         found = read_spec(folder)
+    # A plain photo's spec has no such field, whatever the configuration asks for.
+    if view := found.get("view"):
+        try:
+            View.of(view)
+        except StoreError:
+            return None
     spec = dataclasses.replace(own, **{name: found[name] for name in free if name in found})
     return spec if spec.fingerprint == folder.name else None

@@ -10,7 +10,7 @@ from typing import Any
 from featstore.care.info import open_folder
 from featstore.care.report import Problem
 from featstore.data.images import ImageIndex
-from featstore.encoders.spec import blocks_left
+from featstore.encoders.spec import blocks_left, view_of
 from featstore.errors import Advice, Command, FeatstoreError
 from featstore.extract.photos import photo_digest
 from featstore.progress import Progress
@@ -26,12 +26,15 @@ def extract_again(project: Project, folder: Path) -> Command | Advice:
     # Before the last blocks all tokens are kept, whatever [store] tokens.
     names = ("dtype", "precision") if k_vit else ("dtype", "tokens", "precision")
     free = {name: found[name] for name in names if name in found}
+    view = view_of(found)
+    if view:
+        free["view_seed"] = found["view"]["seed"]
     store = dataclasses.replace(config.store, **free)
     for vit in (config.encoders.vit, *read_names(folder)):
         encoders = dataclasses.replace(config.encoders, vit=vit)
         try:
             other = project.with_config(dataclasses.replace(config, encoders=encoders, store=store))
-            spec = other.at_k_vit(k_vit).vision_spec
+            spec = other.at_k_vit(k_vit).view_spec(view)
         except FeatstoreError:
             continue
         if spec.fingerprint == folder.name:
@@ -39,6 +42,8 @@ def extract_again(project: Project, folder: Path) -> Command | Advice:
                 name: getattr(config.store, name) for name in free
             }
             needed = {"vit": vit, "k_vit": k_vit} | free
+            if view >= project.views:
+                own, needed = own | {"views": project.views}, needed | {"views": view + 1}
             options: dict[str, Any] = {
                 name: value for name, value in needed.items() if value != own[name]
             }

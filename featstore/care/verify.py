@@ -352,7 +352,7 @@ def verify_store(
     """
     folders = feature_folders(project.root, kinds)
     if mine:
-        wanted = {spec.fingerprint for spec in project.asked.values()}
+        wanted = project.fingerprints
         folders = [folder for folder in folders if folder.name in wanted]
     if sample is not None:
         reports = [sample_folder(folder, sample) for folder in folders]

@@ -8,8 +8,10 @@ resized by the same kernel, called by itself, and finished in place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,17 @@ from featstore.encoders.framework import import_framework
 
 Photo = NDArray[np.uint8]
 Pixels = NDArray[np.float32]
-ToPixels = Callable[[Photo], Pixels]
+# From levels of shape (height, width, 3), whole numbers from 0 to 255, to others.
+Change = Callable[[Pixels], Pixels]
+
+
+class ToPixels(Protocol):
+    """An image converter as a function of one photo; see `compile_converter`."""
+
+    def __call__(self, photo: Photo, change: Change | None = None) -> Pixels:
+        """Convert one photo, its levels changed before they are scaled and offset."""
+        ...
+
 
 # The operations that `tf.image.resize` calls by these names, and the kernels of
 # `ScaleAndTranslate`, which it calls for all others and to filter what gets smaller.
@@ -50,22 +62,55 @@ def compile_converter(converter: Any) -> ToPixels:
     except ImportError:
         # On JAX alone: its resize, with other last bits (see docs/FORMAT.md).
         import_framework()
-        return lambda image: np.asarray(converter(image), np.float32)
+        resize, normalise = _parts(converter)
+        return _Plain(
+            lambda photo: np.asarray(converter(photo), np.float32),
+            lambda photo: np.asarray(resize(photo), np.float32),
+            lambda levels: np.asarray(normalise(levels), np.float32),
+        )
 
-    graph = tf.function(
-        converter_ops(converter), input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)]
-    ).get_concrete_function()
+    def graph_of(operations: Callable[[Any], Any], dtype: Any) -> Callable[[Any], Pixels]:
+        signature = [tf.TensorSpec([None, None, 3], dtype)]
 
-    def plain(image: Photo) -> Pixels:
-        pixels: Pixels = graph(tf.constant(image)).numpy()
-        return pixels
+        @functools.cache
+        def traced() -> Any:
+            return tf.function(operations, input_signature=signature).get_concrete_function()
 
+        return lambda array: traced()(tf.constant(array)).numpy()
+
+    plain = _Plain(
+        graph_of(converter_ops(converter), tf.uint8),
+        graph_of(_level_ops(converter), tf.uint8),
+        graph_of(_normal_ops(converter), tf.float32),
+    )
     quick = QuickConverter(converter)
     # Another Keras may crop otherwise, and another processor's TensorFlow round otherwise.
     same = all(
         quick(photo).tobytes() == plain(photo).tobytes() for photo in _samples(converter.image_size)
     )
     return quick if same else plain
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """An image converter by its own layers: all of it, and its two halves."""
+
+    whole: Callable[[Photo], Pixels]
+    levels: Callable[[Photo], Pixels]
+    normalised: Callable[[Pixels], Pixels]
+
+    def __call__(self, photo: Photo, change: Change | None = None) -> Pixels:
+        """Convert one photo; see `compile_converter`."""
+        return self.whole(photo) if change is None else self.normalised(change(self.levels(photo)))
+
+
+def _parts(converter: Any) -> tuple[Any, Any]:
+    """Return a converter that only resizes, and one that only scales and offsets."""
+    kind, config = type(converter), converter.get_config()
+    return (
+        kind.from_config({**config, "scale": None, "offset": None}),
+        kind.from_config({**config, "image_size": None}),
+    )
 
 
 def converter_ops(converter: Any) -> Callable[[Any], Any]:
@@ -78,21 +123,38 @@ def converter_ops(converter: Any) -> Callable[[Any], Any]:
         From a uint8 tensor of shape (height, width, 3) to a float32 one of shape
         (*converter.image_size, 3), with the bits of the converter's eager call.
     """
+    levels, normal = _level_ops(converter), _normal_ops(converter)
+    return lambda image: normal(levels(image))
+
+
+def _level_ops(converter: Any) -> Callable[[Any], Any]:
+    """Return what resizes a photo, rounded to whole levels, as TensorFlow operations."""
     import tensorflow as tf
 
     # By TensorFlow on either backend, as in a `tf.data` pipeline: JAX resizes to other last bits,
     # and a pixel that they round to another level moves a feature a hundred times as far.
     # Called eagerly, the converter rounds the resized image back to uint8; traced, it does not,
     # and the pixels differ by up to half a level. So resize, round, and normalise apart.
-    normalise = type(converter).from_config({**converter.get_config(), "image_size": None})
 
-    def convert(image: Any) -> Any:
+    def levels(image: Any) -> Any:
         with tf.device("CPU:0"):
             resized = converter.resizing(tf.cast(image, tf.float32))
-            levels = tf.clip_by_value(tf.round(resized), 0.0, 255.0)
+            return tf.clip_by_value(tf.round(resized), 0.0, 255.0)
+
+    return levels
+
+
+def _normal_ops(converter: Any) -> Callable[[Any], Any]:
+    """Return what scales and offsets a photo's levels, as TensorFlow operations."""
+    import tensorflow as tf
+
+    _, normalise = _parts(converter)
+
+    def normal(levels: Any) -> Any:
+        with tf.device("CPU:0"):
             return tf.cast(normalise(levels), tf.float32)
 
-    return convert
+    return normal
 
 
 class QuickConverter:
@@ -117,7 +179,7 @@ class QuickConverter:
             return None
         return np.tile(np.broadcast_to(np.asarray(given, np.float32), 3), self.width)
 
-    def __call__(self, photo: Photo) -> Pixels:
+    def __call__(self, photo: Photo, change: Change | None = None) -> Pixels:
         """Convert one photo; see `compile_converter`."""
         if self._crop:
             photo = self._cropped(photo)
@@ -127,6 +189,9 @@ class QuickConverter:
         # Rounded after, not before: a small negative number would be rounded to -0.0.
         np.clip(self._resized(photo), 0, 255, out=pixels)
         np.rint(pixels, out=pixels)
+        if change is not None:
+            levels = pixels.reshape(self.height, self.width, 3)
+            pixels = change(levels).reshape(self.height, 3 * self.width)
         if self._scale is not None:
             pixels *= self._scale
         if self._offset is not None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from featstore.config import EncodersConfig, StoreConfig
 from featstore.data.images import DECODER
+from featstore.data.views import View
 from featstore.encoders.families import FAMILIES, check_k, family_of, num_patches
 from featstore.encoders.presets import (
     Digests,
@@ -71,6 +72,11 @@ class FeatureSpec:
         """32 hexadecimal digits: BLAKE2b-128 of the canonical JSON."""
         return text_digest(canonical_json(self.to_dict()))
 
+    @property
+    def plain(self) -> Self:
+        """The spec itself; of a photometric view that of the plain photos."""
+        return self
+
     def command(self, **options: Any) -> Command:
         """Return what extracts such features; see `extraction_of`."""
         return extraction_of(self.to_dict(), **options)
@@ -82,7 +88,7 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class VisionSpec(FeatureSpec):
-    """Features of an image: `(views, tokens, width)` a row.
+    """Features of an image, or of one photometric view of it: `(1, tokens, width)` a row.
 
     Attributes:
         final_norm: The encoder's last normalisation was applied.
@@ -90,7 +96,9 @@ class VisionSpec(FeatureSpec):
             interpolation, antialias, crop and pad rules.
         decoder: Version of the rules that turn a file into RGB pixels.
         tokens: "patches" or "all" (with the class token), which later blocks need.
-        views: Number of photometric views; view 0 is the plain image.
+        views: Views in one row: 1, for each view has a folder of its own.
+        view: Which photometric view, see `featstore.data.views.View`; empty: the plain image,
+            whose spec does not have the field.
     """
 
     kind: ClassVar[str] = "vit"
@@ -100,6 +108,20 @@ class VisionSpec(FeatureSpec):
     decoder: str
     tokens: str
     views: int = 1
+    view: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field, with the format and the kind; `view` where it is one."""
+        found = super().to_dict()
+        if not self.view:
+            # As it was before there were views: a fingerprint is of all that stands here.
+            del found["view"]
+        return found
+
+    @property
+    def plain(self) -> Self:
+        """The spec of the plain photos."""
+        return dataclasses.replace(self, view={})
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,11 @@ def blocks_left(spec: Mapping[str, Any]) -> int:
     return int(spec["architecture"]["num_layers"]) - int(spec["boundary"])
 
 
+def view_of(spec: Mapping[str, Any]) -> int:
+    """Return the number of the photometric view, of a spec's `to_dict`; 0: the plain photo."""
+    return int(spec.get("view", {}).get("number", 0))
+
+
 def extraction_of(spec: Mapping[str, Any], **options: Any) -> Command:
     """Return the command that extracts features of a spec under the settings in force.
 
@@ -134,6 +161,8 @@ def extraction_of(spec: Mapping[str, Any], **options: Any) -> Command:
     # Of sentences k_txt is a setting in force, and training encodes what it lacks.
     if spec["kind"] == VisionSpec.kind and (blocks := blocks_left(spec)):
         options = {"k_vit": blocks, **options}
+    if view := view_of(spec):
+        options = {"views": view + 1, **options}
     return Command(f"extract-{spec['kind']}", **options)
 
 
@@ -186,6 +215,7 @@ def vision_spec(
     store: StoreConfig,
     k_vit: int = 0,
     digests: Digests | None = None,
+    view: int = 0,
 ) -> VisionSpec:
     """Return the spec of the hidden states that enter the last `k_vit` vision blocks.
 
@@ -198,6 +228,7 @@ def vision_spec(
             are kept, whatever `store.tokens`: the blocks above look at each of them.
         digests: Where the digest of its weights is kept; by default in this
             process.
+        view: Number of the photometric view, whose seed is `store.view_seed`; 0: the plain photo.
 
     Raises:
         PresetError: The preset cannot be found or is not a vision encoder.
@@ -227,6 +258,7 @@ def vision_spec(
         converter=image_converter_fields(preset),
         decoder=DECODER,
         tokens="all" if k_vit else store.tokens,
+        view=View(view, store.view_seed).to_dict() if view else {},
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from featstore.encoders.compiled import compile_forward
 from featstore.encoders.families import Family, check_k, family_of, num_patches
 from featstore.encoders.framework import pinned_framework
-from featstore.encoders.pixels import compile_converter
+from featstore.encoders.pixels import Change, compile_converter
 from featstore.encoders.presets import (
     IMAGE_CONVERTER_FILE,
     Preset,
@@ -292,7 +292,7 @@ class VisionEncoder(_Encoder):
         """Tokens of one image, after `tokens` was applied."""
         return self.tower.num_tokens - self.first_token
 
-    def to_pixels(self, image: np.ndarray) -> np.ndarray:
+    def to_pixels(self, image: np.ndarray, change: Change | None = None) -> np.ndarray:
         """Convert one photo as the preset asks; may be called from several threads.
 
         The result has the same bits as the preset's converter called on the
@@ -300,13 +300,15 @@ class VisionEncoder(_Encoder):
 
         Args:
             image: uint8 of shape (height, width, 3), of any size.
+            change: Changes the levels, float32 of shape (*image_size, 3) from 0 to 255, after
+                they were rounded; as a photometric view does.
 
         Returns:
             float32 of shape (*image_size, 3).
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected uint8 (height, width, 3), got {image.dtype} {image.shape}")
-        return self._to_pixels(image)
+        return self._to_pixels(image) if change is None else self._to_pixels(image, change)
 
     def encode(self, pixels: np.ndarray, k_vit: int = 0) -> np.ndarray:
         """Run the blocks below the last `k_vit`.

@@ -14,7 +14,7 @@ from typing import Any
 from featstore.config import EncodersConfig
 from featstore.data.images import Photo
 from featstore.encoders.framework import import_framework
-from featstore.encoders.spec import FeatureSpec, TextSpec, text_spec, vision_spec
+from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, text_spec, vision_spec
 from featstore.errors import FeatstoreError, StoreError
 from featstore.extract.encode import Encoding, encoding_of, load_encoder
 from featstore.extract.plan import Job
@@ -164,8 +164,10 @@ def _spec_here(job: Job) -> FeatureSpec:
     """Return a job's spec as this machine's preset files and packages make it."""
     spec = job.spec
     k = int(spec.architecture["num_layers"]) - spec.boundary
-    if not isinstance(spec, TextSpec):
-        return vision_spec(EncodersConfig(vit=job.preset), job.store, k)
+    if isinstance(spec, VisionSpec):
+        found = vision_spec(EncodersConfig(vit=job.preset), job.store, k)
+        return dataclasses.replace(found, view=spec.view)
+    assert isinstance(spec, TextSpec)
     encoders = EncodersConfig(text=job.preset, sequence_length=spec.sequence_length)
     return text_spec(encoders, job.store, k)
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from featstore.config import StoreConfig
 from featstore.data.images import Photo, decode_image
+from featstore.data.views import View
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError
@@ -164,6 +165,7 @@ class PhotoEncoding:
     ) -> None:
         self._read = read_photo if photos is None else photos.read
         self.dtype, self.encoder, self.store = spec.dtype, encoder, store
+        self._view = View.of(spec.view) if spec.view else None
         encode: Callable[..., NDArray[Any]] = encoder.encode
         if not spec.final_norm:
             encode = functools.partial(encode, k_vit=encoder.num_layers - spec.boundary)
@@ -211,9 +213,15 @@ class PhotoEncoding:
         digest = None
         try:
             data, digest = self._read(path)
-            return _Decoded(key, digest, self.encoder.to_pixels(decode_image(data, path.name)))
+            return _Decoded(key, digest, self._pixels(key, decode_image(data, path.name)))
         except ImageError as error:
             return _Decoded(key, digest, None, str(error))
+
+    def _pixels(self, key: str, photo: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if self._view is None:
+            return self.encoder.to_pixels(photo)
+        view = self._view
+        return self.encoder.to_pixels(photo, lambda levels: view.changed(levels, key))
 
     def _encoded(self, photos: Iterable[_Decoded]) -> Iterator[Encoded]:
         batch: list[_Decoded] = []

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 
@@ -46,6 +46,8 @@ class Summary:
         batch_size: Rows of a forward pass at the end; smaller than asked for
             after memory ran out.
         cut: The sentences asked for that were cut; None for photos, and on a Ray cluster.
+        views: Of several photometric views, each one's plan and summary; the figures above
+            are those of all of them.
     """
 
     extracted: int = 0
@@ -53,6 +55,19 @@ class Summary:
     seconds: float = 0.0
     batch_size: int = 0
     cut: Cut | None = None
+    views: Sequence[tuple[Plan, Summary]] = ()
+
+    @classmethod
+    def of_views(cls, made: Sequence[tuple[Plan, Summary]]) -> Self:
+        """Return what several views' extractions did together."""
+        each = [summary for _, summary in made]
+        return cls(
+            extracted=sum(one.extracted for one in each),
+            failed={key: reason for one in each for key, reason in one.failed.items()},
+            seconds=sum(one.seconds for one in each),
+            batch_size=min(one.batch_size for one in each),
+            views=made,
+        )
 
     @property
     def rows_per_second(self) -> float:
@@ -205,8 +220,12 @@ def rows_per_second(job: Job) -> float:
     return size / (time.perf_counter() - started)
 
 
-def estimate(job: Job) -> tuple[Plan, float]:
+def estimate(job: Job, speed: float | None = None) -> tuple[Plan, float]:
     """Say what `extract` would do, and how fast; change nothing.
+
+    Args:
+        job: What is wanted.
+        speed: Inputs a second, where that was just found of the same encoder.
 
     Returns:
         The plan, and inputs a second on this machine, see `speed.py` (0 where there is
@@ -215,7 +234,8 @@ def estimate(job: Job) -> tuple[Plan, float]:
     plan = make_plan(job)
     if not plan.keys:
         return plan, 0.0
-    if (speed := recorded_speed(Path(job.store.root), job.spec)) is None:
+    speed = speed or recorded_speed(Path(job.store.root), job.spec)
+    if speed is None:
         photos, threads = job.paths_of(plan.keys), job.store.threads
         speed = rows_per_second(job) if has_gpu() else estimated_speed(job.spec, photos, threads)
     return plan, speed

@@ -166,12 +166,7 @@ class Plan:
             StoreError: The disk has less free space than the features need at
                 the least.
         """
-        if self.least_bytes > self.free_bytes:
-            raise StoreError(
-                f"{self.folder}: the features need {self.least_bytes / 1e9:.2f} GB and"
-                f" {self.free_bytes / 1e9:.2f} GB are free; free some space, or set"
-                " [store] root to another disk"
-            )
+        check_space([self])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan's figures, JSON-able."""
@@ -187,6 +182,17 @@ class Plan:
             "todo_bytes": self.todo_bytes,
             "free_bytes": self.free_bytes,
         }
+
+
+def check_space(plans: Sequence[Plan]) -> None:
+    """Refuse to start what cannot end: plans for one disk; see `Plan.check_space`."""
+    needed = sum(plan.least_bytes for plan in plans)
+    if needed > plans[0].free_bytes:
+        raise StoreError(
+            f"{plans[0].folder}: the features need {needed / 1e9:.2f} GB and"
+            f" {plans[0].free_bytes / 1e9:.2f} GB are free; free some space, or set"
+            " [store] root to another disk"
+        )
 
 
 def free_space(folder: Path) -> int:

@@ -151,12 +151,21 @@ class VisionStore(Store):
         self._fill(positions, found.arrays)
         return found
 
+    def mapped(self, positions: IntArray) -> list[list[NDArray[Any]]]:
+        """Return rows where they are in the files, not copied; see `gather_stored`.
+
+        Returns:
+            By array of `Numbers`, then by row: stored dtype, shape (1, tokens, width), or of
+            scales (1, tokens).
+        """
+        places = self._places(positions)
+        return [[views[shard][row] for shard, row in places] for views in self._plain_views]
+
     def _fill(self, positions: IntArray, arrays: tuple[NDArray[Any], ...]) -> None:
         """Copy rows into the arrays of a `Numbers`."""
-        places = self._places(positions)
-        if places:
-            for views, array in zip(self._plain_views, arrays, strict=True):
-                np.concatenate([views[shard][row] for shard, row in places], out=array)
+        if len(positions):
+            for rows, array in zip(self.mapped(positions), arrays, strict=True):
+                np.concatenate(rows, out=array)
 
     def _check_rows(self, positions: list[int], places: list[tuple[int, int]]) -> None:
         self.will_need(np.array([p for p in positions if not self._checked[p]]))

@@ -22,15 +22,48 @@ from trainer.commands.console import (
 from trainer.commands.help import command, setting_option
 from trainer.config import TrainConfig
 
+# Of several views the sum of each view's; the rest is the plain photos'.
+SUMS = ("requested", "cached", "changed", "quarantined", "todo", "todo_bytes")
+SUMS_PLANNED = (*SUMS, "planned_shards", "estimated_seconds")
 
-def _print_plan(plan: Any, rate: float, as_json: bool) -> None:
+
+def _planned(plan: Any, rate: float) -> dict[str, Any]:
+    """Return what a plan says, JSON-able."""
     found = plan.to_dict()
     found["planned_shards"] = -(-len(plan.keys) // plan.job.shard_rows)
     seconds = found["todo"] / rate if found["todo"] else 0.0
-    found |= {"rows_per_second": round(rate, 2), "estimated_seconds": round(seconds, 1)}
+    return found | {"rows_per_second": round(rate, 2), "estimated_seconds": round(seconds, 1)}
+
+
+def _of_views(each: list[dict[str, Any]], sums: tuple[str, ...]) -> dict[str, Any]:
+    """Return the figures of one view; of several their sums, and each view's in `views`."""
+    if len(each) == 1:
+        return each[0]
+    found = each[0] | {name: round(sum(one[name] for one in each), 3) for name in sums}
+    return found | {"views": [{"view": view} | one for view, one in enumerate(each)]}
+
+
+def _print_plans(plans: list[tuple[Any, float]], as_json: bool) -> None:
+    """Print what there is to do, of each view, and of several what it is in all."""
+    each = [_planned(*found) for found in plans]
+    whole = _of_views(each, SUMS_PLANNED)
     if as_json:
-        answer(found)
+        answer(whole)
         return
+    for view, found in enumerate(each):
+        if len(each) > 1:
+            click.echo(f"view {view}")
+        _print_plan(found)
+    if len(each) > 1:
+        megabytes, free = whole["todo_bytes"] / 1e6, whole["free_bytes"] / 1e9
+        click.echo(
+            f"{len(each)} views: {counted(whole['todo'], 'row')} to do,"
+            f" {megabytes:.1f} MB of {free:.1f} GB free"
+            + (f", about {duration(whole['estimated_seconds'])}" if whole["todo"] else "")
+        )
+
+
+def _print_plan(found: dict[str, Any]) -> None:
     click.echo(f"features     {found['folder']}")
     click.echo(f"asked for    {found['requested']}")
     changed = f" ({found['changed']} because the photo changed)" if found["changed"] else ""
@@ -42,10 +75,41 @@ def _print_plan(plan: Any, rate: float, as_json: bool) -> None:
     free = found["free_bytes"] / 1e9
     click.echo(f"disk         {found['todo_bytes'] / 1e6:.1f} MB of {free:.1f} GB free")
     if found["todo"]:
+        seconds, rate = found["estimated_seconds"], found["rows_per_second"]
         click.echo(f"time         about {duration(seconds)} at {rate:.1f} rows/s")
 
 
-def _print_summary(plan: Any, summary: Any, as_json: bool) -> None:
+def _print_summaries(made: list[tuple[Any, Any]], as_json: bool) -> None:
+    """Print what was done, of each view."""
+    each = [_done(plan, summary) for plan, summary in made]
+    for plan, summary in made:
+        _refuse_nothing(plan, summary)
+    if as_json:
+        whole = _of_views(each, (*SUMS, "extracted", "seconds"))
+        failed = {key: reason for one in each for key, reason in one["failed"].items()}
+        seconds = whole["seconds"]
+        speed = round(whole["extracted"] / seconds, 2) if seconds else 0.0
+        if len(each) > 1:
+            whole |= {"failed": failed, "rows_per_second": speed}
+        answer(whole)
+    known: dict[str, str] = {}
+    for view, (plan, summary) in enumerate(made):
+        if not as_json:
+            click.echo(f"view {view}: " if len(made) > 1 else "", nl=False)
+            _print_extracted(plan, summary)
+        # What fails under one view mostly fails under all: said once.
+        news = {key: reason for key, reason in summary.failed.items() if key not in known}
+        if news or not view:
+            _warn_of(plan, summary, news)
+        known |= news
+
+
+def _refuse_nothing(plan: Any, summary: Any) -> None:
+    """End with an error where no input has features.
+
+    Raises:
+        DataError: None has.
+    """
     unit, quarantine = plan.job.unit, plan.folder / "quarantine.json"
     unread = len(summary.failed) + plan.quarantined
     if unread and unread == plan.requested:
@@ -54,23 +118,26 @@ def _print_summary(plan: Any, summary: Any, as_json: bool) -> None:
             f"{plan.folder}: no features of any of {counted(unread, unit.removesuffix('s'))}"
             f" ({reason}); reasons in {quarantine}: mend the inputs, then run the command again"
         )
-    if as_json:
-        result = {
-            **plan.to_dict(),
-            "extracted": summary.extracted,
-            "failed": summary.failed,
-            "seconds": round(summary.seconds, 3),
-            "rows_per_second": round(summary.rows_per_second, 2),
-            "batch_size": summary.batch_size,
-            "cut_sentences": summary.cut and summary.cut.to_dict(),
-        }
-        answer(result)
-    else:
-        _print_extracted(plan, summary)
-    for key, reason in list(summary.failed.items())[:5]:
+
+
+def _done(plan: Any, summary: Any) -> dict[str, Any]:
+    """Return what an extraction found and did, JSON-able."""
+    return {
+        **plan.to_dict(),
+        "extracted": summary.extracted,
+        "failed": summary.failed,
+        "seconds": round(summary.seconds, 3),
+        "rows_per_second": round(summary.rows_per_second, 2),
+        "batch_size": summary.batch_size,
+        "cut_sentences": summary.cut and summary.cut.to_dict(),
+    }
+
+
+def _warn_of(plan: Any, summary: Any, failed: dict[str, str]) -> None:
+    for key, reason in list(failed.items())[:5]:
         warn(f"quarantined {key}: {reason}")
-    if unread:
-        warn(f"{unread} quarantined; reasons in {quarantine}")
+    if unread := len(summary.failed) + plan.quarantined:
+        warn(f"{unread} quarantined; reasons in {plan.folder / 'quarantine.json'}")
 
 
 def _print_extracted(plan: Any, summary: Any) -> None:
@@ -158,7 +225,12 @@ def _extract(
         )
     project = open_project(config_file, flags, save=not dry_run)
     if dry_run:
-        _print_plan(*project.estimate(kind, split, source=source), as_json)
+        plans: list[tuple[Any, float]] = []
+        for view in range(project.views if kind == "vit" else 1):
+            speed = next((rate for _, rate in plans if rate), None)
+            plan = project.estimate(kind, split, source=source, view=view, speed=speed)
+            plans.append(plan)
+        _print_plans(plans, as_json)
         return
     from featstore.ray_cluster import Actors
 
@@ -171,7 +243,7 @@ def _extract(
     found = project.extract(
         kind, split, shards=shards, source=source, ray=ray, actors=wanted, show=show
     )
-    _print_summary(*found, as_json)
+    _print_summaries(list(found[1].views) or [found], as_json)
 
 
 @command("extract-vit")
@@ -182,10 +254,11 @@ def _extract(
     show_default=True,
     help="Of stored photos, read those whose size or times differ, or all bytes.",
 )
+@setting_option("train", TrainConfig, "views")
 @setting_option("train", TrainConfig, "k_vit")
 @_extraction
 def extract_vit(**options: Any) -> None:
-    """Run the frozen vision blocks once for each photo of a split."""
+    """Run the frozen vision blocks once for each photo of a split, and each view of it."""
     _extract("vit", **options)
 
 

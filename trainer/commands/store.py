@@ -33,7 +33,7 @@ def store_group() -> None:
 
 
 def _store_options(command: Function) -> Function:
-    for name in ("k_vit", "k_txt"):
+    for name in ("views", "k_vit", "k_txt"):
         command = setting_option("train", TrainConfig, name)(command)
     return json_option(settings("data", "encoders", "store")(command))
 
@@ -85,6 +85,8 @@ def _print_info(found: dict[str, Any]) -> None:
             f"     boundary {entry['boundary']} of {entry['layers']}, {unit} × {entry['width']}"
             f" {entry['dtype']}"
         )
+        if view := entry["view"]:
+            click.echo(f"     photometric view {view['number']} of seed {view['seed']}")
         click.echo(
             f"     {counted(entry['rows'], 'row')}, {entry['superseded_rows']} superseded,"
             f" {entry['stale_rows']} stale, {entry['quarantined']} quarantined"
@@ -102,7 +104,9 @@ def _print_info(found: dict[str, Any]) -> None:
             for what in ("image", "sentence")
             if f"{what}s" in counts
         ]
-        click.echo(f"{split:5} with features: {', '.join(parts)}")
+        viewed = counts.get("images_under_all_views")
+        more = "" if viewed is None else f"; under all views {counted(viewed, 'image')}"
+        click.echo(f"{split:5} with features: {', '.join(parts)}{more}")
     for name in ("splits", "reports"):
         files = counted(found[name]["files"], "file")
         click.echo(f"{name}: {files}, {_megabytes(found[name]['bytes'])}")

@@ -225,7 +225,7 @@ def _train(
     if stage.controls:
         run.train_control(reporter, show)
     if stage.test:
-        project.extract("vit", "test", show=show)
+        project.extract("vit", "test", views=1, show=show)
     for split in ("val", "test") if stage.test else ("val",):
         _measure(run, split, stage.controls, show)
     return run

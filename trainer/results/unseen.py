@@ -173,7 +173,7 @@ class _Stored:
                 Advice("give them other ids, or predict them without keeping them (`--no-cache`)"),
             )
         if plan.keys:
-            project.extract("vit", show=show)
+            project.extract("vit", views=1, show=show)
         bad = read_quarantine(plan.folder)
         if all(key in bad for key in plan.job.keys):
             raise _unreadable(project.dataset)

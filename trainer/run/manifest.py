@@ -11,7 +11,7 @@ import keras
 from featstore.project import Project
 from featstore.publish import command_line, package_versions
 from trainer.config import TrainConfig
-from trainer.features import row_counts
+from trainer.features import row_counts, views_of
 
 
 def new_manifest(
@@ -38,10 +38,13 @@ def new_manifest(
     """
     dataset, text = project.dataset, project.text_spec(train.k_txt)
     # Not of other runs: those that were started before there were such must go on.
-    cut = {"boundary": project.vision_spec.boundary} if train.k_vit else {}
+    cut: dict[str, Any] = {"boundary": project.vision_spec.boundary} if train.k_vit else {}
+    if train.views > 1 and "train" in splits:
+        views = [project.view_spec(view).fingerprint for view in range(train.views)]
+        cut["views"] = views
     unread: dict[str, str] = {}
     for split in splits:
-        unread |= project.usable(split)[1]
+        unread |= project.usable(split, views_of(split, train.views))[1]
     trainable = sum(math.prod(v.shape) for v in model.trainable_variables)
     return {
         "name": name,
@@ -54,7 +57,7 @@ def new_manifest(
             "rows_digest": dataset.examples.digest(),
             "splits_digest": dataset.splits.digest(),
             "splits_file": str(dataset.splits_path),
-            "counts": row_counts(project, train.k_txt, splits),
+            "counts": row_counts(project, train.k_txt, splits, train.views),
             "rows_left_out": dataset.counts()["dropped"],
             "quarantined_photos": unread,
             "cut_sentences": project.cut_sentences(k_txt=train.k_txt).to_dict(),

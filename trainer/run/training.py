@@ -155,7 +155,7 @@ class Training:
         self.reporter = reporter or Reporter()
         self.hparams = hparams
         self.started = self._drawn = self._saved = time.perf_counter()
-        self.rows = cached_rows(project, train, "train", train.control, emphasised=True)
+        self.rows = cached_rows(project, train, "train", train.control, trained_on=True)
         check_length(train, len(self.rows.epoch(train.batch_size, train.seed, 0)))
         self.val_rows = cached_rows(project, train, "val", train.control)
         row_shape = project.images().row_shape

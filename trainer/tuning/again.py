@@ -56,7 +56,7 @@ def retrain(
     project.save_dataset(search.folder)
     # A split without features would be found out after the training.
     project.usable(split)
-    prepare(project, base.train.k_txt)
+    prepare(project, base.train.k_txt, views=base.train.views)
     figures = []
     for seed in range(base.train.seed, base.train.seed + seeds):
         train = dataclasses.replace(base.train, epochs=count, seed=seed)

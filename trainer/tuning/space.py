@@ -230,7 +230,7 @@ class Space:
         deciding = [
             parameter
             for parameter in self.parameters
-            if parameter.section != "train" or parameter.key in ("k_txt", "k_vit")
+            if parameter.section != "train" or parameter.key in ("k_txt", "k_vit", "views")
         ]
         for parameter in deciding:
             if parameter.kind in ("uniform", "log_uniform", "log_int"):

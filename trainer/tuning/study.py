@@ -40,6 +40,7 @@ from featstore.publish import command_line, package_versions, write_json
 from featstore.settings import complete
 from featstore.store.users import record_use, user_of
 from trainer.config import SECTIONS, Config
+from trainer.features import read_by_training
 from trainer.run.folder import SEARCH_FILE, Run, find_run, moved_run
 from trainer.tuning.space import KEEP_ALL, Space, space_from_json
 from trainer.tuning.storage import masked, may_write, open_storage, quiet_optuna
@@ -296,7 +297,7 @@ def _identity(
     features = set()
     for config in space.feature_configs(base):
         own = project.with_config(config)
-        features |= {spec.fingerprint for spec in own.asked.values()}
+        features |= own.fingerprints
     content = {
         "space": varied,
         "settings": dataclasses.asdict(base),
@@ -318,11 +319,11 @@ def jobs_of(project: Project, configs: Sequence[Config]) -> list[Job]:
     """
     found: dict[str, Job] = {}
     for config in configs:
-        own, k_txt = project.with_config(config), config.train.k_txt
-        # The test split is no trial's business.
-        for kind, split in (("vit", ("train", "val")), ("text", "all")):
-            if own.spec(kind, k_txt).fingerprint not in found:
-                found[own.spec(kind, k_txt).fingerprint] = own.job(kind, split, k_txt)
+        own, train = project.with_config(config), config.train
+        for kind, split, view in read_by_training(train.views):
+            fingerprint = own.spec(kind, train.k_txt, view).fingerprint
+            if fingerprint not in found:
+                found[fingerprint] = own.job(kind, split, train.k_txt, view=view)
     return list(found.values())
 
 

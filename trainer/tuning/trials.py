@@ -162,7 +162,7 @@ class _Trial:
         try:
             config = search.config_of(trial.params)
             own = project.with_config(config)
-            prepare(own, config.train.k_txt)
+            prepare(own, config.train.k_txt, views=config.train.views)
             reporter = Reporter(epoch=self._epoch, stopping=stopping)
             self.training = Training(
                 self.run, own, config.train, search.init_from, reporter, trial.params, engines
