@@ -1,0 +1,317 @@
+"""The figures of the page, each made from what `eda.json` has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featstore.config import SPLITS
+from featstore.data.labels import labels_of
+from trainer.exploration.kinds import BALANCE, FREQUENT
+from trainer.pages.drawing import CLASS_COLORS, COLORS, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GREY = "#7a828c"
+_WORDS_SHOWN = 12
+
+
+def all_figures(found: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return every figure that the data have something for, by the name of its file."""
+    classes = list(labels_of(found["classes"]))
+    figures = {
+        "labels": labels(found["labels"], classes),
+        "words": histogram(found["words"]["histogram"], "words in a sentence"),
+        "rows-a-photo": rows_a_photo(found["rows_a_photo"]["histogram"]),
+        "spatial": spatial(found["spatial"]["kinds"], classes),
+        "buckets": buckets(found["buckets"]["kinds"], len(classes)),
+    }
+    tokens = found["tokens"]
+    if not tokens["reason"]:
+        limit = tokens["sequence_length"]
+        figures["tokens"] = histogram(tokens["histogram"], "tokens of a sentence", limit)
+    if len(found["photos"]["sizes"]) > 1:
+        figures["photo-sizes"] = photo_sizes(found["photos"]["sizes"])
+    if found["duplicates"]["photos"] > 1:
+        figures["duplicates"] = distances(found["duplicates"])
+    if any(at["top"] for at in found["log_odds"]["classes"].values()):
+        figures["log-odds"] = log_odds(found["log_odds"])
+    if found["hypothesis_only"]["splits"]:
+        figures["hypothesis-only"] = hypothesis_only(found["hypothesis_only"])
+    return figures
+
+
+def _plain(axes: Axes, *sides: str) -> None:
+    axes.spines[["top", "right", *sides]].set_visible(False)
+
+
+def labels(table: Mapping[str, Mapping[str, int]], classes: Sequence[str]) -> Figure:
+    """Return the rows of each split, a bar each, by class."""
+    splits = [split for split in SPLITS if table[split]["rows"]]
+    figure = new_figure(6.4, 0.9 + 0.42 * len(splits))
+    axes = figure.subplots()
+    left = np.zeros(len(splits))
+    for name in classes:
+        counts = np.array([table[split][name] for split in splits])
+        axes.barh(splits, counts, left=left, color=CLASS_COLORS[name], label=name, height=0.65)
+        left += counts
+    axes.invert_yaxis()
+    axes.set_xlabel("rows")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    _plain(axes, "left")
+    axes.tick_params(axis="y", length=0)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False
+    )
+    return figure
+
+
+def histogram(
+    of_class: Mapping[str, Sequence[int]], label: str, limit: int | None = None
+) -> Figure:
+    """Return the distribution of a length, a line for each class.
+
+    Args:
+        of_class: Of each class the rows of length 0, 1, 2 …
+        label: Of the length.
+        limit: Length at which sentences are cut.
+    """
+    figure = new_figure(6.4, 3.2)
+    axes = figure.subplots()
+    total = np.sum([np.asarray(counts) for counts in of_class.values()], axis=0)
+    # A few very long sentences would squeeze all others.
+    shown = int(np.searchsorted(np.cumsum(total), 0.999 * total.sum())) + 1
+    shown = max(shown, (limit or 0) + 1)
+    for name, counts in of_class.items():
+        rows = np.asarray(counts)
+        share = 100 * rows / max(rows.sum(), 1)
+        inside = share[: shown + 1]
+        axes.stairs(
+            inside,
+            np.arange(len(inside) + 1) - 0.5,
+            color=CLASS_COLORS[name],
+            linewidth=2,
+            label=name,
+        )
+    if limit is not None:
+        axes.axvline(limit + 0.5, color="black", linestyle=":", linewidth=1.5)
+        axes.annotate(
+            f"cut after {limit}",
+            (limit + 0.5, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-6, -4),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+        )
+    axes.set_xlim(-0.5, shown + 0.5)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(label)
+    axes.set_ylabel("% of the class's rows")
+    _plain(axes)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False
+    )
+    return figure
+
+
+def rows_a_photo(counts: Sequence[int]) -> Figure:
+    """Return how many photos have 1, 2, 3 … rows."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(6.4, 2.8)
+    axes = figure.subplots()
+    total = np.cumsum(counts)
+    shown = int(np.searchsorted(total, 0.999 * total[-1])) + 1
+    axes.bar(
+        range(shown + 1),
+        list(counts[: shown + 1]) + [0] * (shown + 1 - len(counts)),
+        color=COLORS[0],
+    )
+    axes.set_xlim(0.4, shown + 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("rows of a photo")
+    axes.set_ylabel("photos")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    _plain(axes)
+    return figure
+
+
+def spatial(kinds: Mapping[str, Mapping[str, Any]], classes: Sequence[str]) -> Figure:
+    """Return of each spatial keyword the share of each class's rows that have it."""
+    names = list(kinds)
+    figure = new_figure(6.4, 1 + 0.36 * len(names))
+    axes = figure.subplots()
+    height = 0.8 / len(classes)
+    for at, name in enumerate(classes):
+        shares = [100 * (kinds[kind]["share_of"][name] or 0) for kind in names]
+        axes.barh(
+            np.arange(len(names)) - 0.4 + height * (at + 0.5),
+            shares,
+            height=height,
+            color=CLASS_COLORS[name],
+            label=name,
+        )
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the class's rows")
+    _plain(axes, "left")
+    axes.tick_params(axis="y", length=0)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False
+    )
+    return figure
+
+
+def buckets(kinds: Mapping[str, Mapping[str, Any]], classes: int) -> Figure:
+    """Return the buckets by size and share of entailment, with intervals and what is balanced."""
+    figure = new_figure(6.4, 4.4)
+    axes = figure.subplots()
+    named = {name: kind for name, kind in kinds.items() if name != "any" and kind["rows"]}
+    middle = 100 / classes
+    axes.axhspan(middle - 100 * BALANCE, middle + 100 * BALANCE, color=COLORS[2], alpha=0.18, lw=0)
+    axes.axvline(100 * FREQUENT, color="black", linestyle=":", linewidth=1)
+    for name, kind in named.items():
+        at = kind["entailment"]
+        x, y = 100 * kind["share"], 100 * at["share"]
+        color = COLORS[2] if kind["verdict"] == "fit" else GREY
+        below, above = max(y - 100 * at["low"], 0), max(100 * at["high"] - y, 0)
+        axes.errorbar(x, y, [[below], [above]], fmt="o", color=color, capsize=0, markersize=6)
+        axes.annotate(name, (x, y), xytext=(7, 3), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    least = min((100 * kind["share"] for kind in named.values()), default=1)
+    axes.set_xlim(least / 1.5, 130)
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("% of train rows in the bucket (log scale)")
+    axes.set_ylabel("% entailment among them")
+    _plain(axes)
+    return figure
+
+
+def photo_sizes(sizes: Sequence[Mapping[str, int]]) -> Figure:
+    """Return the sizes of photos: a dot each where they are few, else cells."""
+    figure = new_figure(6.4, 4)
+    axes = figure.subplots()
+    width = np.array([size["width"] for size in sizes])
+    height = np.array([size["height"] for size in sizes])
+    photos = np.array([size["photos"] for size in sizes])
+    if len(sizes) <= 200:
+        areas = 12 + 400 * photos / photos.max()
+        axes.scatter(width, height, areas, color=COLORS[0], alpha=0.6, linewidths=0)
+    else:
+        cells = axes.hexbin(
+            width, height, photos, gridsize=36, reduce_C_function=np.sum, bins="log", cmap="viridis"
+        )
+        figure.colorbar(cells, label="photos (log scale)")
+    axes.set_xlim(0, 1.08 * width.max())
+    axes.set_ylim(0, 1.08 * height.max())
+    axes.set_xlabel("width in pixels")
+    axes.set_ylabel("height in pixels")
+    _plain(axes)
+    return figure
+
+
+def distances(found: Mapping[str, Any]) -> Figure:
+    """Return in how many bits the hashes of two photos differ, of all pairs."""
+    figure = new_figure(6.4, 3)
+    axes = figure.subplots()
+    counts = np.asarray(found["histogram"])
+    bits = np.flatnonzero(counts)
+    near = bits <= found["distance"]
+    for which, color, name in (
+        (near, COLORS[1], f"near-duplicates (up to {found['distance']} bits)"),
+        (~near, GREY, "others"),
+    ):
+        axes.bar(bits[which], counts[bits[which]], color=color, label=name)
+    axes.axvline(found["distance"] + 0.5, color="black", linestyle=":", linewidth=1.5)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.5)
+    axes.set_xlim(-1, 65)
+    axes.set_xlabel("bits of 64 in which the hashes of two photos differ")
+    axes.set_ylabel("pairs of photos (log scale)")
+    _plain(axes)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False
+    )
+    return figure
+
+
+def log_odds(found: Mapping[str, Any]) -> Figure:
+    """Return the words of each class with the largest z, a panel a class."""
+    classes = {name: at["top"][:_WORDS_SHOWN] for name, at in found["classes"].items()}
+    rows = max(len(top) for top in classes.values())
+    figure = new_figure(2.2 + 2.3 * len(classes), 1 + 0.27 * rows)
+    panels = figure.subplots(1, len(classes), sharex=True)
+    for axes, (name, top) in zip(panels, classes.items(), strict=True):
+        axes.barh(range(len(top)), [word["z"] for word in top], color=CLASS_COLORS[name])
+        axes.set_yticks(range(len(top)), [word["word"] for word in top])
+        axes.set_ylim(rows - 0.4, -0.6)
+        axes.set_title(name)
+        axes.set_xlabel("z of the log-odds")
+        axes.axvline(found["limit"], color="black", linestyle=":", linewidth=1)
+        _plain(axes, "left")
+        axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def hypothesis_only(found: Mapping[str, Any]) -> Figure:
+    """Return the accuracy of words alone with its interval, beside always giving one answer."""
+    splits = found["splits"]
+    figure = new_figure(6.4, 1.2 + 0.5 * len(splits))
+    axes = figure.subplots()
+    for at, split in enumerate(splits.values()):
+        accuracy, majority = 100 * split["accuracy"], 100 * split["majority"]["share"]
+        interval = split["intervals"]["accuracy"]
+        label = None if at else "words alone, with 95 % interval"
+        if interval:
+            ends = [100 * interval["low"], 100 * interval["high"]]
+            axes.plot(ends, [at, at], color=COLORS[1], linewidth=3, solid_capstyle="butt")
+        axes.plot([accuracy], [at], "o", color=COLORS[1], markersize=8, label=label)
+        label = None if at else f"always {split['majority']['class']}"
+        axes.plot([majority], [at], "D", color=GREY, markersize=7, label=label)
+        axes.annotate(
+            f"{accuracy:.1f} %",
+            (accuracy, at),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+        )
+    axes.set_yticks(range(len(splits)), list(splits))
+    axes.set_ylim(len(splits) - 0.4, -0.7)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy in %")
+    _plain(axes, "left")
+    axes.tick_params(axis="y", length=0)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False
+    )
+    return figure
+
+
+def photo_grid(photos: Sequence[np.ndarray], titles: Sequence[str], columns: int = 3) -> Figure:
+    """Return photos with a text under each.
+
+    Args:
+        photos: uint8 of shape (height, width, 3), at least one.
+        titles: As many.
+        columns: Photos side by side.
+    """
+    import textwrap
+
+    lines = -(-len(photos) // columns)
+    figure = new_figure(2.6 * columns, 2.9 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False).reshape(-1)
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, photo, title in zip(panels, photos, titles, strict=False):
+        axes.imshow(photo)
+        # Dollar signs would start a formula.
+        text = textwrap.shorten(title, 110, placeholder=" …").replace("$", r"\$")
+        axes.set_title(textwrap.fill(text, 34), fontsize=8, y=-0.02, va="top")
+    return figure
