@@ -73,7 +73,7 @@ def summary_of(found: dict[str, Any]) -> dict[str, Any]:
 @click.option(
     "--samples",
     type=click.IntRange(0, 60),
-    default=6,
+    default=8,
     show_default=True,
     help="Photos shown of each label.",
 )

@@ -34,7 +34,7 @@ from trainer.exploration.words import log_odds
 FORMAT = 1
 FOLDER = "eda"
 JSON = "eda.json"
-SAMPLES = 6
+SAMPLES = 8
 NAMED_UNREADABLE = 100
 Loading = Callable[[], None]
 
@@ -112,7 +112,7 @@ def eda(
         found[name] = {"file": named[name], "rows": len(part), "kinds": of_kind}
     found |= {
         "photos": _photos(looks),
-        "duplicates": near_duplicates(project, looks, distance, seed),
+        "duplicates": near_duplicates(project, looks, distance),
         "log_odds": {"rows": len(train), **log_odds(train, classes)},
         "hypothesis_only": baseline.hypothesis_only(dataset, classes, draws, seed),
     }
@@ -222,7 +222,8 @@ def warnings_of(found: dict[str, Any]) -> list[str]:
     duplicates, photos = found["duplicates"], found["photos"]
     if pairs := duplicates["across_splits"]:
         between = ", ".join(f"{count} {name}" for name, count in duplicates["by_splits"].items())
-        unsure = "" if duplicates["features"] else ", by their hashes alone"
+        certain = duplicates["features"] or duplicates["identical"] == duplicates["pairs"]
+        unsure = "" if certain else "; by their hashes alone"
         lines.append(
             f"leak: {counted(pairs, 'pair')} of near-duplicate photos across splits"
             f" ({between}{unsure}); keep such photos in one split with a split_file"

@@ -9,6 +9,7 @@ import numpy as np
 
 from featstore.config import SPLITS
 from featstore.data.labels import labels_of
+from trainer.exploration.dots import name_dots
 from trainer.exploration.kinds import BALANCE, FREQUENT
 from trainer.pages.drawing import CLASS_COLORS, COLORS, new_figure
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GREY = "#7a828c"
+WIDTH = 5.0
+"""Inches: a column of the page on a desk; on a phone the letters are still read."""
 _WORDS_SHOWN = 12
 
 
@@ -49,10 +52,24 @@ def _plain(axes: Axes, *sides: str) -> None:
     axes.spines[["top", "right", *sides]].set_visible(False)
 
 
+def _beside(axes: Axes, x: float, text: str, left: bool) -> None:
+    """Write beside a vertical line, at its top."""
+    axes.annotate(
+        text,
+        (x, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-6 if left else 6, -4),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="top",
+        fontsize=9,
+    )
+
+
 def labels(table: Mapping[str, Mapping[str, int]], classes: Sequence[str]) -> Figure:
     """Return the rows of each split, a bar each, by class."""
     splits = [split for split in SPLITS if table[split]["rows"]]
-    figure = new_figure(6.4, 0.9 + 0.42 * len(splits))
+    figure = new_figure(WIDTH, 0.9 + 0.42 * len(splits))
     axes = figure.subplots()
     left = np.zeros(len(splits))
     for name in classes:
@@ -80,7 +97,7 @@ def histogram(
         label: Of the length.
         limit: Length at which sentences are cut.
     """
-    figure = new_figure(6.4, 3.2)
+    figure = new_figure(WIDTH, 3.2)
     axes = figure.subplots()
     total = np.sum([np.asarray(counts) for counts in of_class.values()], axis=0)
     # A few very long sentences would squeeze all others.
@@ -99,15 +116,7 @@ def histogram(
         )
     if limit is not None:
         axes.axvline(limit + 0.5, color="black", linestyle=":", linewidth=1.5)
-        axes.annotate(
-            f"cut after {limit}",
-            (limit + 0.5, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-6, -4),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-        )
+        _beside(axes, limit + 0.5, f"cut after {limit}", left=True)
     axes.set_xlim(-0.5, shown + 0.5)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(label)
@@ -123,10 +132,10 @@ def rows_a_photo(counts: Sequence[int]) -> Figure:
     """Return how many photos have 1, 2, 3 … rows."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = new_figure(6.4, 2.8)
+    figure = new_figure(WIDTH, 2.8)
     axes = figure.subplots()
     total = np.cumsum(counts)
-    shown = int(np.searchsorted(total, 0.999 * total[-1])) + 1
+    shown = int(np.searchsorted(total, 0.995 * total[-1])) + 1
     axes.bar(
         range(shown + 1),
         list(counts[: shown + 1]) + [0] * (shown + 1 - len(counts)),
@@ -144,7 +153,7 @@ def rows_a_photo(counts: Sequence[int]) -> Figure:
 def spatial(kinds: Mapping[str, Mapping[str, Any]], classes: Sequence[str]) -> Figure:
     """Return of each spatial keyword the share of each class's rows that have it."""
     names = list(kinds)
-    figure = new_figure(6.4, 1 + 0.36 * len(names))
+    figure = new_figure(WIDTH, 1 + 0.36 * len(names))
     axes = figure.subplots()
     height = 0.8 / len(classes)
     for at, name in enumerate(classes):
@@ -169,34 +178,40 @@ def spatial(kinds: Mapping[str, Mapping[str, Any]], classes: Sequence[str]) -> F
 
 def buckets(kinds: Mapping[str, Mapping[str, Any]], classes: int) -> Figure:
     """Return the buckets by size and share of entailment, with intervals and what is balanced."""
-    figure = new_figure(6.4, 4.4)
+    figure = new_figure(WIDTH, 4.4)
     axes = figure.subplots()
     named = {name: kind for name, kind in kinds.items() if name != "any" and kind["rows"]}
     middle = 100 / classes
     axes.axhspan(middle - 100 * BALANCE, middle + 100 * BALANCE, color=COLORS[2], alpha=0.18, lw=0)
     axes.axvline(100 * FREQUENT, color="black", linestyle=":", linewidth=1)
-    for name, kind in named.items():
-        at = kind["entailment"]
-        x, y = 100 * kind["share"], 100 * at["share"]
+    for kind in named.values():
+        x, y, low, high = _place(kind)
         color = COLORS[2] if kind["verdict"] == "fit" else GREY
-        below, above = max(y - 100 * at["low"], 0), max(100 * at["high"] - y, 0)
-        axes.errorbar(x, y, [[below], [above]], fmt="o", color=color, capsize=0, markersize=6)
-        axes.annotate(name, (x, y), xytext=(7, 3), textcoords="offset points")
+        spread = [[max(y - low, 0)], [max(high - y, 0)]]
+        axes.errorbar(x, y, spread, fmt="o", color=color, capsize=0, markersize=6)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: "")
     least = min((100 * kind["share"] for kind in named.values()), default=1)
-    axes.set_xlim(least / 1.5, 130)
+    ticks = [tick for tick in (0.01, 0.1, 1, 2, 5, 10, 20, 50, 100) if tick >= least / 1.5]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.set_xlim(least / 1.5, 110)
     axes.set_ylim(0, 100)
     axes.set_xlabel("% of train rows in the bucket (log scale)")
     axes.set_ylabel("% entailment among them")
     _plain(axes)
+    name_dots(axes, {name: _place(kind) for name, kind in named.items()})
     return figure
+
+
+def _place(kind: Mapping[str, Any]) -> tuple[float, float, float, float]:
+    """Return a bucket's size, and its share of entailment with its interval, in per cent."""
+    at = kind["entailment"]
+    return 100 * kind["share"], 100 * at["share"], 100 * at["low"], 100 * at["high"]
 
 
 def photo_sizes(sizes: Sequence[Mapping[str, int]]) -> Figure:
     """Return the sizes of photos: a dot each where they are few, else cells."""
-    figure = new_figure(6.4, 4)
+    figure = new_figure(WIDTH, 4)
     axes = figure.subplots()
     width = np.array([size["width"] for size in sizes])
     height = np.array([size["height"] for size in sizes])
@@ -219,26 +234,21 @@ def photo_sizes(sizes: Sequence[Mapping[str, int]]) -> Figure:
 
 def distances(found: Mapping[str, Any]) -> Figure:
     """Return in how many bits the hashes of two photos differ, of all pairs."""
-    figure = new_figure(6.4, 3)
+    figure = new_figure(WIDTH, 3)
     axes = figure.subplots()
     counts = np.asarray(found["histogram"])
     bits = np.flatnonzero(counts)
     near = bits <= found["distance"]
-    for which, color, name in (
-        (near, COLORS[1], f"near-duplicates (up to {found['distance']} bits)"),
-        (~near, GREY, "others"),
-    ):
-        axes.bar(bits[which], counts[bits[which]], color=color, label=name)
-    axes.axvline(found["distance"] + 0.5, color="black", linestyle=":", linewidth=1.5)
+    axes.bar(bits, counts[bits], width=1.6, color=np.where(near, COLORS[1], GREY))
+    limit = found["distance"] + 0.5
+    axes.axvline(limit, color="black", linestyle=":", linewidth=1.5)
+    _beside(axes, limit, f"near-duplicates:\nup to {found['distance']} bits", left=False)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5)
     axes.set_xlim(-1, 65)
     axes.set_xlabel("bits of 64 in which the hashes of two photos differ")
     axes.set_ylabel("pairs of photos (log scale)")
     _plain(axes)
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False
-    )
     return figure
 
 
@@ -246,7 +256,7 @@ def log_odds(found: Mapping[str, Any]) -> Figure:
     """Return the words of each class with the largest z, a panel a class."""
     classes = {name: at["top"][:_WORDS_SHOWN] for name, at in found["classes"].items()}
     rows = max(len(top) for top in classes.values())
-    figure = new_figure(2.2 + 2.3 * len(classes), 1 + 0.27 * rows)
+    figure = new_figure(1.2 + 2.1 * len(classes), 1 + 0.26 * rows)
     panels = figure.subplots(1, len(classes), sharex=True)
     for axes, (name, top) in zip(panels, classes.items(), strict=True):
         axes.barh(range(len(top)), [word["z"] for word in top], color=CLASS_COLORS[name])
@@ -263,7 +273,7 @@ def log_odds(found: Mapping[str, Any]) -> Figure:
 def hypothesis_only(found: Mapping[str, Any]) -> Figure:
     """Return the accuracy of words alone with its interval, beside always giving one answer."""
     splits = found["splits"]
-    figure = new_figure(6.4, 1.2 + 0.5 * len(splits))
+    figure = new_figure(WIDTH, 1.2 + 0.5 * len(splits))
     axes = figure.subplots()
     for at, split in enumerate(splits.values()):
         accuracy, majority = 100 * split["accuracy"], 100 * split["majority"]["share"]
@@ -313,5 +323,5 @@ def photo_grid(photos: Sequence[np.ndarray], titles: Sequence[str], columns: int
         axes.imshow(photo)
         # Dollar signs would start a formula.
         text = textwrap.shorten(title, 110, placeholder=" …").replace("$", r"\$")
-        axes.set_title(textwrap.fill(text, 34), fontsize=8, y=-0.02, va="top")
+        axes.set_title(textwrap.fill(text, 34), fontsize=8, y=-0.05, va="top")
     return figure

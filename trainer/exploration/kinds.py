@@ -22,9 +22,9 @@ BALANCE = 0.05
 FREQUENT = 0.1
 """The share of rows from which on oversampling a bucket moves what a model sees."""
 VERDICTS = {
-    "fit": "balanced and frequent: fit for oversampling",
-    "rare": "balanced, but rare: oversampling it changes little",
-    "skewed": "skewed: oversampling it would shift the labels",
+    "fit": "fit",
+    "rare": "balanced, but rare",
+    "skewed": "skewed",
     "empty": "no row",
 }
 
