@@ -40,18 +40,18 @@ def _print_found(found: dict[str, Any]) -> None:
     )
     if near["pairs"]:
         line += f"; {near['across_splits']} across splits"
-        line += f", {near['refuted']} refuted by features" if near["features"] else ""
+        line += f", {near['confirmed']} confirmed" if near["confirmed"] else ""
+        line += f", {near['refuted']} refuted" if near["features"] else ""
     click.echo(line)
     click.echo(found["hypothesis_only"]["meaning"].replace(": ", ":\n", 1).replace(". ", ".\n"))
 
 
 def summary_of(found: dict[str, Any]) -> dict[str, Any]:
     """Return what `--json` prints: what `eda.json` has but for distributions and long lists."""
-    short = {name: value for name, value in found.items() if name not in ("command", "versions")}
+    short = {name: value for name, value in found.items() if name not in ("command", "warnings")}
     for name in ("words", "tokens", "rows_a_photo", "duplicates"):
         short[name] = {k: v for k, v in short[name].items() if k not in ("histogram", "named")}
     short["photos"] = {k: v for k, v in short["photos"].items() if k != "sizes"}
-    short["notes"] = short.pop("warnings")
     return short
 
 

@@ -205,7 +205,8 @@ def near_duplicates(project: Project, looks: Looks, distance: int = DISTANCE) ->
         `confirmed` (these, and what features say), `refuted` by features and `unconfirmed`
         (without features, or between the limits); `groups` of photos joined by pairs that
         were not refuted, and photos of the `largest`; `across_splits`: pairs not refuted
-        whose photos are in different splits, `by_splits` counts them; `features`
+        whose photos are in different splits, of them `across_confirmed`, and `by_splits`
+        counts them; `features`
         (fingerprint), or the `reason` why none were used (both None where there was nothing
         to confirm); `cosine`, the two limits; `histogram`: pairs by differing bits; and
         `named`: of the first `NAMED`, those across splits before others, `photos`, `splits`,
@@ -260,6 +261,7 @@ def near_duplicates(project: Project, looks: Looks, distance: int = DISTANCE) ->
         "groups": len(groups),
         "largest": len(groups[0]) if groups else 0,
         "across_splits": int(across.sum()),
+        "across_confirmed": int((across & confirmed).sum()),
         "by_splits": dict(by_splits),
         "features": checked.fingerprint,
         "reason": checked.reason,

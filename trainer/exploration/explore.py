@@ -222,21 +222,23 @@ def warnings_of(found: dict[str, Any]) -> list[str]:
     duplicates, photos = found["duplicates"], found["photos"]
     if pairs := duplicates["across_splits"]:
         between = ", ".join(f"{count} {name}" for name, count in duplicates["by_splits"].items())
-        certain = duplicates["features"] or duplicates["identical"] == duplicates["pairs"]
-        unsure = "" if certain else "; by their hashes alone"
+        sure = duplicates["across_confirmed"]
+        known = "none" if not sure else "all" if sure == pairs else str(sure)
         lines.append(
-            f"leak: {counted(pairs, 'pair')} of near-duplicate photos across splits"
-            f" ({between}{unsure}); keep such photos in one split with a split_file"
+            f"{'leak' if sure else 'possible leak'}: {counted(pairs, 'pair')} of near-duplicate"
+            f" photos across splits ({between}; {known} confirmed); keep such photos in one split"
+            " with a split_file"
         )
     blind = found["hypothesis_only"]
     gaps = [at["above_majority"]["low"] for at in blind["splits"].values()]
     if any(low > 0 for low in gaps):
         lines.append(blind["meaning"])
     for split, seen in found["repeats"]["seen"].items():
-        if seen["share"] > WARNING_SHARE:
+        if seen["share"] > WARNING_SHARE and seen["learnable"]:
             lines.append(
                 f"{100 * seen['share']:.1f} % of {split} rows have a sentence that train has too;"
-                f" {seen['agreeing']} of these {seen['rows']} have the label it mostly has there"
+                f" {seen['agreeing']} of these {seen['rows']} have the label it mostly has there,"
+                " which can be learnt by heart"
             )
     if conflicts := found["repeats"]["conflicts"]:
         lines.append(

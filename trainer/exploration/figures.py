@@ -218,7 +218,7 @@ def photo_sizes(sizes: Sequence[Mapping[str, int]]) -> Figure:
     photos = np.array([size["photos"] for size in sizes])
     if len(sizes) <= 200:
         areas = 12 + 400 * photos / photos.max()
-        axes.scatter(width, height, areas, color=COLORS[0], alpha=0.6, linewidths=0)
+        axes.scatter(width, height, areas, color=COLORS[0], alpha=0.75, linewidths=0)
     else:
         cells = axes.hexbin(
             width, height, photos, gridsize=36, reduce_C_function=np.sum, bins="log", cmap="viridis"

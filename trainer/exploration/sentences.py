@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from featstore.config import SPLITS
 from featstore.data.dataset import Dataset
@@ -95,8 +96,9 @@ def repeats(dataset: Dataset) -> dict[str, Any]:
     Returns:
         `distinct` sentences; `conflicts`: pairs of photo and sentence with rows of different
         labels; and `seen`: of val and test the `rows` whose sentence is in train, their
-        `share`, and how many of them have the label that it mostly has in train (`agreeing`;
-        of labels that are as frequent, the first).
+        `share`, how many of them have the label that it mostly has in train (`agreeing`; of
+        labels that are as frequent, the first), and whether these are more than one answer
+        for all of them would reach (`learnable`).
     """
     examples = dataset.examples
     plain = [" ".join(words_of(sentence)) for sentence in examples.hypotheses]
@@ -113,6 +115,18 @@ def repeats(dataset: Dataset) -> dict[str, Any]:
         known = [row for row in rows if plain[row] in of_train]
         agreeing = sum(of_train[plain[row]].most_common(1)[0][0] == labels[row] for row in known)
         share = len(known) / len(rows) if rows else 0.0
-        seen[split] = {"rows": len(known), "share": share, "agreeing": agreeing}
+        most = Counter(labels[row] for row in known).most_common(1)
+        learnable = bool(known) and _above(agreeing, len(known), most[0][1] / len(known))
+        seen[split] = {
+            "rows": len(known),
+            "share": share,
+            "agreeing": agreeing,
+            "learnable": learnable,
+        }
     conflicts = sum(len(found) > 1 for found in of_pair.values())
     return {"distinct": len(set(plain)), "conflicts": conflicts, "seen": seen}
+
+
+def _above(hits: int, rows: int, share: float) -> bool:
+    """Tell whether hits of rows are more than a share, beyond chance (one-sided, 2.5 %)."""
+    return bool(binomtest(hits, rows).proportion_ci(0.95, "wilson").low > share)

@@ -1,0 +1,335 @@
+"""What data show before training: each figure against what was put into the data."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import check_page
+from click.testing import CliRunner
+from PIL import Image
+from tiny_runs import write_data
+
+import trainer
+from featstore.data.examples import Examples
+from featstore.data.images import decode_image, glance
+from featstore.errors import ImageError, UsageError
+from featstore.progress import SILENT
+from featstore.project import Project
+from trainer.buckets import load_buckets
+from trainer.commands.main import cli
+from trainer.exploration import photos
+from trainer.exploration.duplicates import near_pairs
+from trainer.exploration.kinds import SPATIAL, kinds
+from trainer.exploration.photos import perceptual_hash
+from trainer.exploration.sentences import words_of
+from trainer.exploration.words import PRIOR_WORDS, log_odds
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PLACES = ("file", "kinds", "classes")
+
+
+def table(*rows: tuple[str, str, int]) -> Examples:
+    ids, sentences, labels = zip(*rows, strict=True)
+    return Examples(
+        np.array(ids, object),
+        np.array(sentences, object),
+        np.array(labels, np.int8),
+        np.arange(1, len(rows) + 1),
+        np.array(["rows.jsonl"] * len(rows), object),
+    )
+
+
+def scene(seed: int, size: tuple[int, int] = (96, 72)) -> Image.Image:
+    """Return a photo with something to see: coarse random colours, smoothly joined."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+# --- photos
+
+
+def test_a_glance_is_what_decoding_gives() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for data in (
+        encoded(scene(1, (800, 600)), quality=95),
+        encoded(scene(1, (800, 600)), exif=turned),
+        encoded(scene(1).convert("L")),
+        encoded(scene(1).convert("CMYK")),
+        encoded(scene(1), "PNG"),
+        encoded(scene(1).convert("P"), "GIF"),
+    ):
+        found, whole = glance(data, "photo"), decode_image(data, "photo")
+        assert (found.height, found.width) == whole.shape[:2]
+        grey = Image.fromarray(whole).convert("L").resize((32, 32), Image.Resampling.BOX)
+        assert np.abs(found.grey.astype(int) - np.asarray(grey)).max() <= 12
+        hashes = perceptual_hash(np.stack([found.grey, np.asarray(grey)]))
+        assert np.bitwise_count(hashes[0] ^ hashes[1]) <= 2
+
+
+@pytest.mark.parametrize("data", [b"", b"no photo", encoded(scene(2), quality=95)[:900]])
+def test_a_glance_says_of_damage_what_decoding_says(data: bytes) -> None:
+    said = []
+    for decode in (glance, decode_image):
+        with pytest.raises(ImageError) as error:
+            decode(data, "photo.jpg")
+        said.append(error.value.message)
+    assert said[0] == said[1]
+
+
+def test_copies_have_near_hashes_and_others_have_not() -> None:
+    first = scene(3, (400, 300))
+    copies = [first.resize((100, 75)), first.convert("L"), first.point(lambda v: min(255, 1.2 * v))]
+    others = [scene(seed, (400, 300)) for seed in range(4, 44)]
+    greys = [glance(encoded(image, quality=60), "x").grey for image in (first, *copies, *others)]
+    bits = np.bitwise_count(perceptual_hash(np.stack(greys))[1:] ^ perceptual_hash(greys[0][None]))
+    assert bits[:3].max() <= 8
+    assert bits[3:].min() > 12
+
+
+def test_near_pairs_are_those_of_comparing_each_with_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.exploration.duplicates._CHUNK_VALUES", 700)
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**63, 90, np.uint64)
+    hashes[40:60] = hashes[:20] ^ (np.uint64(1) << rng.integers(0, 64, 20, np.uint64))
+    hashes[60:63] = hashes[0]
+    expected = sorted(
+        ((int(hashes[i]) ^ int(hashes[j])).bit_count(), i, j)
+        for i in range(90)
+        for j in range(i + 1, 90)
+    )
+    found = near_pairs(hashes, 3)
+    pairs = list(zip(found.bits, found.first, found.second, strict=True))
+    assert pairs == [pair for pair in expected if pair[0] <= 3]
+    assert found.histogram.tolist() == np.bincount([p[0] for p in expected], minlength=65).tolist()
+    # Too many: the nearest are kept, and the distance says so.
+    fewer = near_pairs(hashes, 3, most=10)
+    assert fewer.distance == 0
+    assert fewer.bits.tolist() == [0] * 6
+    same = near_pairs(np.zeros(40, np.uint64), 3, most=10)
+    assert (len(same.first), same.histogram[0]) == (10, 40 * 39 // 2)
+
+
+# --- sentences
+
+
+def test_words_keep_their_apostrophes() -> None:
+    assert words_of("A man isn’t (really) 12 years_old — no!") == [
+        *("a", "man", "isn't", "really", "12", "years", "old", "no"),
+    ]
+
+
+def test_log_odds_are_those_of_the_paper() -> None:
+    rows = [("a", "sleeping dog dog", 0)] * 6 + [("b", "playing dog", 1)] * 4 + [("c", "dog", 1)]
+    found = log_odds(table(*rows), 2)
+    # Words by rows: dog 6 and 5, sleeping 6 and 0, playing 0 and 4; 11 and 6, 0 and 4 above.
+    prior = PRIOR_WORDS * 6 / 21
+    first = np.log((6 + prior) / (12 + PRIOR_WORDS - 6 - prior))
+    second = np.log(prior / (9 + PRIOR_WORDS - prior))
+    deviation = np.sqrt(1 / (6 + prior) + 1 / prior)
+    assert found["words"] == 2  # playing has four rows
+    (word,) = found["classes"]["contradiction"]["top"]
+    assert (word["word"], word["rows"], word["share"]) == ("sleeping", 6, 1.0)
+    assert word["log_odds"] == pytest.approx(first - second)
+    assert word["z"] == pytest.approx((first - second) / deviation)
+    assert found["limit"] == pytest.approx(2.2414, abs=1e-4)
+
+
+def test_log_odds_of_a_class_without_rows_have_no_words() -> None:
+    found = log_odds(table(*[("a", "a dog runs", 1)] * 9), 3)
+    assert [at["top"] for at in found["classes"].values()] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("entailment", "of", "others", "verdict"),
+    [(11, 20, 0, "fit"), (12, 20, 0, "skewed"), (9, 20, 180, "fit"), (9, 20, 181, "rare")],
+)
+def test_which_buckets_may_be_oversampled(
+    entailment: int, of: int, others: int, verdict: str
+) -> None:
+    rows = [(f"p{i}", "a red ball", int(i < entailment)) for i in range(of)]
+    rows += [(f"q{i}", "a ball", 1) for i in range(others)]
+    found = kinds(load_buckets(), table(*rows), 2, draws=20)
+    assert found["colors"]["verdict"] == verdict
+    assert found["negation"]["verdict"] == "empty"
+    assert found["negation"]["entailment"] is None
+    assert found["colors"]["entailment"]["share"] == entailment / of
+    assert found["any"]["rows"] == of
+
+
+def test_the_spatial_keywords_are_the_eleven_of_the_study() -> None:
+    patterns = load_buckets(SPATIAL)
+    assert list(patterns) == [
+        *("inside", "on", "outside", "near", "front", "back", "bottom", "top", "center"),
+        *("right", "left"),
+    ]
+    assert patterns["near"].search("He sits next  to a dog")
+    assert not patterns["inside"].search("An inn")
+
+
+# --- the whole
+
+
+def settings_of(folder: Path, classes: int = 2) -> dict[str, Any]:
+    """Write data with a photo in two splits, an unreadable one, and a word that tells."""
+    data = write_data(folder, classes=classes)
+    images = Path(data["images"])
+    for number, path in enumerate(sorted(images.iterdir())):
+        scene(number).save(path)
+    scene(0).resize((80, 60)).save(images / "copy.jpg")
+    (images / "bad.png").write_bytes(b"no photo")
+    rows, split = Path(data["rows"]), Path(data["split_file"])
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for line in lines:
+        line["Hypothesis"] += {"entailment": " outside", "contradiction": " asleep"}.get(
+            line["Label"], ""
+        )
+    lines += [
+        {"Image_ID": name, "Hypothesis": "a $ <b> cat asleep", "Label": "contradiction"}
+        for name in ("copy", "bad")
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parts = json.loads(split.read_text())
+    parts["test"] += ["copy", "bad"]
+    split.write_text(json.dumps(parts))
+    return {**data, "classes": classes, "root": str(folder / "cache"), "text": str(folder / "no")}
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_what_was_put_into_the_data_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int
+) -> None:
+    project = Project(**settings_of(tmp_path, classes))
+    found = trainer.eda(project, tmp_path / "out", draws=50, samples=2, show=SILENT)
+    near = found["duplicates"]
+    (pair,) = near["named"]
+    assert (pair["photos"], pair["splits"]) == (["photo000", "copy"], ["train", "test"])
+    assert (pair["confirmed"], near["across_splits"]) == (None, 1)
+    assert near["by_splits"] == {"train and test": 1}
+    assert found["photos"]["unreadable"] == 1
+    assert found["tokens"]["reason"]
+    tells = {"entailment": "outside", "contradiction": "asleep"}
+    for name, word in tells.items():
+        assert found["log_odds"]["classes"][name]["top"][0]["word"] == word
+    assert found["hypothesis_only"]["splits"]["test"]["accuracy"] == 1
+    assert found["repeats"]["seen"]["val"]["learnable"]
+    said = " ".join(found["warnings"])
+    for part in ("possible leak: 1 pair", "reaches 100.0 %", "bad", "learnt by heart"):
+        assert part in said
+    left = json.loads((tmp_path / "out" / "eda.json").read_text())
+    assert left == {k: v for k, v in found.items() if k not in ("folder", "files")}
+    assert all((tmp_path / "out" / name).stat().st_size for name in found["files"].values())
+    page = (tmp_path / "out" / "eda.html").read_text()
+    assert "a $ &lt;b&gt; cat asleep" in page or "a $ <b>" not in page
+
+    # A second time no photo is decoded but the damaged one, and the figures are the same.
+    looked: list[str] = []
+
+    def look(data: bytes, name: str, side: int) -> Any:
+        looked.append(name)
+        return glance(data, name, side)
+
+    monkeypatch.setattr(photos, "glance", look)
+    monkeypatch.setattr("featstore.extract.photos.RACY_NS", -1)
+    trainer.eda(Project(**settings_of(tmp_path / "two", classes)), tmp_path / "o", show=SILENT)
+    looked.clear()
+    again = Project(**{**vars_of(tmp_path / "two", classes)})
+    assert trainer.eda(again, tmp_path / "o", draws=50, show=SILENT)["duplicates"] == near | {
+        "reason": again_reason(near["reason"], tmp_path)
+    }
+    assert looked == ["bad.png"]
+
+
+def vars_of(folder: Path, classes: int) -> dict[str, Any]:
+    return {
+        "rows": str(folder / "rows.jsonl"),
+        "images": str(folder / "images"),
+        "split_file": str(folder / "split.json"),
+        "classes": classes,
+        "root": str(folder / "cache"),
+        "text": str(folder / "no"),
+    }
+
+
+def again_reason(reason: str, folder: Path) -> str:
+    return reason.replace(str(folder / "cache"), str(folder / "two" / "cache"))
+
+
+def test_every_field_of_the_file_is_described(tmp_path: Path) -> None:
+    found = trainer.eda(Project(**settings_of(tmp_path)), tmp_path / "out", draws=20, show=SILENT)
+    described = set(re.findall(r"`(\w+)`", (DOCS / "EDA.md").read_text()))
+
+    def names(value: Any, free: bool = False) -> set[str]:
+        """Return the names of fields; keys that are data, such as classes, are none."""
+        if isinstance(value, list):
+            return set().union(*(names(item) for item in value), set())
+        if not isinstance(value, dict):
+            return set()
+        data = {"entailment", "contradiction", "bad", "JPEG", "PNG", "train and test"}
+        data |= {*load_buckets(), *load_buckets(SPATIAL)} | set(found["versions"])
+        return set().union({key for key in value if key not in data}, *map(names, value.values()))
+
+    left = json.loads((tmp_path / "out" / "eda.json").read_text())
+    assert names(left) - described == set()
+
+
+def test_a_balanced_set_has_nothing_to_warn_of(tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    for number, path in enumerate(sorted(Path(data["images"]).iterdir())):
+        scene(number).save(path)
+    project = Project(**data, root=str(tmp_path / "cache"), text=str(tmp_path / "no"))
+    found = trainer.eda(project, tmp_path / "out", draws=50, show=SILENT)
+    assert found["hypothesis_only"]["splits"]["test"]["accuracy"] == 0.5
+    assert "nothing away that shows" in found["hypothesis_only"]["meaning"]
+    (only,) = found["warnings"]
+    assert only.startswith("tokens are not counted")
+    assert found["duplicates"]["pairs"] == 0
+
+
+def test_a_folder_of_a_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    project = Project(rows="none.jsonl", images="none")
+    with pytest.raises(UsageError, match="name another folder with --out"):
+        trainer.eda(project, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_command_counts_tokens_and_confirms_by_features(
+    tmp_path: Path, tiny_vit: Path, tiny_text: Path
+) -> None:
+    settings = settings_of(tmp_path) | {"vit": str(tiny_vit), "text": str(tiny_text)}
+    rows = Path(settings["rows"])
+    long = {"Image_ID": "photo001", "Hypothesis": "a dog " * 50, "Label": "entailment"}
+    rows.write_text(rows.read_text() + json.dumps(long) + "\n")
+    project = Project(**settings)
+    project.extract("vit", show=SILENT)
+    found = trainer.eda(project, tmp_path / "out", draws=20, show=SILENT)
+    assert (found["tokens"]["source"], found["tokens"]["max"]) == ("tokenizer", 102)
+    assert found["tokens"]["cut"] == 1
+    (pair,) = found["duplicates"]["named"]
+    assert pair["confirmed"]
+    assert found["duplicates"]["across_confirmed"] == 1
+    assert found["warnings"][0].startswith("leak: 1 pair")
+    project.extract("text", show=SILENT)
+    stored = trainer.eda(Project(**settings), tmp_path / "out", draws=20, show=SILENT)
+    assert stored["tokens"] == found["tokens"] | {"source": "stored features"}
+
+    flags = ("rows", "images", "split_file", "root", "vit", "text")
+    args = [part for name in flags for part in (f"--{name.replace('_', '-')}", settings[name])]
+    done = CliRunner().invoke(cli, ["eda", *args, "--out", str(tmp_path / "out"), "--draws", "20"])
+    assert done.exit_code == 0, done.output
+    assert "warning: leak: 1 pair" in done.stderr
+    assert f"written: {tmp_path / 'out' / 'eda.html'}" in done.stdout
+    check_page(tmp_path / "out" / "eda.html")
