@@ -16,8 +16,10 @@ from PIL import Image
 from tiny_runs import write_data
 
 import trainer
+from featstore.config import SPLITS
 from featstore.data.examples import Examples
 from featstore.data.images import decode_image, glance
+from featstore.data.labels import labels_of
 from featstore.errors import ImageError, UsageError
 from featstore.progress import SILENT
 from featstore.project import Project
@@ -31,7 +33,6 @@ from trainer.exploration.sentences import words_of
 from trainer.exploration.words import PRIOR_WORDS, log_odds
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PLACES = ("file", "kinds", "classes")
 
 
 def table(*rows: tuple[str, str, int]) -> Examples:
@@ -207,34 +208,66 @@ def settings_of(folder: Path, classes: int = 2) -> dict[str, Any]:
     return {**data, "classes": classes, "root": str(folder / "cache"), "text": str(folder / "no")}
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-def test_what_was_put_into_the_data_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int
-) -> None:
-    project = Project(**settings_of(tmp_path, classes))
-    found = trainer.eda(project, tmp_path / "out", draws=50, samples=2, show=SILENT)
+@pytest.fixture(scope="module", params=[2, 3])
+def explored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The folder that is left, and what is returned, of two and of three classes."""
+    folder = tmp_path_factory.mktemp("eda")
+    project = Project(**settings_of(folder, request.param))
+    out = folder / "out"
+    return out, trainer.eda(project, out, draws=50, samples=2, show=SILENT)
+
+
+def test_what_was_put_into_the_data_is_found(explored: tuple[Path, dict[str, Any]]) -> None:
+    out, found = explored
     near = found["duplicates"]
     (pair,) = near["named"]
     assert (pair["photos"], pair["splits"]) == (["photo000", "copy"], ["train", "test"])
     assert (pair["confirmed"], near["across_splits"]) == (None, 1)
     assert near["by_splits"] == {"train and test": 1}
+    assert near["reason"] == "no photo features have been extracted"
     assert found["photos"]["unreadable"] == 1
     assert found["tokens"]["reason"]
-    tells = {"entailment": "outside", "contradiction": "asleep"}
-    for name, word in tells.items():
+    for name, word in (("entailment", "outside"), ("contradiction", "asleep")):
         assert found["log_odds"]["classes"][name]["top"][0]["word"] == word
     assert found["hypothesis_only"]["splits"]["test"]["accuracy"] == 1
     assert found["repeats"]["seen"]["val"]["learnable"]
     said = " ".join(found["warnings"])
     for part in ("possible leak: 1 pair", "reaches 100.0 %", "bad", "learnt by heart"):
         assert part in said
-    left = json.loads((tmp_path / "out" / "eda.json").read_text())
+    left = json.loads((out / "eda.json").read_text())
     assert left == {k: v for k, v in found.items() if k not in ("folder", "files")}
-    assert all((tmp_path / "out" / name).stat().st_size for name in found["files"].values())
-    page = (tmp_path / "out" / "eda.html").read_text()
-    assert "a $ &lt;b&gt; cat asleep" in page or "a $ <b>" not in page
+    for name in found["files"].values():
+        assert (out / name).stat().st_size
+    assert "<b>" not in (out / "eda.html").read_text()
 
-    # A second time no photo is decoded but the damaged one, and the figures are the same.
+
+def test_every_field_of_the_file_is_described(explored: tuple[Path, dict[str, Any]]) -> None:
+    described = set(re.findall(r"`(\w+)`", (DOCS / "EDA.md").read_text()))
+    left = json.loads((explored[0] / "eda.json").read_text())
+    # Keys that are data.
+    data = {*load_buckets(), *load_buckets(SPATIAL), *left["versions"], *labels_of(3), *SPLITS}
+    data |= {"bad", "JPEG", "PNG", "train and test"}
+
+    def names(value: Any) -> set[str]:
+        if isinstance(value, list):
+            return set[str]().union(*map(names, value))
+        if not isinstance(value, dict):
+            return set()
+        return set(value).union(*map(names, value.values()))
+
+    assert names(left) - data - described == set()
+
+
+def test_a_photo_is_decoded_once_for_each_state_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featstore.extract.photos.RACY_NS", -(10**12))
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        scene(number).save(path)
+    paths[2].write_bytes(b"no photo")
     looked: list[str] = []
 
     def look(data: bytes, name: str, side: int) -> Any:
@@ -242,47 +275,30 @@ def test_what_was_put_into_the_data_is_found(
         return glance(data, name, side)
 
     monkeypatch.setattr(photos, "glance", look)
-    monkeypatch.setattr("featstore.extract.photos.RACY_NS", -1)
-    trainer.eda(Project(**settings_of(tmp_path / "two", classes)), tmp_path / "o", show=SILENT)
-    looked.clear()
-    again = Project(**{**vars_of(tmp_path / "two", classes)})
-    assert trainer.eda(again, tmp_path / "o", draws=50, show=SILENT)["duplicates"] == near | {
-        "reason": again_reason(near["reason"], tmp_path)
-    }
-    assert looked == ["bad.png"]
 
+    def looks() -> photos.Looks:
+        looked.clear()
+        return photos.look_at(["a", "b", "c"], paths, tmp_path / "cache", tmp_path, 2)
 
-def vars_of(folder: Path, classes: int) -> dict[str, Any]:
-    return {
-        "rows": str(folder / "rows.jsonl"),
-        "images": str(folder / "images"),
-        "split_file": str(folder / "split.json"),
-        "classes": classes,
-        "root": str(folder / "cache"),
-        "text": str(folder / "no"),
-    }
-
-
-def again_reason(reason: str, folder: Path) -> str:
-    return reason.replace(str(folder / "cache"), str(folder / "two" / "cache"))
-
-
-def test_every_field_of_the_file_is_described(tmp_path: Path) -> None:
-    found = trainer.eda(Project(**settings_of(tmp_path)), tmp_path / "out", draws=20, show=SILENT)
-    described = set(re.findall(r"`(\w+)`", (DOCS / "EDA.md").read_text()))
-
-    def names(value: Any, free: bool = False) -> set[str]:
-        """Return the names of fields; keys that are data, such as classes, are none."""
-        if isinstance(value, list):
-            return set().union(*(names(item) for item in value), set())
-        if not isinstance(value, dict):
-            return set()
-        data = {"entailment", "contradiction", "bad", "JPEG", "PNG", "train and test"}
-        data |= {*load_buckets(), *load_buckets(SPATIAL)} | set(found["versions"])
-        return set().union({key for key in value if key not in data}, *map(names, value.values()))
-
-    left = json.loads((tmp_path / "out" / "eda.json").read_text())
-    assert names(left) - described == set()
+    first = looks()
+    assert len(looked) == 3
+    again = looks()
+    assert looked == ["2.png"]
+    assert (again.ids, again.formats, again.unreadable) == (
+        *(["a", "b"], ["PNG", "PNG"]),
+        first.unreadable,
+    )
+    assert (again.hashes == first.hashes).all()
+    assert again.sizes.tolist() == [[96, 72], [96, 72]]
+    scene(9, (60, 50)).save(paths[0])
+    changed = looks()
+    assert sorted(looked) == ["0.png", "2.png"]
+    assert changed.sizes[0].tolist() == [60, 50]
+    # A list that is damaged is made anew.
+    (kept,) = (tmp_path / "cache" / "photo-digests").glob("*-looks.npz")
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert (looks().hashes == changed.hashes).all()
+    assert len(looked) == 3
 
 
 def test_a_balanced_set_has_nothing_to_warn_of(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from featstore.config import SPLITS
 from featstore.errors import FeatstoreError
 from featstore.project import Project
+from featstore.store.folder import shard_paths
 from featstore.store.store import VisionStore
 from trainer.exploration.photos import HASH_BITS, Looks
 
@@ -132,6 +134,11 @@ def alike(
     return found
 
 
+def has_features(root: Path, kind: str) -> bool:
+    """Tell whether a store has any features of a kind, "vit" or "text"."""
+    return any(shard_paths(folder) for folder in (root / kind).glob("*"))
+
+
 @dataclass(frozen=True)
 class Confirmed:
     """What the stored features say of pairs.
@@ -168,6 +175,9 @@ def confirm(project: Project, looks: Looks, pairs: Pairs, order: NDArray[np.int6
     if not len(order):
         return Confirmed(cosines)
     try:
+        # Asked first: for a preset that is not here yet the framework would be imported.
+        if not has_features(project.root, "vit"):
+            return Confirmed(cosines, reason="no photo features have been extracted")
         store = project.images()
         stored = store.lookup(np.array(looks.ids, dtype=object))
         there = stored >= 0

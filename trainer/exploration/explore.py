@@ -19,7 +19,7 @@ from featstore.project import Project
 from featstore.publish import command_line, package_versions
 from trainer.buckets import SHIPPED, load_buckets
 from trainer.exploration import baseline
-from trainer.exploration.duplicates import DISTANCE, near_duplicates
+from trainer.exploration.duplicates import DISTANCE, has_features, near_duplicates
 from trainer.exploration.kinds import SPATIAL, kinds, source_of
 from trainer.exploration.photos import HASH_BITS, Looks, look_at
 from trainer.exploration.sentences import (
@@ -202,6 +202,8 @@ def _tokens(project: Project, classes: int, show: Show) -> dict[str, Any]:
 
 def _stored_tokens(project: Project, sentences: list[str]) -> dict[str, int] | None:
     """Return the tokens of sentences that all have features, None where one has none."""
+    if not has_features(project.root, "text"):
+        return None
     try:
         store = project.sentences()
         positions = store.lookup(np.array(sentences, dtype=object))
