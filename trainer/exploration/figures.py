@@ -128,19 +128,20 @@ def histogram(
     return figure
 
 
+def drawn_rows(counts: Sequence[int]) -> int:
+    """Return the most rows of a photo that are drawn: those of 99.5 % of the photos."""
+    total = np.cumsum(counts)
+    return int(np.searchsorted(total, 0.995 * total[-1]))
+
+
 def rows_a_photo(counts: Sequence[int]) -> Figure:
     """Return how many photos have 1, 2, 3 … rows."""
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(WIDTH, 2.8)
     axes = figure.subplots()
-    total = np.cumsum(counts)
-    shown = int(np.searchsorted(total, 0.995 * total[-1])) + 1
-    axes.bar(
-        range(shown + 1),
-        list(counts[: shown + 1]) + [0] * (shown + 1 - len(counts)),
-        color=COLORS[0],
-    )
+    shown = drawn_rows(counts)
+    axes.bar(range(shown + 1), counts[: shown + 1], color=COLORS[0])
     axes.set_xlim(0.4, shown + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("rows of a photo")
@@ -195,7 +196,9 @@ def buckets(kinds: Mapping[str, Mapping[str, Any]], classes: int) -> Figure:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.set_xlim(least / 1.5, 110)
-    axes.set_ylim(0, 100)
+    ends = [middle - 100 * BALANCE, middle + 100 * BALANCE]
+    ends += [end for kind in named.values() for end in _place(kind)[2:]]
+    axes.set_ylim(max(min(ends) - 6, 0), min(max(ends) + 6, 100))
     axes.set_xlabel("% of train rows in the bucket (log scale)")
     axes.set_ylabel("% entailment among them")
     _plain(axes)

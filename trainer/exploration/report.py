@@ -15,7 +15,7 @@ from featstore.data.labels import labels_of
 from featstore.errors import ImageError
 from featstore.project import Project
 from featstore.publish import write_json
-from trainer.exploration.figures import all_figures, photo_grid
+from trainer.exploration.figures import all_figures, drawn_rows, photo_grid
 from trainer.exploration.kinds import VERDICTS
 from trainer.pages.drawing import photo_uri, svg, write_png
 from trainer.pages.page import write_page
@@ -90,6 +90,7 @@ def write_report(
         },
         pairs=[{**pair, "uris": [_uri(pixels) for pixels in pair["pixels"]]} for pair in pairs],
         verdicts=VERDICTS,
+        drawn_rows=drawn_rows(found["rows_a_photo"]["histogram"]),
         beyond=", ".join(
             f"{at['beyond']} of {name}" for name, at in found["log_odds"]["classes"].items()
         ),
@@ -149,13 +150,18 @@ def _samples(
 
 
 def _pairs(project: Project, named: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the first pairs of near-duplicates that were not refuted, with their pixels."""
+    """Return the first pairs of near-duplicates that were not refuted, with their pixels.
+
+    No photo is shown twice: of several copies one pair is enough.
+    """
     found: list[dict[str, Any]] = []
+    used = set[str]()
     for pair in named:
         if len(found) >= PAIRS_SHOWN:
             break
-        if pair["confirmed"] is False:
+        if pair["confirmed"] is False or not used.isdisjoint(pair["photos"]):
             continue
+        used.update(pair["photos"])
         pixels = [_small(project, image_id) for image_id in pair["photos"]]
         if any(one is None for one in pixels):
             continue
