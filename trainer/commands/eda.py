@@ -39,11 +39,12 @@ def _print_found(found: dict[str, Any]) -> None:
         f" to {near['distance']} bits of their hashes"
     )
     if near["pairs"]:
-        line += f"; {near['across_splits']} across splits"
-        line += f", {near['confirmed']} confirmed" if near["confirmed"] else ""
-        line += f", {near['refuted']} refuted" if near["features"] else ""
+        line += (
+            f"; across splits {near['across_splits']}, confirmed {near['confirmed']},"
+            f" refuted {near['refuted']}"
+        )
     click.echo(line)
-    click.echo(found["hypothesis_only"]["meaning"].replace(": ", ":\n", 1).replace(". ", ".\n"))
+    click.echo(found["hypothesis_only"]["meaning"].replace(". ", ".\n"))
 
 
 def summary_of(found: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def summary_of(found: dict[str, Any]) -> dict[str, Any]:
     type=click.IntRange(0, 31),
     default=8,
     show_default=True,
-    help="Most bits of 64 in which the hashes of near-duplicate photos differ.",
+    help="Most bits of 64 in which the hashes of two photos that are alike differ.",
 )
 @click.option(
     "--samples",
