@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -17,15 +18,18 @@ from tiny_runs import write_data
 
 import trainer
 from featstore.config import SPLITS
+from featstore.data.dataset import Dataset
 from featstore.data.examples import Examples
-from featstore.data.images import decode_image, glance
+from featstore.data.images import ImageIndex, decode_image, glance
 from featstore.data.labels import labels_of
+from featstore.data.splits import Splits
 from featstore.errors import ImageError, UsageError
 from featstore.progress import SILENT
 from featstore.project import Project
 from trainer.buckets import load_buckets
 from trainer.commands.main import cli
 from trainer.exploration import photos
+from trainer.exploration.baseline import hypothesis_only, sentence_of
 from trainer.exploration.duplicates import near_pairs
 from trainer.exploration.kinds import SPATIAL, kinds
 from trainer.exploration.photos import perceptual_hash
@@ -151,6 +155,26 @@ def test_log_odds_are_those_of_the_paper() -> None:
 def test_log_odds_of_a_class_without_rows_have_no_words() -> None:
     found = log_odds(table(*[("a", "a dog runs", 1)] * 9), 3)
     assert [at["top"] for at in found["classes"].values()] == [[], [], []]
+
+
+def test_words_alone_are_learnt_from_train_and_measured_on_the_others() -> None:
+    rows = [(f"a{i}", ("red ball", "blue ball")[i % 2], i % 2) for i in range(8)]
+    rows += [(f"b{i}", ("red ball", "blue ball")[i % 2], i % 2) for i in range(4)]
+    rows += [(f"c{i}", ("red ball", "blue ball")[i % 2], 1 - i % 2) for i in range(4)]
+    examples = table(*rows)
+    ids = examples.image_ids
+    splits = Splits({"train": tuple(ids[:8]), "val": tuple(ids[8:12]), "test": tuple(ids[12:])}, "")
+    images = ImageIndex(Path("photos"), {}, {})
+    dataset = Dataset(examples, splits, images, [], Path("cache"))
+    found = hypothesis_only(dataset, 2, draws=20)
+    assert [at["accuracy"] for at in found["splits"].values()] == [1, 0]
+    assert found["splits"]["test"]["above_majority"]["difference"] == -0.5
+    assert "reaches 0.0 %" in sentence_of(found)
+    without = dataclasses.replace(splits, assignment={**splits.assignment, "train": ()})
+    found = hypothesis_only(dataclasses.replace(dataset, splits=without), 2)
+    assert sentence_of(found) == (
+        "Not measured: train has fewer than two rows of contradiction, entailment."
+    )
 
 
 @pytest.mark.parametrize(

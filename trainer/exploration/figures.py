@@ -307,7 +307,7 @@ def hypothesis_only(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def photo_grid(photos: Sequence[np.ndarray], titles: Sequence[str], columns: int = 3) -> Figure:
+def photo_grid(photos: Sequence[np.ndarray], titles: Sequence[str], columns: int = 4) -> Figure:
     """Return photos with a text under each.
 
     Args:

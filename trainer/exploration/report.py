@@ -73,7 +73,7 @@ def write_report(
     if pairs:
         pixels = [pixels for pair in pairs for pixels in pair["pixels"]]
         names = [name for pair in pairs for name in pair["names"]]
-        pictures["duplicate-pairs"] = photo_grid(pixels, names, columns=4)
+        pictures["duplicate-pairs"] = photo_grid(pixels, names)
     for name, figure in pictures.items():
         files[name] = f"{FIGURES}/{name}.png"
         # Before `svg`, which changes the figure.
