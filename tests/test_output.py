@@ -174,6 +174,7 @@ class Typed:
         self.runs = f"--runs {folder}//x/../runs"
         self.lines = {
             "init": f"--force --config {folder}/x/../new.toml",
+            "eda": f"--out {folder}/x/../eda-NAME --draws 20 {config}",
             "extract-vit": config,
             "extract-text": f"--split train --k-txt 0 {config}",
             "train": f"--name NAME {config} {self.runs}",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         train,
     )
     from trainer.config import TrainConfig
+    from trainer.exploration.explore import eda
     from trainer.recipes.chain import run_recipe
     from trainer.tuning.drive import SearchResults, load_search, search
 
@@ -29,6 +30,7 @@ _HOMES = {
     "SearchResults": "trainer.tuning.drive",
     "TrainConfig": "trainer.config",
     "compare": "trainer.api",
+    "eda": "trainer.exploration.explore",
     "evaluate": "trainer.api",
     "import_weights": "trainer.api",
     "load_run": "trainer.api",
@@ -43,6 +45,7 @@ __all__ = [
     "SearchResults",
     "TrainConfig",
     "compare",
+    "eda",
     "evaluate",
     "import_weights",
     "load_run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import io
 import itertools
@@ -12,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -192,6 +193,60 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> npt.ND
     Thread-safe. Pillow's own settings decide nothing: `LOAD_TRUNCATED_IMAGES` and
     `MAX_IMAGE_PIXELS` are held while photos are decoded, and put back.
     """
+    with _opened(data, name, max_pixels) as image:
+        image.load()
+        turned = _to_rgb(image)
+        turn = _TURNS.get(_orientation(image))
+        if turn is not None:
+            turned = turned.transpose(turn)
+        return np.array(turned, dtype=np.uint8)
+
+
+class Glance(NamedTuple):
+    """What a photo is, and a small grey picture of it.
+
+    Attributes:
+        width, height: Pixels, once the photo is turned as `decode_image` does.
+        format: One of `FORMATS`, or what Pillow calls a relative of it, such as "MPO".
+        grey: uint8 of shape (side, side): the whole photo, its sides squeezed to one length.
+    """
+
+    width: int
+    height: int
+    format: str
+    grey: npt.NDArray[np.uint8]
+
+
+def glance(data: bytes, name: str, side: int = 32, max_pixels: int = MAX_PIXELS) -> Glance:
+    """Decode a photo only as far as a small grey picture of it needs.
+
+    A JPEG is decoded at a fraction of its size, so this takes a fraction of `decode_image`'s
+    time; every byte is read all the same, and damage is found as there.
+
+    Args:
+        data, name, max_pixels: As of `decode_image`.
+        side: Pixels of the picture's sides; each is the mean of the pixels that it stands for.
+
+    Raises:
+        ImageError: As `decode_image`.
+    """
+    with _opened(data, name, max_pixels) as image:
+        width, height = image.size
+        image.draft("L", (2 * side, 2 * side))
+        image.load()
+        grey = image if image.mode == "L" else _to_rgb(image).convert("L")
+        orientation = _orientation(image)
+        if (turn := _TURNS.get(orientation)) is not None:
+            grey = grey.transpose(turn)
+            if orientation >= 5:
+                width, height = height, width
+        small = grey.resize((side, side), Image.Resampling.BOX)
+        return Glance(width, height, image.format or "", np.array(small, dtype=np.uint8))
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    """Open a photo to decode it; whatever that raises becomes the one error."""
     if not data:
         raise ImageError(f"{name}: the file is empty; expected a {_KINDS} image")
     try:
@@ -201,12 +256,7 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> npt.ND
                 raise ImageError(f"{name}: {width}×{height} pixels; expected at least 1×1")
             if width * height > max_pixels:
                 raise _too_large(name, f"{width}×{height} pixels", max_pixels)
-            image.load()
-            turned = _to_rgb(image)
-            turn = _TURNS.get(_orientation(image))
-            if turn is not None:
-                turned = turned.transpose(turn)
-            return np.array(turned, dtype=np.uint8)
+            yield image
     except (ImageError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -11,8 +11,10 @@ from featstore.encoders.families import FAMILIES
 from featstore.encoders.framework import pinned_framework
 from featstore.encoders.presets import TOKENIZER_FILE, Preset, load_failure
 
-# Tokens of a whole sentence are counted up to here, so many sentences at a time.
+# Tokens of a whole sentence are counted up to here, so many sentences at a time. Most have fewer
+# than `FEW_COUNTED`, and need no row of thousands.
 MOST_COUNTED, COUNTED_ROWS = 4096, 256
+FEW_COUNTED = 64
 
 
 class StartEndPreprocessor:
@@ -91,7 +93,17 @@ def token_counts(preset: Preset, sentences: Sequence[str]) -> list[int]:
     Raises:
         PresetError: The tokenizer cannot be loaded.
     """
-    preprocessor = load_preprocessor(preset.tower("text"), MOST_COUNTED)
+    counts = _counts(preset, sentences, FEW_COUNTED)
+    longer = [i for i, count in enumerate(counts) if count == FEW_COUNTED]
+    again = _counts(preset, [sentences[i] for i in longer], MOST_COUNTED) if longer else []
+    for i, count in zip(longer, again, strict=True):
+        counts[i] = count
+    return counts
+
+
+def _counts(preset: Preset, sentences: Sequence[str], most: int) -> list[int]:
+    """Count tokens, those past `most` of a sentence not."""
+    preprocessor = load_preprocessor(preset.tower("text"), most)
     counts: list[int] = []
     for start in range(0, len(sentences), COUNTED_ROWS):
         packed = preprocessor(list(sentences[start : start + COUNTED_ROWS]))

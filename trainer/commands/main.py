@@ -16,6 +16,7 @@ from featstore.publish import program
 from trainer.commands.answer import answer, json_option
 from trainer.commands.compare import compare
 from trainer.commands.console import Commands, quoted
+from trainer.commands.eda import eda
 from trainer.commands.evaluate import evaluate
 from trainer.commands.explain import explain
 from trainer.commands.export import export
@@ -73,6 +74,7 @@ def init(config_file: str, force: bool, as_json: bool) -> None:
 
 
 for command in (
+    eda,
     extract_vit,
     extract_text,
     train,
