@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from featstore.publish import write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -22,6 +23,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00")
 CLASS_COLORS = {"entailment": "#0072b2", "contradiction": "#d55e00", "neutral": "#009e73"}
 INK = "#010203"
 """The ink of a figure; in a page it is the ink of the text around it."""
+GROUND = "#fdfefd"
+"""What covers lines behind a text: white in a file, in a page the ground of the page."""
 DPI = 120
 
 _numbers = itertools.count(1)
@@ -83,7 +86,7 @@ def svg(figure: Figure, alt: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     # Names are shared by all figures of a page.
     text = re.sub(r'(\bid="|href="#|url\(#)(?=[^"\)])', rf"\g<1>f{number}-", text)
-    text = text.replace(INK, "currentColor")
+    text = text.replace(INK, "currentColor").replace(GROUND, "var(--ground)")
     width, height = (72 * inches for inches in figure.get_size_inches())
     opening = (
         f'<svg class="figure" viewBox="0 0 {width:g} {height:g}" role="img"'
@@ -132,6 +135,25 @@ def photo_uri(image: Image.Image, size: int = 320, quality: int = 80) -> str:
     file = io.BytesIO()
     small.save(file, "JPEG", quality=quality, optimize=True)
     return data_uri(file.getvalue(), "image/jpeg")
+
+
+def legend_below(axes: Axes, columns: int = 0) -> None:
+    """Put a legend of what is labelled below some axes, where it cannot hide a curve.
+
+    Args:
+        axes: The axes.
+        columns: Of the legend; 0: all in one line.
+    """
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.14),
+            ncols=columns or len(handles),
+            columnspacing=1.2,
+            frameon=False,
+            fontsize=9,
+        )
 
 
 def bars(
