@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from featstore.publish import write_bytes
 
@@ -48,7 +48,9 @@ def new_figure(width: float = 6.4, height: float = 3.6, **options: Any) -> Figur
 
 def _ink(figure: Figure) -> None:
     """Give everything that is neither data nor coloured by hand the ink."""
+    from matplotlib.collections import LineCollection
     from matplotlib.colors import to_hex
+    from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
     black = to_hex("black")
@@ -57,13 +59,20 @@ def _ink(figure: Figure) -> None:
         axes.tick_params(which="both", color=INK, labelcolor=INK)
         for spine in axes.spines.values():
             spine.set_edgecolor(INK)
-        for line in axes.lines:
-            if to_hex(line.get_color()) == black:
-                line.set_color(INK)
         legend = axes.get_legend()
         if legend is not None:
             legend.get_frame().set(facecolor="none", edgecolor="none")
+    # Also the lines of legends and of error bars.
+    for line in figure.findobj(Line2D):
+        assert isinstance(line, Line2D)
+        if to_hex(cast(Any, line.get_color())) == black:
+            line.set(color=INK, markeredgecolor=INK)
+    for lines in figure.findobj(LineCollection):
+        assert isinstance(lines, LineCollection)
+        if {to_hex(color) for color in lines.get_colors()} == {black}:
+            lines.set_color(INK)
     for text in figure.findobj(Text):
+        assert isinstance(text, Text)
         if to_hex(text.get_color()) == black:
             text.set_color(INK)
 

@@ -63,7 +63,7 @@ def search_figures(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, 
         search: The search.
         rows: Its trials, the best first.
     """
-    varied = _varied(search, rows)
+    varied = varied_parameters(search, rows)
     figures = {}
     if _complete(rows):
         figures["history"] = _history(search, rows)
@@ -81,7 +81,7 @@ def no_importance(search: Search, rows: Sequence[dict[str, Any]]) -> str:
         search: The search.
         rows: Its trials, in any order.
     """
-    varied, complete = _varied(search, rows), _complete(rows)
+    varied, complete = varied_parameters(search, rows), _complete(rows)
     if len(search.space.parameters) < 2:
         why = "it compares settings, and only one is searched"
     elif len(complete) < IMPORTANCE_TRIALS:
@@ -97,7 +97,7 @@ def _complete(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["state"] == "complete"]
 
 
-def _varied(search: Search, rows: Sequence[dict[str, Any]]) -> list[Parameter]:
+def varied_parameters(search: Search, rows: Sequence[dict[str, Any]]) -> list[Parameter]:
     """Return the settings in which the complete trials differ."""
     return [
         parameter

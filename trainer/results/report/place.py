@@ -1,0 +1,36 @@
+"""Where a page goes, and how what it names is typed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from featstore.errors import PROGRAM, Advice, Command, UsageError, WriteError
+from featstore.publish import program
+
+SUFFIXES = (".html", ".htm")
+
+
+def page_path(path: str | os.PathLike[str] | None, default: Path) -> Path:
+    """Return where a page goes, before it takes long to make it.
+
+    Raises:
+        UsageError: It has another suffix than a page.
+        WriteError: Its folder cannot be written.
+    """
+    target = default if path is None else Path(path)
+    if target.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--out {target}: expected a name that ends with .html")
+    folder = next(place for place in (target.parent, *target.absolute().parents) if place.exists())
+    if not os.access(folder, os.W_OK):
+        raise WriteError(
+            f"{target}: cannot be written (no right to write into {folder})",
+            Advice("write it elsewhere with --out FILE.html"),
+        )
+    return target
+
+
+def typed(command: Command) -> str:
+    """Return a command as it is typed here; from Python as the installed program has it."""
+    called = program()
+    return command.line(called if called.endswith(("cli.py", PROGRAM)) else PROGRAM)
