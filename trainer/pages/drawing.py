@@ -65,11 +65,11 @@ def _ink(figure: Figure) -> None:
     # Also the lines of legends and of error bars.
     for line in figure.findobj(Line2D):
         assert isinstance(line, Line2D)
-        if to_hex(cast(Any, line.get_color())) == black:
+        if to_hex(line.get_color()) == black:
             line.set(color=INK, markeredgecolor=INK)
     for lines in figure.findobj(LineCollection):
         assert isinstance(lines, LineCollection)
-        if {to_hex(color) for color in lines.get_colors()} == {black}:
+        if {to_hex(cast(Any, color)) for color in lines.get_colors()} == {black}:
             lines.set_color(INK)
     for text in figure.findobj(Text):
         assert isinstance(text, Text)

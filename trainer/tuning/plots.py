@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optuna
 from numpy.typing import NDArray
+from optuna.trial import TrialState
 
 from trainer.pages.drawing import COLORS, GROUND, INK, legend_below, new_figure, write_png
 from trainer.tuning.space import Parameter, shown
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 FIGURES = ("history", "importance", "parallel_coordinates")
 VALUES = ("#0072b2", "#7a6fb0", "#c26a86", "#d08a2e")
 """From the best value to the worst; each stands out from white and from a dark ground."""
-TREES, WITHIN = 64, 0.9
+DRAWS, TREES, WITHIN = 20, 6, 0.9
+"""Bootstrap draws of the trials, trees of the forest that each is given, and the share of the
+draws that lies between the ends of what is drawn."""
 # With fewer, the importance of each setting is mostly that of the draw.
 IMPORTANCE_TRIALS = 10
 # Drawn strongly among many.
@@ -56,18 +59,23 @@ def draw_plots(search: Search, rows: Sequence[dict[str, Any]]) -> list[Path]:
     return paths
 
 
-def search_figures(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
+def search_figures(
+    search: Search,
+    rows: Sequence[dict[str, Any]],
+    shares: Mapping[str, NDArray[np.float64]] | None = None,
+) -> dict[str, Figure]:
     """Return the figures for which there are enough trials, by their names in `FIGURES`.
 
     Args:
         search: The search.
         rows: Its trials, the best first.
+        shares: Of `known_importances`; None: computed here.
     """
     varied = varied_parameters(search, rows)
     figures = {}
     if _complete(rows):
         figures["history"] = _history(search, rows)
-    if not no_importance(search, rows) and (shares := importances(search, varied)):
+    if shares := known_importances(search, rows) if shares is None else shares:
         figures["importance"] = _importance(search, shares)
     if varied:
         figures["parallel_coordinates"] = _parallel_coordinates(search, rows, varied)
@@ -160,32 +168,41 @@ def _history(search: Search, rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def known_importances(
+    search: Search, rows: Sequence[dict[str, Any]]
+) -> dict[str, NDArray[np.float64]]:
+    """Return `importances`; empty where `no_importance` says why."""
+    return (
+        {} if no_importance(search, rows) else importances(search, varied_parameters(search, rows))
+    )
+
+
 def importances(search: Search, varied: Sequence[Parameter]) -> dict[str, NDArray[np.float64]]:
     """Return how much of the value's variance each setting explains, and how sure that is.
 
     fANOVA (Hutter et al. 2014, "An efficient approach for assessing hyperparameter
-    importance", sec. 3) over a forest, tree by tree: each is fitted to its own bootstrap draw
-    of the trials, so that the spread over the trees is that over other trials of this space.
+    importance", sec. 3), over a forest for each of `DRAWS` bootstrap draws of the trials.
 
     Args:
         search: The search.
         varied: The settings in which its complete trials differ.
 
     Returns:
-        Name to the shares of the explained variance, float64 of shape (trees,); the largest
-        mean first. Empty where no tree could tell the trials apart.
+        Name to the shares of the explained variance, float64 of shape (draws,); the largest
+        mean first. Empty where no draw could tell the trials apart.
     """
-    # In memory: each tree reads all trials again.
-    with quiet_optuna():
-        study = optuna.create_study(direction=search.study.direction)
-        study.add_trials(search.study.get_trials(deepcopy=False))
     names = [parameter.name for parameter in varied]
+    complete = search.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    rng = np.random.default_rng(0)
     found: list[dict[str, float]] = []
-    for seed in range(TREES):
-        evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=1, seed=seed)
-        # A draw of trials of one value has no variance to explain.
+    for seed in range(DRAWS):
+        drawn = [complete[i] for i in rng.integers(len(complete), size=len(complete))]
+        evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=seed)
+        # A draw of trials of one value, or that lack one of a setting's, says nothing.
         with quiet_optuna(), warnings.catch_warnings(), contextlib.suppress(RuntimeError):
             warnings.simplefilter("ignore")
+            study = optuna.create_study(direction=search.study.direction)
+            study.add_trials(drawn)
             found.append(
                 optuna.importance.get_param_importances(study, evaluator=evaluator, params=names)
             )
@@ -194,7 +211,7 @@ def importances(search: Search, varied: Sequence[Parameter]) -> dict[str, NDArra
 
 
 def _importance(search: Search, shares: Mapping[str, NDArray[np.float64]]) -> Figure:
-    """Draw the mean of each setting's importance, and where `WITHIN` of the trees lie."""
+    """Draw the mean of each setting's importance, and where `WITHIN` of the draws lie."""
     names = list(shares)[::-1]
     title = f"{search.name}: importance for {search.space.search.metric} (fANOVA)"
     figure, axes = _figure(8, 1.4 + 0.45 * len(names), title)
@@ -203,13 +220,13 @@ def _importance(search: Search, shares: Mapping[str, NDArray[np.float64]]) -> Fi
         [shares[name] for name in names], [(1 - WITHIN) / 2, (1 + WITHIN) / 2], axis=1
     )
     axes.barh(names, means, color=COLORS[0], height=0.6)
-    # A mean may lie outside of its trees' middle.
+    # A mean may lie outside of the draws' middle.
     reach = np.maximum([means - low, high - means], 0)
     axes.errorbar(means, range(len(names)), xerr=reach, fmt="none", color="black", capsize=3)
     for place, (mean, end) in enumerate(zip(means, np.maximum(high, means), strict=True)):
         axes.annotate(f"{mean:.2f}", (end, place), (6, 0), textcoords="offset points", va="center")
     axes.set_xlim(0, max(1e-9, *high) * 1.12)
-    axes.set_xlabel(f"share of the explained variance; line: {WITHIN:.0%} of {TREES} trees")
+    axes.set_xlabel(f"share of the explained variance; line: {WITHIN:.0%} of the draws")
     return figure
 
 
@@ -231,7 +248,7 @@ def _parallel_coordinates(
     columns.append((lambda value: (value - low) / span, _ticks(low, low + span, lambda x: x)))
     ends = VALUES if search.space.search.minimises else VALUES[::-1]
     colours = LinearSegmentedColormap.from_list("values", ends)
-    faint = 0.8 if len(complete) <= 2 * BEST_TRIALS else 0.35
+    faint = 0.8 if len(complete) <= 2 * BEST_TRIALS else 0.5
     # `rows` has the best one first, which is drawn last.
     for rank, row in reversed(list(enumerate(complete))):
         points = [*(row["params"][p.name] for p in varied), row["value"]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featstore.errors import Command, FeatstoreError, RunError, counted
 from featstore.project import Project
@@ -18,12 +19,11 @@ from trainer.results.report.cost import cost_of
 from trainer.results.report.place import page_path, typed
 from trainer.run.folder import SEARCH_FILE, Run
 from trainer.tuning.plots import (
-    TREES,
+    DRAWS,
     WITHIN,
-    importances,
+    known_importances,
     no_importance,
     search_figures,
-    varied_parameters,
 )
 from trainer.tuning.space import Parameter, shown
 from trainer.tuning.study import Search
@@ -77,7 +77,8 @@ def report(search: Search, path: str | os.PathLike[str] | None = None) -> dict[s
 def _content(
     search: Search, rows: Sequence[dict[str, Any]], notes: Sequence[str]
 ) -> dict[str, Any]:
-    figures = search_figures(search, rows)
+    shares = known_importances(search, rows)
+    figures = search_figures(search, rows, shares)
     best = rows[0] if rows[0]["state"] == "complete" else None
     return {
         "summary": _summary(search, rows, best),
@@ -87,7 +88,7 @@ def _content(
         "failures": [(row["run"], row["reason"]) for row in rows if row["reason"]],
         "history": _history(search, rows, figures),
         "parallel": _parallel(rows, best, figures),
-        "importance": _importance(search, rows, figures, notes),
+        "importance": _importance(search, rows, figures, shares, notes),
         "cost": _cost(search, rows),
         "repeat": _repeat(search, best),
     }
@@ -217,6 +218,7 @@ def _importance(
     search: Search,
     rows: Sequence[dict[str, Any]],
     figures: dict[str, Figure],
+    shares: dict[str, NDArray[np.float64]],
     notes: Sequence[str],
 ) -> dict[str, Any]:
     if "importance" not in figures:
@@ -225,7 +227,6 @@ def _importance(
         )
         return {"figure": "", "rows": [], "text": why}
     ends = (1 - WITHIN) / 2, (1 + WITHIN) / 2
-    shares = importances(search, varied_parameters(search, rows))
     table = [
         [
             name,
@@ -243,9 +244,8 @@ def _importance(
         "text": (
             f"fANOVA (Hutter et al. 2014) over {counted(trials, 'complete trial')}: the share of"
             f" the explained variance of {search.space.search.metric} that a setting has alone."
-            f" Each of {TREES} trees is fitted to its own bootstrap draw of the trials; between"
-            f" the ends lie {WITHIN:.0%} of them. Of few trials it says more about the draw than"
-            " about the setting."
+            f" It is computed for {DRAWS} bootstrap draws of the trials: the mean, and between"
+            f" which values {WITHIN:.0%} of the draws lie. Few trials leave that range wide."
         ),
     }
 

@@ -16,7 +16,7 @@ from trainer.results.compare import compare
 from trainer.results.compare_tables import Table, tables, verdicts
 from trainer.results.report import drawings
 from trainer.results.report.cost import cost_of
-from trainer.results.report.place import page_path, typed
+from trainer.results.report.place import page_path, trained_by, typed
 from trainer.results.report.run_page import shown_setting
 from trainer.results.summary import class_line
 from trainer.run.folder import Run
@@ -179,8 +179,7 @@ def _repeat(runs: Sequence[Run], labels: Sequence[str], result: dict[str, Any]) 
     split = {"split": result["split"]} if result["split"] != "test" else {}
     options: dict[str, Any] = split
     commands = [
-        (f"{label}, as it was typed", run.manifest.get("command", ""))
-        for label, run in zip(labels, runs, strict=True)
+        (f"train {label}", trained_by(run)) for label, run in zip(labels, runs, strict=True)
     ]
     commands += [
         ("the figures alone", typed(Command("compare", *folders, **options))),

@@ -14,7 +14,7 @@ from trainer.pages.drawing import CLASS_COLORS, COLORS, legend_below, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 5.0, 3.7
+WIDTH, HEIGHT = 4.6, 3.5
 """Inches: of a figure whose text can be read on a phone and which stands beside another."""
 STYLES = ("-", "--", "-.", ":")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from featstore.errors import PROGRAM, Advice, Command, UsageError, WriteError
 from featstore.publish import program
+from trainer.run.folder import SEARCH_FILE, Run
 
 SUFFIXES = (".html", ".htm")
 
@@ -34,3 +36,16 @@ def typed(command: Command) -> str:
     """Return a command as it is typed here; from Python as the installed program has it."""
     called = program()
     return command.line(called if called.endswith(("cli.py", PROGRAM)) else PROGRAM)
+
+
+def trained_by(run: Run) -> str:
+    """Return the command that makes a run: as it was typed, or of a trial the one that repeats it.
+
+    A search's trials are drawn in its workers, whose own command says nothing.
+    """
+    if not (run.folder.parent / SEARCH_FILE).exists():
+        return str(run.manifest.get("command", ""))
+    start = {} if run.source is None else {"init_from": run.source}
+    name = f"{run.folder.parent.name}-{run.name}"
+    options: dict[str, Any] = {"config": run.config_path, "name": name, **start}
+    return typed(Command("train", **options))

@@ -22,7 +22,7 @@ from trainer.results.report import drawings, embedding, parts
 from trainer.results.report.cards import cards
 from trainer.results.report.cost import cost_content, cost_of
 from trainer.results.report.measured import Measured, measured, split_of
-from trainer.results.report.place import page_path, typed
+from trainer.results.report.place import page_path, trained_by, typed
 from trainer.results.score import Scorer
 from trainer.results.summary import between, gained, title
 from trainer.run.curves import learning_curves
@@ -335,11 +335,8 @@ class RunPage:
         extract = Command("extract-vit", config=str(self.run.config_path), split="all")
         commands = [
             ("extract the photos' features, where they are not in the store", typed(extract)),
-            (
-                "import" if "imported" in manifest else "train, as it was typed",
-                manifest.get("command", ""),
-            ),
-            ("evaluate, as it was typed", result["command"]),
+            ("import" if "imported" in manifest else "train", trained_by(self.run)),
+            ("measured by", result["command"]),
             ("measure again", typed(Command("evaluate", str(self.run.folder), split=self.split))),
             ("write this page", typed(Command("report", str(self.run.folder), split=self.split))),
         ]
