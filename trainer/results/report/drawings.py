@@ -188,7 +188,7 @@ def map_of_rows(
         for label in np.unique(labels).tolist()
     ]
     # Wrong ones last, on top.
-    outcomes = [("right", "#8a8f98", right), ("wrong", COLORS[1], ~right)]
+    outcomes = [("right", "#8a8f98", right), ("wrong", COLORS[3], ~right)]
     size = float(np.clip(14000 / len(points), 7, 30))
     drawn = []
     for groups in (classes, outcomes):
