@@ -6,6 +6,7 @@ are the model's, and the attention weights are those that made them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ FloatArray = NDArray[np.float32]
 
 CHUNK_BYTES = 64 << 20
 """Of the tokens that the head is given at once."""
+LENGTH_STEP = 4
+"""Sentences are padded to a multiple of it, so that few lengths are compiled."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +65,7 @@ class Apart:
         names = [] if self.pool is not None else ["flatten_cls"]
         self.after = [layers[name] for name in (*names, "mlp_1", "logit")]
         self.outputs = int(model.output.shape[-1])
+        self._compiled: dict[Any, Callable[..., Any]] = {}
 
     @property
     def heads(self) -> int:
@@ -79,7 +83,10 @@ class Apart:
         if self.vision_tail is not None:
             tail = self.vision_tail(ops.convert_to_tensor(features), training=False)
             features = np.asarray(ops.convert_to_numpy(ops.cast(tail, "float32")))
-        return Entering(features, hidden, batch.padding_mask)
+        mask, length = batch.padding_mask, batch.padding_mask.shape[1]
+        missing = -length % LENGTH_STEP if length > 1 else 0
+        hidden = np.pad(hidden, ((0, 0), (0, missing), (0, 0)))
+        return Entering(features, hidden, np.pad(mask, ((0, 0), (0, missing))))
 
     @pinned_framework()
     def look(self, row: Entering) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -91,10 +98,13 @@ class Apart:
             text states that ask, float32 of shape (1, queries, width). Queries are the one text
             token that asks, or every real one.
         """
-        hidden, tokens = map(ops.convert_to_tensor, (row.hidden, row.tokens))
-        states = self._states(hidden, row.mask)
-        weights: list[Any] = []
-        logits = self._logits(states, tokens, row.mask, weights)
+
+        def run(hidden: Any, tokens: Any, mask: Any) -> Any:
+            weights: list[Any] = []
+            states = self._states(hidden, mask)
+            return self._logits(states, tokens, mask, weights), weights, states
+
+        logits, weights, states = self._run("look", run, row.hidden, row.tokens, row.mask)
         found = np.stack([_array(own)[0] for own in weights])
         if self.pool is not None:
             found = found[:, :, : int(row.mask.sum())]
@@ -118,8 +128,7 @@ class Apart:
             chosen = kept[start : start + size]
             tokens = row.tokens * chosen[:, :, None]
             asking, mask = (np.repeat(x, len(chosen), axis=0) for x in (states, row.mask))
-            logits = self._logits(*map(ops.convert_to_tensor, (asking, tokens)), mask)
-            found.append(_array(logits))
+            found.append(_array(self._run("without", self._logits, asking, tokens, mask)))
         return np.concatenate(found)
 
     @pinned_framework()
@@ -135,31 +144,45 @@ class Apart:
             zeros.
         """
 
-        def score(tokens: Any, hidden: Any) -> Any:
-            logits = self._logits(self._states(hidden, row.mask), tokens, row.mask)
+        def score(tokens: Any, hidden: Any, mask: Any) -> Any:
+            logits = self._logits(self._states(hidden, mask), tokens, mask)
             if self.outputs == 1:
                 return ops.sum(logits)
             others = [i for i in range(self.outputs) if i != label]
             rest = ops.stack([logits[:, i] for i in others], axis=-1)
             return ops.sum(logits[:, label] - ops.logsumexp(rest, axis=-1))
 
-        given = [ops.convert_to_tensor(x) for x in (row.tokens, row.hidden)]
-        if keras.backend.backend() == "jax":
-            import jax
+        def run(tokens: Any, hidden: Any, mask: Any) -> Any:
+            if keras.backend.backend() == "jax":
+                import jax
 
-            found = jax.grad(score, argnums=(0, 1))(*given)
-        else:
+                return jax.grad(score, argnums=(0, 1))(tokens, hidden, mask)
             import tensorflow as tf
 
             with tf.GradientTape() as tape:
-                tape.watch(given)
-                value = score(*given)
-            found = tape.gradient(value, given, unconnected_gradients="zero")
-        of_tokens, of_hidden = map(_array, found)
+                tape.watch([tokens, hidden])
+                value = score(tokens, hidden, mask)
+            return tape.gradient(value, [tokens, hidden], unconnected_gradients="zero")
+
+        name = f"gradients {label if self.outputs > 1 else ''}"
+        of_tokens, of_hidden = map(_array, self._run(name, run, row.tokens, row.hidden, row.mask))
         return of_tokens, of_hidden
 
+    def _run(self, name: str, function: Callable[..., Any], *arrays: NDArray[Any]) -> Any:
+        """Call a function of arrays, which is traced once for each name and few shapes."""
+        if name not in self._compiled:
+            if keras.backend.backend() == "jax":
+                import jax
+
+                self._compiled[name] = jax.jit(function)
+            else:
+                import tensorflow as tf
+
+                self._compiled[name] = tf.function(function, autograph=False, reduce_retracing=True)
+        return self._compiled[name](*map(ops.convert_to_tensor, arrays))
+
     def _states(self, hidden: Any, mask: Any) -> Any:
-        return self.text_tail(hidden, padding_mask=ops.convert_to_tensor(mask), training=False)
+        return self.text_tail(hidden, padding_mask=mask, training=False)
 
     def _logits(self, states: Any, tokens: Any, mask: Any, weights: list[Any] | None = None) -> Any:
         """Run the head; add each attention's weights to `weights`, if given."""
@@ -172,7 +195,7 @@ class Apart:
                 weights.append(own)
             x = norm(residual([x, attended]))
         if self.pool is not None:
-            x = self.pool(x, mask=ops.convert_to_tensor(mask))
+            x = self.pool(x, mask=mask)
         for layer in self.after:
             x = layer(x)
         return x

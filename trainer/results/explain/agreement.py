@@ -144,7 +144,7 @@ def _best(rho: Values) -> int:
 def _of_other_rows(explainer: Explainer, maps: Sequence[Maps], clustered: Clustered) -> Values:
     """Return the correlation of each row's occlusion with the last attention of another photo's
     row, (rows, windows); NaN where there is one photo.
-    """  # noqa: D205
+    """
     found = np.full((len(maps), len(WINDOWS)), np.nan)
     if clustered.images < 2:
         return found

@@ -115,7 +115,7 @@ class Explainer:
             row: The row.
             maps: Its maps.
             rng: Decides the random ones.
-        """  # noqa: D205
+        """
         states = self.apart.look(row)[2]
         ranked = {
             "occlusion": np.abs(maps.occlusion[0]),
