@@ -13,6 +13,7 @@ runs/<name>/
     predictions-*.csv  the rows it measured, each with its logit
     summary*.md        the same to read
     parity-*.json      what `parity` found on a split
+    explain.html       what `explain` showed of some rows
 
 Of a run that was imported the manifest says `imported`: from what file, with which labels and
 layers. It has no epoch, no state to go on from, and no curves.

@@ -212,7 +212,7 @@ def explain(
         chosen, choice = called.of_photos(listed, where), "all rows of the photos asked for"
     else:
         chosen = called.balanced(ROWS if rows is None else rows, seed)
-        choice = f"a sample (seed {seed}), right and wrong rows in turn where there are both"
+        choice = f"a sample (seed {seed}), as many right as wrong where there are enough"
     maker = _Maker(scorer, project, called)
     shown, deleted, sampled = maker.explained(chosen, called.sample(sample, seed), seed, show)
     return Explanation(
