@@ -24,7 +24,7 @@ from featstore.project import Project
 from featstore.publish import publish
 from trainer.batches import CachedRows
 from trainer.metrics import by_class, probabilities_of, threshold_of
-from trainer.model.apart import Apart, Entering
+from trainer.model.apart import Entering
 from trainer.results.explain.agreement import agreement, correlations, deletion
 from trainer.results.explain.chosen import Called, IntArray
 from trainer.results.explain.maps import Deleted, Explainer, Maps
@@ -253,7 +253,7 @@ class _Maker:
             called.labels,
             whole=scorer.train.reads_sentences,
         )
-        self.apart = Apart(scorer.model)
+        self.apart = scorer.apart
 
     @functools.cached_property
     def explainer(self) -> Explainer:
