@@ -372,6 +372,16 @@ def search_quality(seeds: int, trials: int, epochs: int, config_file: Path, kept
     finish("search_quality", measure(config_file, seeds, trials, epochs), kept)
 
 
+@benchmarks.command(name="named-objects")
+@click.option("--run", required=True, help="Folder of a run on the demo.")
+@click.option("--rows", default=300, show_default=True, help="Rows of its test split.")
+def named_objects(run: str, rows: int) -> None:
+    """Where a run on the demo looks: at the shapes that a sentence names; keeps no figures."""
+    from benchmarks.named_objects import measure, report
+
+    click.echo(report(measure(Path(run), rows)))
+
+
 @benchmarks.command(name="number-formats")
 @config_option
 @click.option("--rounds", default=7, show_default=True, help="Rounds of reading.")
@@ -401,7 +411,7 @@ def scale(context: click.Context) -> None:
         ) from error
 
 
-NEED_MORE = ("accelerator", "study-search", "search-quality", "number-formats")
+NEED_MORE = ("accelerator", "named-objects", "study-search", "search-quality", "number-formats")
 NOT_IN_ALL = ("all", "tables", "scale", *NEED_MORE)
 
 

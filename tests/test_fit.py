@@ -129,7 +129,9 @@ def test_a_run_writes_every_file_that_it_promises(plain: Training) -> None:
         line.split()[0]
         for line in (sys.modules["trainer.run.folder"].__doc__ or "").splitlines()
         if line.startswith("    ")
-        and not line.split()[0].startswith(("evaluate", "parity", "predictions", "summary"))
+        and not line.split()[0].startswith(
+            ("evaluate", "explain", "parity", "predictions", "summary")
+        )
     ]
     assert len(documented) >= 8
     for name in documented:

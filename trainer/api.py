@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from featstore.data.dataset import RowSource
+    from trainer.results.explain.explain import Explanation
     from trainer.results.predict import Predictions
 
 
@@ -145,6 +146,7 @@ class Run(folder.Run):
         found = [find_run(runs, other) if isinstance(other, str) else other for other in others]
         return compare([self, *found], split, show=show, **options)
 
+<<<<<<< HEAD
     def report(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -155,6 +157,34 @@ class Run(folder.Run):
         from trainer.results.report.run_page import report
 
         return report(self, lambda: self.scorer, path, split, show)
+=======
+    def explain(
+        self,
+        split: str = "test",
+        *,
+        rows: int | None = None,
+        ids: Sequence[str] | str = (),
+        errors: int | None = None,
+        show: Show = SHOWN,
+        **options: Any,
+    ) -> Explanation:
+        """Show what the run looks at in some rows; see `trainer.results.explain.explain.explain`.
+
+        Args:
+            split: "test", "val" or "train".
+            rows: A sample of so many rows, as many right as wrong; 12 where no choice is given.
+            ids: All rows of these photos.
+            errors: So many errors, the most confident first.
+            show: Shows the work.
+            options: `file`, `images` and `encoding` of other rows; `sample` and `seed`.
+
+        Returns:
+            The rows with their arrays; `.page(path)`, `.pngs(folder)`, `.save(path)` write them.
+        """
+        from trainer.results.explain.explain import explain
+
+        return explain(self.scorer, split, rows=rows, ids=ids, errors=errors, show=show, **options)
+>>>>>>> explain
 
     def parity(
         self, split: str = "test", rows: int = 64, seed: int = 0, show: Show = SHOWN

@@ -61,6 +61,8 @@ class Family:
             are one layer, with one set of weights. It can be cut before them
             alone: what trains above a cut must not be what runs below it.
         trains: Of vision, whether its last blocks can train; of text all can.
+        pieces: Of text, how a piece of its tokenizer shows where a word starts or ends; see
+            `featstore.encoders.words`.
     """
 
     title: str
@@ -72,6 +74,7 @@ class Family:
     query: str = "first"
     shared: Callable[[Mapping[str, Any]], int] = lambda config: 1
     trains: bool = False
+    pieces: str = "##"
 
 
 # Of a backbone of two towers: the attribute, and the field of its configuration, that holds each.
@@ -177,16 +180,21 @@ FAMILIES = {
     "SigLIPVisionEncoder": Family("SigLIP", "vision", _of_siglip, final_norm=True),
     "DistilBertBackbone": Family("DistilBERT", "text", _of_transformer_layers, ("distilbert",)),
     "BertBackbone": Family("BERT", "text", _of_transformer_layers, ("bert",)),
-    "RobertaBackbone": Family("RoBERTa", "text", _of_transformer_layers, ("roberta",)),
-    "XLMRobertaBackbone": Family("XLM-RoBERTa", "text", _of_transformer_layers, ("xlm-roberta",)),
+    "RobertaBackbone": Family("RoBERTa", "text", _of_transformer_layers, ("roberta",), pieces="Ġ"),
+    "XLMRobertaBackbone": Family(
+        "XLM-RoBERTa", "text", _of_transformer_layers, ("xlm-roberta",), pieces="▁"
+    ),
     "AlbertBackbone": Family(
         "ALBERT",
         "text",
         _of_albert,
         ("albert",),
         shared=lambda config: int(config["num_layers"]) // int(config.get("num_groups", 1)),
+        pieces="▁",
     ),
-    "CLIPTextEncoder": Family("CLIP", "text", _of_clip, final_norm=True, query="last"),
+    "CLIPTextEncoder": Family(
+        "CLIP", "text", _of_clip, final_norm=True, query="last", pieces="</w>"
+    ),
 }
 
 

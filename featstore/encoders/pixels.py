@@ -95,6 +95,36 @@ def converter_ops(converter: Any) -> Callable[[Any], Any]:
     return convert
 
 
+def seen_box(
+    shape: tuple[int, int], size: tuple[int, int], crop: bool = False, pad: bool = False
+) -> tuple[int, int, int, int]:
+    """Return the part of a photo that a converter resizes to its image size.
+
+    Args:
+        shape: Height and width of the photo.
+        size: Height and width of the pixels.
+        crop, pad: The converter's `crop_to_aspect_ratio` and `pad_to_aspect_ratio`.
+
+    Returns:
+        Top, left, height and width in pixels of the photo; where it is padded, top and left are
+        negative or 0, and the part is larger than the photo.
+    """
+    # Counted in float32, as Keras counts.
+    fitting = (
+        int(np.float32(shape[1] * size[0]) / np.float32(size[1])),
+        int(np.float32(shape[0] * size[1]) / np.float32(size[0])),
+    )
+    pairs = list(zip(shape, fitting, strict=True))
+    if crop:
+        height, width = (max(1, min(length, other)) for length, other in pairs)
+        return (shape[0] - height) // 2, (shape[1] - width) // 2, height, width
+    if pad:
+        # As Keras: as much on both sides, so that an odd pixel is left out.
+        top, left = (max(0, other - length) // 2 for length, other in pairs)
+        return -top, -left, shape[0] + 2 * top, shape[1] + 2 * left
+    return 0, 0, *shape
+
+
 class QuickConverter:
     """An image converter with as few copies as can be: bytes cropped, one kernel, then in place.
 
@@ -133,28 +163,17 @@ class QuickConverter:
             pixels += self._offset
         return pixels.reshape(self.height, self.width, 3)
 
-    def _aspect(self, photo: Photo) -> tuple[int, int]:
-        """Return the height that fits the photo's width, and the width that fits its height."""
-        # Counted in float32, as Keras counts.
-        height = np.float32(photo.shape[1] * self.height) / np.float32(self.width)
-        width = np.float32(photo.shape[0] * self.width) / np.float32(self.height)
-        return int(height), int(width)
+    def _box(self, photo: Photo) -> tuple[int, int, int, int]:
+        size = self.height, self.width
+        return seen_box(photo.shape[:2], size, self._crop, self._pad)
 
     def _cropped(self, photo: Photo) -> Photo:
-        height, width = (
-            max(1, min(length, fitting))
-            for length, fitting in zip(photo.shape, self._aspect(photo), strict=False)
-        )
-        top, left = (photo.shape[0] - height) // 2, (photo.shape[1] - width) // 2
+        top, left, height, width = self._box(photo)
         return photo[top : top + height, left : left + width]
 
     def _padded(self, photo: Photo) -> Photo:
-        # As Keras: as much on both sides, so that an odd pixel is left out.
-        top, left = (
-            max(0, fitting - length) // 2
-            for length, fitting in zip(photo.shape, self._aspect(photo), strict=False)
-        )
-        return np.pad(photo, ((top, top), (left, left), (0, 0)))
+        top, left, _, _ = self._box(photo)
+        return np.pad(photo, ((-top, -top), (-left, -left), (0, 0)))
 
     def _resized(self, photo: Photo) -> NDArray[Any]:
         """Return a photo in the converter's size: (height, 3 × width), not rounded."""

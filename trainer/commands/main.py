@@ -17,6 +17,7 @@ from trainer.commands.answer import answer, json_option
 from trainer.commands.compare import compare
 from trainer.commands.console import Commands, quoted
 from trainer.commands.evaluate import evaluate
+from trainer.commands.explain import explain
 from trainer.commands.export import export
 from trainer.commands.extract import extract_text, extract_vit
 from trainer.commands.help import PATH
@@ -79,7 +80,11 @@ for command in (
     evaluate,
     predict,
     compare,
+<<<<<<< HEAD
     report,
+=======
+    explain,
+>>>>>>> explain
     parity,
     export,
     import_weights,

@@ -23,6 +23,7 @@ from featstore.project import Project
 from featstore.settings import paths_in
 from trainer.batches import CachedRows
 from trainer.features import cached_rows
+from trainer.model.apart import Apart
 from trainer.run.checkpoint import load_best
 from trainer.run.folder import Run
 from trainer.run.step import Predictor, make_predictor, predict_logits
@@ -91,6 +92,11 @@ class Scorer:
     def predictor(self) -> Predictor:
         """What runs the model on a batch."""
         return make_predictor([self.model])
+
+    @functools.cached_property
+    def apart(self) -> Apart:
+        """The model's layers one by one, for what is asked of them beside the logits."""
+        return Apart(self.model)
 
     def rows(self, split: str, control: str = "none") -> CachedRows:
         """Return a split's rows ("all": every row), ready to be read in batches."""

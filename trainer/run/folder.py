@@ -14,6 +14,7 @@ runs/<name>/
     summary*.md        the same to read
     parity-*.json      what `parity` found on a split
     report*.html       all of it on a page, of `report`
+    explain.html       what `explain` showed of some rows
 
 Of a run that was imported the manifest says `imported`: from what file, with which labels and
 layers. It has no epoch, no state to go on from, and no curves.
