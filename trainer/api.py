@@ -146,7 +146,6 @@ class Run(folder.Run):
         found = [find_run(runs, other) if isinstance(other, str) else other for other in others]
         return compare([self, *found], split, show=show, **options)
 
-<<<<<<< HEAD
     def report(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -157,7 +156,7 @@ class Run(folder.Run):
         from trainer.results.report.run_page import report
 
         return report(self, lambda: self.scorer, path, split, show)
-=======
+
     def explain(
         self,
         split: str = "test",
@@ -184,7 +183,6 @@ class Run(folder.Run):
         from trainer.results.explain.explain import explain
 
         return explain(self.scorer, split, rows=rows, ids=ids, errors=errors, show=show, **options)
->>>>>>> explain
 
     def parity(
         self, split: str = "test", rows: int = 64, seed: int = 0, show: Show = SHOWN

@@ -80,11 +80,8 @@ for command in (
     evaluate,
     predict,
     compare,
-<<<<<<< HEAD
     report,
-=======
     explain,
->>>>>>> explain
     parity,
     export,
     import_weights,

@@ -19,7 +19,7 @@ from trainer.metrics import decided
 from trainer.pages.drawing import svg
 from trainer.pages.page import number, share, write_page
 from trainer.results.report import drawings, embedding, parts
-from trainer.results.report.cards import cards
+from trainer.results.report.cards import CARDS, cards
 from trainer.results.report.cost import cost_content, cost_of
 from trainer.results.report.measured import Measured, measured, split_of
 from trainer.results.report.place import page_path, trained_by, typed
@@ -311,11 +311,17 @@ class RunPage:
 
     def _errors(self) -> dict[str, Any]:
         found = self.result["errors"]
+        scorer = None if self.dataset is None else self.scorer()
+        made, without = cards(self.found, self.split, scorer)
         return {
             "rows": found["rows"],
             "above": found["rows_above"],
             "confident": found["confident"],
-            "cards": cards(self.found, self.dataset) if found["rows"] else [],
+            "cards": made,
+            "without": without,
+            "explain": typed(
+                Command("explain", str(self.run.folder), split=self.split, errors=CARDS)
+            ),
         }
 
     def _controls_line(self) -> str:
