@@ -15,7 +15,7 @@ from trainer.pages.page import duration, share, write_page
 from trainer.results.compare import compare
 from trainer.results.compare_tables import Table, tables, verdicts
 from trainer.results.report import drawings
-from trainer.results.report.cost import cost_of
+from trainer.results.report.cost import cost_of, epochs_of
 from trainer.results.report.place import page_path, trained_by, typed
 from trainer.results.report.run_page import shown_setting
 from trainer.results.summary import class_line
@@ -67,9 +67,9 @@ def report_compared(
 def _content(runs: Sequence[Run], labels: Sequence[str], result: dict[str, Any]) -> dict[str, Any]:
     found = [_table(table) for table in tables(result)]
     histories = {
-        label: [{str(k): v for k, v in row.items()} for row in run.history.to_dict("records")]
+        label: history
         for label, run in zip(labels, runs, strict=True)
-        if run.history_path.exists()
+        if (history := epochs_of(run))
     }
     said = verdicts(result)
     gaps = [

@@ -13,6 +13,15 @@ from trainer.pages.page import duration, share
 from trainer.run.folder import Run
 
 
+def epochs_of(run: Run) -> list[dict[str, Any]]:
+    """Return a run's history, one mapping for each epoch; empty of one that was imported."""
+    if not run.history_path.exists():
+        return []
+    return [
+        {str(key): value for key, value in row.items()} for row in run.history.to_dict("records")
+    ]
+
+
 def cost_of(runs: Sequence[Run], project: Project | None) -> dict[str, Any]:
     """Add up what some runs on the same photos took.
 
@@ -39,7 +48,7 @@ def cost_of(runs: Sequence[Run], project: Project | None) -> dict[str, Any]:
         counts = run.manifest["data"].get("counts", {})
         own = [counts[split] for split in ("train", "val") if split in counts]
         rows, photos = (sum(count[key] for count in own) for key in ("rows", "images"))
-        if not run.history_path.exists():
+        if not epochs_of(run):
             continue
         history = run.history
         training += float(history["seconds"].sum())
@@ -67,7 +76,7 @@ def cost_of(runs: Sequence[Run], project: Project | None) -> dict[str, Any]:
         "photos": photos,
         "photos_per_second": speed,
         "extraction_seconds": None if speed is None else photos / speed,
-        "end_to_end_seconds": None if speed is None or not visits else seconds + visits / speed,
+        "end_to_end_seconds": seconds + visits / speed if speed and visits and seconds else None,
         "break_even_epochs": photos / rows if rows else None,
     }
 
@@ -82,7 +91,7 @@ def cost_content(cost: Mapping[str, Any], blind: bool = False) -> dict[str, Any]
     if not cost["epochs"]:
         return {"facts": [], "text": "No epoch was trained here: what training cost is not known."}
     unknown = "not recorded on this machine"
-    speed = cost["photos_per_second"]
+    speed, whole = cost["photos_per_second"], cost["end_to_end_seconds"]
     facts = [
         (
             "Training and validation",
@@ -107,10 +116,8 @@ def cost_content(cost: Mapping[str, Any], blind: bool = False) -> dict[str, Any]
             ),
             (
                 "End to end, at least",
-                "unknown" if speed is None else duration(cost["end_to_end_seconds"]),
-                unknown
-                if speed is None
-                else f"{cost['end_to_end_seconds'] / cost['seconds']:.1f} × as long",
+                "unknown" if whole is None else duration(whole),
+                unknown if whole is None else f"{whole / cost['seconds']:.1f} × as long",
             ),
             (
                 "Break-even",

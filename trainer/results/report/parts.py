@@ -91,7 +91,7 @@ def calibration(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "figure": svg(drawings.reliability(curves, of_two), f"{said}."),
         "text": text,
-        "columns": [("", ""), *((name, "number") for name, _ in names)],
+        "columns": [("logits", ""), *((name, "number") for name, _ in names)],
         "table": table,
     }
 

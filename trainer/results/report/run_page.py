@@ -20,7 +20,7 @@ from trainer.pages.drawing import svg
 from trainer.pages.page import number, share, write_page
 from trainer.results.report import drawings, embedding, parts
 from trainer.results.report.cards import CARDS, cards
-from trainer.results.report.cost import cost_content, cost_of
+from trainer.results.report.cost import cost_content, cost_of, epochs_of
 from trainer.results.report.measured import Measured, measured, split_of
 from trainer.results.report.place import page_path, trained_by, typed
 from trainer.results.score import Scorer
@@ -220,17 +220,14 @@ class RunPage:
     # --- figures
 
     def _curves(self) -> dict[str, Any]:
-        if not self.run.history_path.exists():
+        history = epochs_of(self.run)
+        if not history:
             why = (
                 "These weights were trained elsewhere: there is no history."
                 if "imported" in self.manifest
                 else "The run has no history."
             )
             return {"figures": [], "text": why}
-        history = [
-            {str(key): value for key, value in row.items()}
-            for row in self.run.history.to_dict("records")
-        ]
         train, val = self.config.train, self.manifest["data"].get("counts", {}).get("val")
         shares = (
             [
@@ -271,8 +268,8 @@ class RunPage:
 
     def _maps(self) -> dict[str, Any]:
         labels, right = self.found.labels, self.found.right
-        if self.project is None:
-            return {"maps": [], "text": "Not drawn: the run's data cannot be opened from here."}
+        if self.dataset is None:
+            return {"maps": [], "text": "Not drawn: the run's rows cannot be opened from here."}
         if len(labels) < embedding.FEWEST_ROWS:
             return {"maps": [], "text": f"Not drawn: fewer than {embedding.FEWEST_ROWS} rows."}
         try:
