@@ -271,7 +271,9 @@ def _cost(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not runs:
         return {"facts": facts, "text": ""}
     try:
-        project: Project | None = Project(runs[0].config, file=search.folder / "config.toml")
+        project: Project | None = Project(
+            runs[0].config, dry_run=True, file=search.folder / "config.toml"
+        )
     except FeatstoreError:
         project = None
     # Trials may vary what is stored; then there is no one speed.
