@@ -74,10 +74,10 @@ def in_two_dimensions(values: NDArray[np.float32]) -> dict[str, NDArray[np.float
     with threadpool_limits(1):
         found = {"t-SNE": np.asarray(tsne.fit_transform(values), np.float32)}
     try:
-        import umap
+        from umap import UMAP
     except ImportError:
         return found
-    reducer: Any = umap.UMAP(n_neighbors=min(15, len(values) - 1), random_state=SEED, n_jobs=1)
+    reducer: Any = UMAP(n_neighbors=min(15, len(values) - 1), random_state=SEED, n_jobs=1)
     return {**found, "UMAP": np.asarray(reducer.fit_transform(values), np.float32)}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from featstore.data.labels import ALL_LABELS
 from featstore.errors import FeatstoreError, RunError
 from featstore.progress import Show
-from featstore.publish import read_json
+from featstore.publish import may_write, read_json
 from trainer.metrics import confidence_of, log_loss, predicted_labels, threshold_of
 from trainer.results.controls import BLIND, NO_BLIND, find_blind
 from trainer.results.evaluate import evaluate
@@ -97,7 +96,7 @@ def measured(run: Run, split: str, scorer: Callable[[], Scorer], show: Show) -> 
         stale = "its predictions are not beside it, or of another time"
     try:
         opened = scorer()
-        if os.access(run.folder, os.W_OK):
+        if may_write(run.folder):
             evaluate(opened, split, show=show)
             found = _read(run.folder, stem)
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.errors import PROGRAM, Advice, Command, UsageError, WriteError
-from featstore.publish import program
+from featstore.publish import may_write, program
 from trainer.run.folder import SEARCH_FILE, Run
 
 SUFFIXES = (".html", ".htm")
@@ -24,7 +24,7 @@ def page_path(path: str | os.PathLike[str] | None, default: Path) -> Path:
     if target.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--out {target}: expected a name that ends with .html")
     folder = next(place for place in (target.parent, *target.absolute().parents) if place.exists())
-    if not os.access(folder, os.W_OK):
+    if not may_write(folder):
         raise WriteError(
             f"{target}: cannot be written (no right to write into {folder})",
             Advice("write it elsewhere with --out FILE.html"),
