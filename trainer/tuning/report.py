@@ -157,6 +157,16 @@ def _leaderboard(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, An
         for name in ("val_accuracy", "val_macro_f1", "val_auc", "val_loss", "threshold")
         if name != metric
     ]
+    # What is the same of all trials would only make the table wider.
+    told = [
+        (name, kind, value)
+        for name, kind, value in (
+            ("together", "number", lambda row: row["together"]),
+            ("memory", "number", lambda row: size(row["memory_bytes"])),
+            ("worker", "", lambda row: row["worker"] or MISSING),
+        )
+        if len({value(row) for row in rows}) > 1
+    ]
     columns = [
         ("trial", ""),
         ("rank", "number"),
@@ -167,9 +177,7 @@ def _leaderboard(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, An
         *((name, kinds[name]) for name in names),
         *((name, "number") for name in figures),
         ("seconds", "number"),
-        ("together", "number"),
-        ("memory", "number"),
-        ("worker", ""),
+        *((name, kind) for name, kind, _ in told),
     ]
     lines = []
     for rank, row in enumerate(rows, 1):
@@ -184,9 +192,7 @@ def _leaderboard(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, An
                 *(shown(row["params"].get(name, MISSING)) for name in names),
                 *(number(row[name], 4 if name != "threshold" else 2) for name in figures),
                 MISSING if row["seconds"] is None else f"{row['seconds']:.1f}",
-                row["together"],
-                size(row["memory_bytes"]),
-                row["worker"] or MISSING,
+                *(value(row) for _, _, value in told),
             ]
         )
     return {"columns": columns, "rows": lines}
