@@ -468,8 +468,12 @@ def test_the_page_in_a_browser(explained: Any, tmp_path: Path) -> None:
     check_page(tmp_path / "explain.html")
 
 
+def line_of(run: trainer.Run) -> list[str]:
+    return ["explain", str(run.folder), "--sample", "2", "--json"]
+
+
 def test_the_command(made: trainer.Run, tmp_path: Path) -> None:
-    line = ["explain", str(made.folder), "--sample", "2", "--json"]
+    line = line_of(made)
     page, npz = tmp_path / "p.html", tmp_path / "p.npz"
     done = CliRunner().invoke(cli, [*line, "--errors", "1", "--out", str(page), "--npz", str(npz)])
     assert done.exit_code == 0, done.output
@@ -479,7 +483,14 @@ def test_the_command(made: trainer.Run, tmp_path: Path) -> None:
     assert found["choice"] == "the most confident errors"
     assert page.exists()
     assert npz.exists()
-    # Rows of a file, without labels, one photo of which is new and one bad.
+    for wrong in (["--rows", "1", "--errors", "1"], ["--images", "x"], ["--npz", "x.json"]):
+        assert CliRunner().invoke(cli, [*line, *wrong]).exit_code == 2
+
+
+@pytest.mark.slow
+def test_the_command_on_rows_of_a_file(made: trainer.Run, tmp_path: Path) -> None:
+    """Without labels, one photo new and one bad; and the page cannot be written."""
+    line = line_of(made)
     images = tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (20, 30), "red").save(images / "new.png")
@@ -494,8 +505,6 @@ def test_the_command(made: trainer.Run, tmp_path: Path) -> None:
     (row,) = found["rows"]
     assert (row["Image_ID"], row["Label"], row["without_photo"]) == ("new", None, None)
     assert "--out FILE" in found["error"]["mend"]
-    for wrong in (["--rows", "1", "--errors", "1"], ["--images", "x"], ["--npz", "x.json"]):
-        assert CliRunner().invoke(cli, [*line, *wrong]).exit_code == 2
 
 
 def test_a_run_without_photos_has_nothing_to_look_at(made: trainer.Run, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_from_photos_to_an_export(tiny_family: Preset, tmp_path: Path, text: str
     moved = [name for name in after if np.abs(after[name] - before[name].numpy()).max() > 0]
     # Softmax ignores the bias of the keys.
     assert set(after) - set(moved) <= {name for name in after if name.endswith("key/bias")}
-    assert run.parity(rows=16, show=SILENT)["failure"] is None
+    # Compared from pixels on.
     check = run.export(tmp_path / "model.keras", rows=4, show=SILENT)["check"]
     assert check["rows"] == 4
 

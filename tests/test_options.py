@@ -538,6 +538,7 @@ def test_runs_of_other_numbers_share_a_graph_and_are_as_alone(place: Place) -> N
     reason="jax is not installed, or runs this",
 )
 def test_all_of_it_on_jax() -> None:
-    """But the plain layers, and what no backend is asked for."""
-    which = "(fast or mixed or unbroken or plateau or share) and not plain"
+    """Each option once; a number format where it has a graph of its own."""
+    formats = "(accumulated and mixed_float16) or (unbroken and mixed_bfloat16)"
+    which = f"(fast or {formats} or plateau) and not plain"
     run_on_jax("-m", "pytest", "-q", "-n", "0", __file__, "-k", which)

@@ -67,11 +67,6 @@ class Apart:
         self.outputs = int(model.output.shape[-1])
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
-    @property
-    def heads(self) -> int:
-        """Heads of each fusion layer."""
-        return int(self.fusion[0][0].num_heads)
-
     @pinned_framework()
     def entering(self, batch: Batch) -> Entering:
         """Return what enters the layers for a batch of one row."""
@@ -169,7 +164,10 @@ class Apart:
         return of_tokens, of_hidden
 
     def _run(self, name: str, function: Callable[..., Any], *arrays: NDArray[Any]) -> Any:
-        """Call a function of arrays, which is traced once for each name and few shapes."""
+        """Call a function of arrays (rows, length, ...), which is traced once.
+
+        Of JAX once for each shape.
+        """
         if name not in self._compiled:
             if keras.backend.backend() == "jax":
                 import jax
@@ -178,7 +176,14 @@ class Apart:
             else:
                 import tensorflow as tf
 
-                self._compiled[name] = tf.function(function, autograph=False, reduce_retracing=True)
+                # A length of 1, that of the one token that asks, is always 1.
+                signature = [
+                    tf.TensorSpec([None, 1 if x.shape[1] == 1 else None, *x.shape[2:]], x.dtype)
+                    for x in arrays
+                ]
+                self._compiled[name] = tf.function(
+                    function, input_signature=signature, autograph=False
+                )
         return self._compiled[name](*map(ops.convert_to_tensor, arrays))
 
     def _states(self, hidden: Any, mask: Any) -> Any:

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 FOR, AGAINST = CLASS_COLORS["entailment"], CLASS_COLORS["contradiction"]
 LOW_ALPHA, HIGH_ALPHA = 0.25, 0.8
-UNSHOWN = "The one state that is read"
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """Return a share as per cent that no line breaks."""
+    return share(value, digits).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 class Map(NamedTuple):
@@ -98,17 +102,23 @@ def attention_map(title: str, weights: NDArray[Any], explanation: Explanation) -
     patches = explanation.patches
     values = patches.grid(weights[patches.leading :])
     leading = float(weights[: patches.leading].sum())
-    caption = f"{title}: at most {share(float(values.max()))} on a patch"
+    caption = f"{title}: at most {percent(float(values.max()), 1)} on a patch"
     if patches.leading:
         name = "class token" if patches.leading == 1 else f"{patches.leading} leading tokens"
-        caption += f", {share(leading)} on the {name}"
+        caption += f", {percent(leading, 1)} on the {name}"
     return Map(title, values, f"{caption}; strongest at {_place(values, False)}", caption)
 
 
-def signed_map(title: str, values: NDArray[Any], what: str) -> Map:
+def signed(value: float, form: str = ".2g") -> str:
+    """Return a number with its sign, as people write it."""
+    text = f"{value:+{form}}".replace("-", "−")
+    return text if float(text.replace("−", "-")) else text[1:]
+
+
+def signed_map(title: str, values: NDArray[Any], what: str = "") -> Map:
     """Return a map of log odds."""
     low, high = float(values.min()), float(values.max())
-    caption = f"{title}: {low:+.2g} to {high:+.2g}{what}"
+    caption = f"{title}: {signed(low)} to {signed(high)}{what}"
     return Map(title, values, f"{caption}; strongest at {_place(values, True)}", caption, True)
 
 
@@ -119,7 +129,7 @@ def maps_of(row: Explained, explanation: Explanation) -> list[Map]:
     title = "Attention, mean of heads" + (f", layer {last} of {last}" if last > 1 else "")
     found = [
         attention_map(title, maps.mean_attention[-1], explanation),
-        signed_map("Gradient × input", patches.grid(maps.token_parts[patches.leading :]), ""),
+        signed_map("Gradient × input", patches.grid(maps.token_parts[patches.leading :])),
     ]
     for side, values in zip(WINDOWS, maps.occlusion, strict=True):
         size = side * patches.cell
@@ -127,7 +137,8 @@ def maps_of(row: Explained, explanation: Explanation) -> list[Map]:
         moved = sigmoid(maps.log_odds - values.astype(np.float64))
         before = float(sigmoid(np.array(maps.log_odds)))
         most = float(moved[np.abs(values).argmax()])
-        what = f"; without the strongest {share(before, 0)} becomes {share(most, 0)}"
+        what = f"; without the strongest the probability goes from {percent(before)} to"
+        what += f" {percent(most)}"
         name = "Occlusion" if size == 1 else f"Occlusion of {size} × {size}"
         found.append(signed_map(name, patches.grid(values), what))
     return found
@@ -159,11 +170,11 @@ def more_maps(row: Explained, explanation: Explanation) -> list[tuple[str, list[
 
 def _said(row: Explained, explanation: Explanation) -> str:
     chances = ", ".join(
-        f"{name.removeprefix('probability_')} {share(value)}"
+        f"{name.removeprefix('probability_')} {percent(value, 1)}"
         for name, value in row.probabilities.items()
     )
     tau = explanation.threshold
-    at = "" if tau is None else f" (called so from {share(tau, 0)})"
+    at = "" if tau is None else f" (called so from {percent(tau)})"
     truth = "" if row.label == UNLABELLED else f"; it is {LABEL_NAMES[row.label]}"
     return f"called {LABEL_NAMES[row.called]}{truth}. Probability: {chances}{at}."
 
@@ -211,7 +222,7 @@ def row_content(row: Explained, explanation: Explanation) -> dict[str, Any]:
         "words": [
             {
                 "text": word.text,
-                "value": f"{part:+.2f}",
+                "value": signed(float(part), ".2f"),
                 "color": FOR if part > 0 else AGAINST,
                 "width": round(0.05 + 0.45 * abs(float(part)) / top_part, 2),
             }
@@ -250,7 +261,8 @@ def _meaning(explanation: Explanation) -> list[str]:
     found = [
         f"The run reads an image as {tokens}. In its cross-attention {asks}: each head weighs the"
         " tokens, and the weights sum to 1. They are shown as the model computes them, from the"
-        f" stored features and the run's weights.{layers}{blocks}",
+        f" stored features and the run's weights: the brighter, the larger.{layers}{blocks} Every"
+        " map has its own scale; the largest number stands below it.",
         "A weight says from where a head reads, not what it reads nor what that does to the answer:"
         " a patch with a large weight may change nothing. And a token is not only its patch: the"
         " encoder has mixed into each what it saw elsewhere. So two other maps stand beside it, and"
@@ -288,12 +300,19 @@ def _methods(explanation: Explanation) -> list[tuple[str, str]]:
     ]
 
 
+def minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
 def _with_interval(found: dict[str, Any]) -> str:
     if found["mean"] is None:
         return MISSING
     interval = found["interval"]
-    between = "" if interval is None else f" ({interval['low']:.2f} to {interval['high']:.2f})"
-    return f"{found['mean']:.2f}{between}"
+    between = ""
+    if interval is not None:
+        low, high = (minus(f"{interval[end]:.2f}") for end in ("low", "high"))
+        between = f" ({low} to {high})"
+    return minus(f"{found['mean']:.2f}") + between
 
 
 def lead(explanation: Explanation) -> str:
@@ -322,8 +341,9 @@ def _agreement_lines(explanation: Explanation) -> list[str]:
         " the log odds move without them, up or down. “Signed” compares gradient × input and the"
         " change with their signs.",
         f"The best head (over all rows head {best['head']}{layer}) is measured on photos that did"
-        " not choose it. “Attention of another row” is what agreement comes from no photo in"
-        " particular.",
+        " not choose it. “Attention of another row” ranks a row's patches by the map of another"
+        " photo: what is left there is agreement that any photo gives, such as a liking for the"
+        " middle.",
     ]
 
 
@@ -348,7 +368,7 @@ def _deletion_figure(explanation: Explanation) -> tuple[str, str]:
     axes.legend(title="those first that are strongest by", loc="best", fontsize="small")
     at = explanation.deletion[min(2, len(explanation.deletion) - 1)]
     said = ", ".join(f"{names[key]} {number(at[key]['mean'], 2)}" for key in names)
-    line = f"Without {share(at['share'], 0)} of the patches the log odds move by: {said}."
+    line = f"Without {percent(at['share'])} of the patches the log odds move by: {said}."
     return svg(figure, line), line
 
 
@@ -396,7 +416,8 @@ def write_pngs(explanation: Explanation, folder: Path) -> list[Path]:
         )
         for axis, title in zip(axes, ["Photo", *(own.caption for own in maps)], strict=True):
             axis.set_axis_off()
-            axis.set_title(title, fontsize=7, wrap=True)
+            lines = title.replace(": ", ":\n", 1).replace("; ", ";\n")
+            axis.set_title(lines, fontsize=8)
         if isinstance(row.photo, ShownPhoto):
             axes[0].imshow(row.photo.image)
         for axis, own in zip(axes[1:], maps, strict=True):
