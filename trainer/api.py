@@ -440,10 +440,7 @@ def report(
     split: str = "test",
     **options: Any,
 ) -> dict[str, Any]:
-    """Write a page that compares runs, the first being the base.
-
-    See `trainer.results.report.compare_page.report_compared`; of a single run `Run.report`.
-    """
+    """Write a page that compares runs; see `trainer.results.report.compare_page`."""
     from trainer.results.report.compare_page import report_compared
 
     options.setdefault("show", SHOWN)
