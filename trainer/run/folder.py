@@ -15,6 +15,7 @@ runs/<name>/
     parity-*.json      what `parity` found on a split
     report*.html       all of it on a page, of `report`
     explain.html       what `explain` showed of some rows
+    tracking.json      under which names others know the run, see `trainer.run.tracking`
 
 Of a run that was imported the manifest says `imported`: from what file, with which labels and
 layers. It has no epoch, no state to go on from, and no curves.
