@@ -182,6 +182,7 @@ class Typed:
             "predict": f"first --rows {folder}/data/../data/rows.jsonl --out {folder}/x/../p.csv"
             f" {self.runs}",
             "compare": f"first first-json --draws 20 {self.runs}",
+            "report": f"first --out {folder}/x/../NAME-page.html {self.runs}",
             "explain": f"first --rows 1 --sample 1 --out {folder}/x/../NAME.html {self.runs}",
             "parity": f"first --rows 1 {self.runs}",
             "export": f"first {folder}/x/../NAME.weights.h5 --rows 1 {self.runs}",

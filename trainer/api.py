@@ -147,6 +147,17 @@ class Run(folder.Run):
         found = [find_run(runs, other) if isinstance(other, str) else other for other in others]
         return compare([self, *found], split, show=show, **options)
 
+    def report(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        split: str | None = None,
+        show: Show = SHOWN,
+    ) -> dict[str, Any]:
+        """Write the run's page: one HTML file; see `trainer.results.report.run_page.report`."""
+        from trainer.results.report.run_page import report
+
+        return report(self, lambda: self.scorer, path, split, show)
+
     def explain(
         self,
         split: str = "test",
@@ -423,3 +434,20 @@ def compare(runs: Sequence[Run | str], split: str = "test", **options: Any) -> d
 def predict(run: Run | str, rows: RowSource, **options: Any) -> pd.DataFrame:
     """Predict rows with a run; see `Run.predict`."""
     return (run if isinstance(run, Run) else load_run(run)).predict(rows, **options)
+
+
+def report(
+    runs: Sequence[Run | str],
+    path: str | os.PathLike[str] | None = None,
+    split: str = "test",
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a page that compares runs, the first being the base.
+
+    See `trainer.results.report.compare_page.report_compared`; of a single run `Run.report`.
+    """
+    from trainer.results.report.compare_page import report_compared
+
+    options.setdefault("show", SHOWN)
+    found = [run if isinstance(run, Run) else load_run(run) for run in runs]
+    return report_compared(found, path, split, **options)

@@ -215,6 +215,16 @@ class SearchResults:
             raise RunError(f"{self.folder}: no trial is complete yet")
         return best
 
+    def report(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """Write the search's page: one HTML file; see `trainer.tuning.report.report`.
+
+        Args:
+            path: Of the page; None: `report.html` in the search's folder.
+        """
+        from trainer.tuning.report import report
+
+        return report(self.search, path)
+
     def retrain(
         self,
         epochs: int | None = None,
