@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 # Called with the number of rows just dealt with.
 Progress = Callable[[int], None]
@@ -22,6 +23,15 @@ def no_bar(total: int, unit: str) -> Iterator[Progress]:
     yield lambda rows: None
 
 
+def bars() -> Any:
+    """Return the class of the bars that suit where they are shown."""
+    with warnings.catch_warnings():
+        # Where a notebook lacks widgets, the bar is text.
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+    return tqdm
+
+
 @contextlib.contextmanager
 def bar(total: int, unit: str, delay: float = 0) -> Iterator[Progress]:
     """Show rows done, rows a second and the time that is left: in a terminal, a notebook or a log.
@@ -31,12 +41,7 @@ def bar(total: int, unit: str, delay: float = 0) -> Iterator[Progress]:
         unit: What they are, such as "images".
         delay: Seconds that the work must take before anything is shown.
     """
-    with warnings.catch_warnings():
-        # Where a notebook lacks widgets, the bar is text.
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm
-
-    with tqdm(
+    with bars()(
         total=total, unit=f" {unit}", smoothing=0.1, mininterval=bar_seconds(), delay=delay
     ) as shown:
 

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from featstore.progress import bar_seconds
+from featstore.progress import bar_seconds, bars
 from trainer.run.training import Reporter
 
 
 @contextlib.contextmanager
 def epoch_bar(epoch: int, steps: int) -> Iterator[Any]:
     """Show the steps of an epoch, in a terminal or a notebook only."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm
-
-    with tqdm(
+    with bars()(
         total=steps,
         desc=f"epoch {epoch}",
         unit=" steps",
