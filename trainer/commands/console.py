@@ -24,9 +24,10 @@ from featstore.errors import (
     WriteError,
     counted,
 )
-from featstore.progress import SHOWN, Show
+from featstore.progress import working
 from trainer.commands.answer import Answer, fail, warn
 from trainer.commands.help import PATH, SectionedGroup, lone, setting_option
+from trainer.commands.showing import note
 from trainer.config import SECTIONS, Config, load_config
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def import_framework() -> None:
         return
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as hidden:
+    # The line about it is written to stderr as it was.
+    with working("loading Keras"), tempfile.TemporaryFile() as hidden:
         os.dup2(hidden.fileno(), 2)
         try:
             framework.import_framework()
@@ -288,10 +290,9 @@ def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
     remember_settings(*given)
     config = load_config(config_file, overrides)
     if config.is_demo:
-        click.echo(
+        note(
             "no [data] rows set: this is the built-in demo (rendered scenes, its own encoders);"
-            " `init` writes a file for your data",
-            err=True,
+            " `init` writes a file for your data"
         )
     return config
 
@@ -384,11 +385,6 @@ def elsewhere() -> dict[str, Any]:
     return dict(click.get_current_context().meta.get(ELSEWHERE, {}))
 
 
-def show_of(as_json: bool) -> Show:
-    """Return how work is shown: with --json without notes, whose content the object has."""
-    return dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN
-
-
 @contextlib.contextmanager
 def stop_request() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C or SIGTERM into a question; a second Ctrl-C ends at once."""
@@ -417,7 +413,7 @@ def print_rows(dataset: Any, named: bool = True) -> None:
     """
     counts = dataset.counts()
     rows = ", ".join(f"{split} {n}" for split, n in counts["rows"].items())
-    click.echo(f"rows: {rows}", err=True)
+    note(f"rows: {rows}")
     for title, reasons in (
         ("left out", counts["dropped"]),
         ("kept with a warning", counts["kept_with_warning"]),

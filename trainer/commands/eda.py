@@ -10,8 +10,9 @@ import click
 
 from featstore.errors import counted
 from trainer.commands.answer import answer, json_option, warn
-from trainer.commands.console import import_framework, open_project, settings, show_of
+from trainer.commands.console import import_framework, open_project, settings
 from trainer.commands.help import PATH, command
+from trainer.commands.showing import show_of
 
 
 def _print_found(found: dict[str, Any]) -> None:

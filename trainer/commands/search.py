@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from featstore.errors import Command, RunError, UsageError, counted
-from featstore.progress import SHOWN
+from featstore.progress import working
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     Function,
@@ -27,6 +27,7 @@ from trainer.commands.console import (
     stop_request,
 )
 from trainer.commands.help import PATH, SectionedGroup, setting_option
+from trainer.commands.showing import note, show_of, shown_reporter
 from trainer.tuning.space import SearchConfig
 
 
@@ -98,7 +99,7 @@ def search_group(
     from trainer.tuning.study import exists, start_search
     from trainer.tuning.table import best_row, trial_rows
 
-    started = time.time()
+    started, show = time.time(), show_of(as_json)
     name = free_name(Path(runs), "search") if name is None else name
     folder = run_folder(Path(runs), name)
     sections = flag_sections(flags)
@@ -114,7 +115,7 @@ def search_group(
     project, space = what.project, what.space
     if dry_run:
         print_rows(project.dataset, named=False)
-        plans = drive.plan_features(project, space.feature_configs(what.base), SHOWN)
+        plans = drive.plan_features(project, space.feature_configs(what.base), show)
         names = [parameter.name for parameter in space.parameters]
         kept = drive.kept_bytes(project, space, what.base)
         if as_json:
@@ -130,13 +131,14 @@ def search_group(
             )
         return
     # Before the extraction, so that a wrong name or storage does not wait for its end.
-    search = start_search(folder, what.base, space, what.init_from, storage, project)
+    with working("preparing the search"):
+        search = start_search(folder, what.base, space, what.init_from, storage, project)
     project.save_dataset(folder)
     print_rows(project.dataset)
     deadline = float("inf") if timeout is None else started + timeout
     places = drive.Places(workers, ray_address, num_gpus, num_cpus)
     with stop_request() as stopping:
-        outcome = drive.run_search(search, project, places, deadline, stopping, SHOWN)
+        outcome = drive.run_search(search, project, places, deadline, stopping, show)
     watched, files = outcome.watched, outcome.files
     rows = trial_rows(search)
     if as_json:
@@ -154,16 +156,15 @@ def search_group(
         _print_leaderboard(search, rows)
         click.echo(f"{', '.join(str(path) for path in files)}")
         if watched.peak_bytes:
-            click.echo(f"workers' memory at most {watched.peak_bytes / 1e9:.1f} GB", err=True)
+            note(f"workers' memory at most {watched.peak_bytes / 1e9:.1f} GB")
         place = masked(driver_url(storage)) if storage else search.folder / "study.journal"
-        click.echo(f"see it: optuna-dashboard {place}", err=True)
-        click.echo(f"        tensorboard --logdir {search.folder}", err=True)
+        note(f"see it: optuna-dashboard {place}")
+        note(f"        tensorboard --logdir {search.folder}")
         if search.unfinished:
             ended = sum(row["state"] != "running" for row in rows)
-            click.echo(
+            note(
                 f"{ended} of {counted(space.trials, 'trial')} ended;"
-                f" {quoted(Command('search', name=name, bare=True))} goes on with the rest",
-                err=True,
+                f" {quoted(Command('search', name=name, bare=True))} goes on with the rest"
             )
     if best_row(search, rows) is None and rows:
         reasons = {row["reason"] for row in rows if row["reason"]}
@@ -214,12 +215,13 @@ def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> Non
         answer({"search": name, "trials": ranked(search, rows)})
     else:
         _print_leaderboard(search, rows)
-    files = write_leaderboard(search)
+    with working("drawing the plots"):
+        files = write_leaderboard(search)
     if as_json:
         return
     click.echo(", ".join(str(path) for path in files))
     if why := no_importance(search, rows):
-        click.echo(why, err=True)
+        note(why)
 
 
 @search_group.command("best")
@@ -260,11 +262,9 @@ def search_best(
         )
         return
     import_framework()
-    from trainer.run.shown import SHOWN_REPORTER
-
     with stop_request() as stopping:
-        reporter = dataclasses.replace(SHOWN_REPORTER, stopping=stopping)
-        found = results.retrain(epochs, seeds or 1, split, reporter)
+        reporter = shown_reporter(stopping)
+        found = results.retrain(epochs, seeds or 1, split, reporter, show_of(as_json))
     if as_json:
         answer(found)
         return
