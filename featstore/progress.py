@@ -117,21 +117,19 @@ class _Clock(_Wait):
 
     Args:
         bar: The bar, of tqdm.
-        delay: Seconds before which it is not shown.
     """
 
-    def __init__(self, bar: Any, delay: float) -> None:
+    def __init__(self, bar: Any) -> None:
         super().__init__(str)
-        self._bar, self._delay = bar, delay
+        self._bar = bar
 
     def _show(self, passed: float) -> None:
-        if self._live and passed >= self._delay:
-            self._bar.refresh()
+        self._bar.refresh()
 
 
-def clock(bar: Any, delay: float = 0) -> contextlib.AbstractContextManager[Any]:
-    """Have a bar of tqdm be drawn anew each second, where it can be."""
-    return contextlib.nullcontext() if bar.disable else _Clock(bar, delay)
+def clock(bar: Any) -> _Clock:
+    """Have a bar of tqdm that is drawn be drawn anew each second."""
+    return _Clock(bar)
 
 
 def _columns() -> int:
@@ -190,8 +188,8 @@ def bar(total: int, unit: str, delay: float = 0) -> Iterator[Progress]:
     Args:
         total: Rows to be done.
         unit: What they are, such as "images".
-        delay: Seconds that the work must take before anything is shown; it is then removed
-            at the end.
+        delay: Seconds that the work must take before a log has a line; a bar that is drawn
+            comes earlier, and is removed at the end.
     """
     if not redrawn():
         with logged_bar(total, unit, last=not delay) as advance:
@@ -207,11 +205,11 @@ def bar(total: int, unit: str, delay: float = 0) -> Iterator[Progress]:
             total=total,
             unit=f" {unit}",
             smoothing=0.1,
-            delay=delay,
+            delay=min(delay, LIVE_SECONDS),
             leave=not delay,
             ncols=bar_columns(),
         ) as shown,
-        clock(shown, delay),
+        clock(shown),
     ):
 
         def advance(rows: int) -> None:

@@ -93,6 +93,7 @@ def search_group(
         return
     if ray_address is None and (num_gpus, num_cpus) != (None, None):
         raise UsageError("--num-gpus and --num-cpus are of the workers on Ray; give --ray ADDRESS")
+    import_framework()
     from trainer.run.folder import free_name, run_folder
     from trainer.tuning import drive
     from trainer.tuning.storage import driver_url, masked
@@ -106,7 +107,9 @@ def search_group(
     searched = sections.pop("search", {})
     goes_on = (space_file, config_file, init_from) == (None, None, None) and not sections
     goes_on = goes_on and exists(folder)
-    config = None if goes_on else read_config(config_file, flags)
+    # `[search]` is of the space file, not of the settings'.
+    own = {key: value for key, value in flags.items() if not key.startswith("search__")}
+    config = None if goes_on else read_config(config_file, own)
     if ray_address is not None:
         from featstore.ray_cluster import check_address
 
@@ -201,6 +204,7 @@ def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
 @json_option
 def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> None:
     """Print a search's leaderboard, also while it runs; write its plots."""
+    import_framework()
     from trainer.tuning.drive import load_search
     from trainer.tuning.plots import no_importance
     from trainer.tuning.table import ranked, trial_rows, write_leaderboard
@@ -242,6 +246,7 @@ def search_best(
     as_json: bool,
 ) -> None:
     """Show the best trial; train it again with more epochs or seeds."""
+    import_framework()
     from trainer.tuning.drive import load_search
     from trainer.tuning.space import shown
 
@@ -261,7 +266,6 @@ def search_best(
             f" accuracy {best['val_accuracy']:.2%}{tau}"
         )
         return
-    import_framework()
     with stop_request() as stopping:
         reporter = shown_reporter(stopping)
         found = results.retrain(epochs, seeds or 1, split, reporter, show_of(as_json))
