@@ -77,6 +77,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def may_write(folder: Path) -> bool:
+    """Tell whether a folder can be written; one that is not there yet is made."""
+    effective = os.access in os.supports_effective_ids
+    return os.access(folder, os.W_OK, effective_ids=effective) or not folder.exists()
+
+
 def check_space(folder: Path, num_bytes: int) -> None:
     """See that a disk has room for what is about to be written, with some to spare.
 

@@ -142,11 +142,15 @@ def test_every_command_has_a_description_and_described_options() -> None:
         assert text.startswith(f"Usage: python cli.py {name}")
 
 
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    return str(field.metadata["flag"] or f"--{field.name.replace('_', '-')}")
+
+
 def test_the_settings_flags_show_their_section() -> None:
     text = " ".join(succeed("train", "--help").stdout.split())
     for section, kind in SECTIONS.items():
         for field in dataclasses.fields(kind):
-            assert f"--{field.name.replace('_', '-')} " in text
+            assert f"{flag_of(field)} " in text
         assert f"[{section}]" in text
 
 
@@ -495,7 +499,7 @@ def test_every_flag_overrides_the_file(
     listed = [f"{k}={v}" for k, v in wanted.items()] if isinstance(wanted, dict) else wanted
     text = ",".join(map(str, listed)) if isinstance(listed, tuple | list) else str(wanted)
     command = cli.commands["train"]
-    name = field.metadata["flag"].removeprefix("--") or field.name.replace("_", "-")
+    name = flag_of(field).removeprefix("--")
     given = [f"--{name}" if wanted else f"--no-{name}"] if kind is bool else [f"--{name}", text]
     flags = ["--config", project.file, *given]
     params = command.make_context("train", flags).params

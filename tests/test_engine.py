@@ -145,7 +145,7 @@ def test_a_run_after_another_is_as_alone(
     """Over pairs of runs, of the same model and of others in between."""
     engines, number = Engines(), 0
 
-    @settings(max_examples=4, deadline=None)
+    @settings(max_examples=3, deadline=None)
     @given(CHANGING, st.sampled_from([8, 12]))
     def check(changes: dict[str, Any], mlp_dim: int) -> None:
         nonlocal number
@@ -286,9 +286,6 @@ first = run("first", engines, lr=0.002, dropout=0.2)
 run("diverged", engines, lr=1e30, clipnorm=1.0)
 assert run("again", engines, lr=0.002, dropout=0.2) == first
 assert run("alone", None, lr=0.002, dropout=0.2) == first
-assert run("other", engines, lr=0.002, dropout=0.4, weight_decay=0.1) == run(
-    "other-alone", None, lr=0.002, dropout=0.4, weight_decay=0.1
-)
 assert len(engines._steppers) == 1
 print("same")
 """
@@ -300,7 +297,7 @@ def test_on_jax_a_run_after_another_is_as_alone(
 ) -> None:
     """Also after one that diverged, whose last steps were never written back."""
     config = tmp_path / "config.toml"
-    config.write_text(render_config(with_train(project[1], k_txt=2)))
+    config.write_text(render_config(with_train(project[1], k_txt=1)))
     assert run_on_jax("-c", JAX, str(config), str(tmp_path)).endswith("same\n")
 
 

@@ -130,7 +130,7 @@ def test_a_run_writes_every_file_that_it_promises(plain: Training) -> None:
         for line in (sys.modules["trainer.run.folder"].__doc__ or "").splitlines()
         if line.startswith("    ")
         and not line.split()[0].startswith(
-            ("evaluate", "explain", "parity", "predictions", "summary")
+            ("evaluate", "explain", "parity", "predictions", "report", "summary", "tracking")
         )
     ]
     assert len(documented) >= 8

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         import_weights,
         load_run,
         predict,
+        report,
         train,
     )
     from trainer.config import TrainConfig
@@ -36,6 +37,7 @@ _HOMES = {
     "load_run": "trainer.api",
     "load_search": "trainer.tuning.drive",
     "predict": "trainer.api",
+    "report": "trainer.api",
     "run_recipe": "trainer.recipes.chain",
     "search": "trainer.tuning.drive",
     "train": "trainer.api",
@@ -51,6 +53,7 @@ __all__ = [
     "load_run",
     "load_search",
     "predict",
+    "report",
     "run_recipe",
     "search",
     "train",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from featstore.config import runs_folder
 from featstore.errors import StoppedError, UsageError
-from featstore.progress import SHOWN, Show, shows_work, working
+from featstore.progress import SHOWN, Show, says, showing, shows_work, working
 from featstore.project import Project
 from trainer.config import config_of
 from trainer.features import extract_missing, oversample_line, prepare, rows_line
@@ -149,6 +149,19 @@ class Run(folder.Run):
         runs = self.folder.parent
         found = [find_run(runs, other) if isinstance(other, str) else other for other in others]
         return compare([self, *found], split, show=show, **options)
+
+    @shows_work
+    @says("drawing the page")
+    def report(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        split: str | None = None,
+        show: Show = SHOWN,
+    ) -> dict[str, Any]:
+        """Write the run's page: one HTML file; see `trainer.results.report.run_page.report`."""
+        from trainer.results.report.run_page import report
+
+        return report(self, lambda: self.scorer, path, split, show)
 
     @shows_work
     def explain(
@@ -428,9 +441,25 @@ def compare(runs: Sequence[Run | str], split: str = "test", **options: Any) -> d
 
     options.setdefault("show", SHOWN)
     found = [run if isinstance(run, Run) else load_run(run) for run in runs]
-    return compare(found, split, **options)
+    with showing(options["show"]):
+        return compare(found, split, **options)
 
 
 def predict(run: Run | str, rows: RowSource, **options: Any) -> pd.DataFrame:
     """Predict rows with a run; see `Run.predict`."""
     return (run if isinstance(run, Run) else load_run(run)).predict(rows, **options)
+
+
+def report(
+    runs: Sequence[Run | str],
+    path: str | os.PathLike[str] | None = None,
+    split: str = "test",
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a page that compares runs; see `trainer.results.report.compare_page`."""
+    from trainer.results.report.compare_page import report_compared
+
+    options.setdefault("show", SHOWN)
+    found = [run if isinstance(run, Run) else load_run(run) for run in runs]
+    with showing(options["show"]):
+        return report_compared(found, path, split, **options)

@@ -26,6 +26,7 @@ from trainer.commands.help import PATH
 from trainer.commands.import_ import import_weights
 from trainer.commands.parity import parity
 from trainer.commands.predict import predict
+from trainer.commands.report import report
 from trainer.commands.run import run_recipe
 from trainer.commands.search import search_group
 from trainer.commands.store import store_group
@@ -82,6 +83,7 @@ for command in (
     evaluate,
     predict,
     compare,
+    report,
     explain,
     parity,
     export,

@@ -9,11 +9,12 @@ import itertools
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from featstore.publish import write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -22,6 +23,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00")
 CLASS_COLORS = {"entailment": "#0072b2", "contradiction": "#d55e00", "neutral": "#009e73"}
 INK = "#010203"
 """The ink of a figure; in a page it is the ink of the text around it."""
+GROUND = "#fdfefd"
+"""What covers lines behind a text: white in a file, in a page the ground of the page."""
 DPI = 120
 
 _numbers = itertools.count(1)
@@ -45,7 +48,9 @@ def new_figure(width: float = 6.4, height: float = 3.6, **options: Any) -> Figur
 
 def _ink(figure: Figure) -> None:
     """Give everything that is neither data nor coloured by hand the ink."""
+    from matplotlib.collections import LineCollection
     from matplotlib.colors import to_hex
+    from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
     black = to_hex("black")
@@ -54,13 +59,20 @@ def _ink(figure: Figure) -> None:
         axes.tick_params(which="both", color=INK, labelcolor=INK)
         for spine in axes.spines.values():
             spine.set_edgecolor(INK)
-        for line in axes.lines:
-            if to_hex(line.get_color()) == black:
-                line.set_color(INK)
         legend = axes.get_legend()
         if legend is not None:
             legend.get_frame().set(facecolor="none", edgecolor="none")
+    # Also the lines of legends and of error bars.
+    for line in figure.findobj(Line2D):
+        assert isinstance(line, Line2D)
+        if to_hex(line.get_color()) == black:
+            line.set(color=INK, markeredgecolor=INK)
+    for lines in figure.findobj(LineCollection):
+        assert isinstance(lines, LineCollection)
+        if {to_hex(cast(Any, color)) for color in lines.get_colors()} == {black}:
+            lines.set_color(INK)
     for text in figure.findobj(Text):
+        assert isinstance(text, Text)
         if to_hex(text.get_color()) == black:
             text.set_color(INK)
 
@@ -83,7 +95,7 @@ def svg(figure: Figure, alt: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     # Names are shared by all figures of a page.
     text = re.sub(r'(\bid="|href="#|url\(#)(?=[^"\)])', rf"\g<1>f{number}-", text)
-    text = text.replace(INK, "currentColor")
+    text = text.replace(INK, "currentColor").replace(GROUND, "var(--ground)")
     width, height = (72 * inches for inches in figure.get_size_inches())
     opening = (
         f'<svg class="figure" viewBox="0 0 {width:g} {height:g}" role="img"'
@@ -132,6 +144,25 @@ def photo_uri(image: Image.Image, size: int = 320, quality: int = 80) -> str:
     file = io.BytesIO()
     small.save(file, "JPEG", quality=quality, optimize=True)
     return data_uri(file.getvalue(), "image/jpeg")
+
+
+def legend_below(axes: Axes, columns: int = 0) -> None:
+    """Put a legend of what is labelled below some axes, where it cannot hide a curve.
+
+    Args:
+        axes: The axes.
+        columns: Of the legend; 0: all in one line.
+    """
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.14),
+            ncols=columns or len(handles),
+            columnspacing=1.2,
+            frameon=False,
+            fontsize=9,
+        )
 
 
 def bars(

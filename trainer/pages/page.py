@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 MISSING = "–"
+_BROKEN = re.compile(r"(?<=\d) %")
 
 
 def share(value: float | None, digits: int = 1) -> str:
@@ -82,7 +84,11 @@ def render(template: str, title: str, **content: Any) -> str:
             put in by the macro `figure`.
     """
     versions: Mapping[str, str] = package_versions()
-    return _environment().get_template(template).render(title=title, versions=versions, **content)
+    found = _environment().get_template(template)
+    # A number and its sign stay on one line.
+    return _BROKEN.sub(
+        "\N{NO-BREAK SPACE}%", found.render(title=title, versions=versions, **content)
+    )
 
 
 def write_page(path: str | os.PathLike[str], template: str, title: str, **content: Any) -> int:

@@ -141,6 +141,7 @@ def _against(
     at, half = decided(figures), figures["at_half"] or {}
     return {
         "run": run.name,
+        "weights_digest": run.weights_digest,
         "rows": len(ours),
         "threshold": other_threshold,
         "accuracy": at["accuracy"],

@@ -110,6 +110,7 @@ def evaluate(
         val, without_val = _val(scorer, show)
     result: dict[str, Any] = {
         "run": run.name,
+        "weights_digest": run.weights_digest,
         "split": split if rows is None else None,
         "control": control,
         "rows_of_split": scored.total,

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from featstore.data.labels import LABEL_NAMES, LABELS
 from trainer.buckets import bucket_rows
 from trainer.metrics import (
+    GRID,
+    binary_metrics,
     brier,
     by_class,
     calibration_error,
@@ -64,19 +66,35 @@ def measure(
     Returns:
         The fields of docs/EVALUATION.md from `rows` to `errors`.
     """
-    tau = None
+    tau = sweep = None
     if val is not None and threshold is not None:
         images = Clustered(val.image_ids, clustered.draws, clustered.seed)
         tau = threshold_interval(val.labels, val.logits, images)
+        sweep = threshold_sweep(val)
     return {
         **evaluate_logits(scored.labels, scored.logits, threshold),
         "images": clustered.images,
         "bootstrap": {"level": LEVEL, "draws": clustered.draws, "seed": clustered.seed},
         "intervals": intervals(scored.labels, scored.logits, threshold, clustered),
         "threshold_interval": tau,
+        "threshold_sweep": sweep,
         "calibration": _calibration(scored, threshold, val),
         **_by_bucket(scored, threshold, buckets, clustered),
         "errors": _errors(scored, threshold),
+    }
+
+
+def threshold_sweep(val: Scored) -> dict[str, list[float]]:
+    """Return what each threshold that was tried gives on val.
+
+    Returns:
+        `threshold`, and at each `macro_f1` and `accuracy`, to six digits.
+    """
+    probabilities = probabilities_of(val.logits)
+    found = [binary_metrics(val.labels, probabilities, threshold) for threshold in GRID.tolist()]
+    return {
+        "threshold": GRID.tolist(),
+        **{name: [round(at[name], 6) for at in found] for name in ("macro_f1", "accuracy")},
     }
 
 

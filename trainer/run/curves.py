@@ -1,19 +1,19 @@
-"""A run's learning curves, as a picture."""
+"""A run's learning curves, as a figure for its page and as a picture."""
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featstore.errors import RunError
-from featstore.publish import write_bytes
 from trainer.config import LOWER_IS_BETTER
+from trainer.pages.drawing import GROUND, legend_below, new_figure, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Curves = Mapping[str, tuple[str, str, Mapping[str, Any]]]
 
@@ -24,7 +24,7 @@ SCORES: Curves = {
     "val_macro_f1": (
         "macro-F1",
         "#d55e00",
-        {"linestyle": (0, (4, 4)), "marker": "s", "markersize": 3, "markerfacecolor": "white"},
+        {"linestyle": (0, (4, 4)), "marker": "s", "markersize": 3, "markerfacecolor": "none"},
     ),
     "val_auc": ("AUC", "#009e73", {}),
 }
@@ -33,32 +33,14 @@ and style."""
 
 
 def plot_learning_curves(
-    history: Sequence[Mapping[str, Any]],
-    path: str | os.PathLike[str],
-    *,
-    monitor: str = "val_loss",
-    title: str = "",
-    shares: Sequence[float] = (),
-    cuts: bool = True,
+    history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], **options: Any
 ) -> None:
-    """Draw a run's losses (left) and val scores (right) by epoch into a PNG, atomically.
-
-    The best epoch is a dotted line; an epoch that starts with a lower learning rate than
-    the one before is a grey line with the new rate, where they are to be marked; what the
-    classes' shares alone reach is a dashed line. A single epoch is drawn as points with
-    their values.
+    """Draw a run's learning curves into a PNG, atomically.
 
     Args:
-        history: One mapping for each epoch, in order: `epoch` (its number), and any of
-            `loss`, `val_loss` (nats a row), `val_accuracy`, `val_macro_f1`, `val_auc`
-            (0 to 1) and `lr`. A value that is absent, None or not finite leaves a gap.
+        history: See `learning_curves`.
         path: The file to write.
-        monitor: The key that chooses the best epoch: the lowest of a loss or an error, the
-            highest of any other; the first of equals.
-        title: Text above the panels.
-        shares: Of the classes in val. The largest is the accuracy of always saying that
-            class; the loss of always saying the shares is their entropy.
-        cuts: Mark where the learning rate was cut.
+        options: Of `learning_curves`.
 
     Raises:
         RunError: The history has no epoch.
@@ -66,23 +48,52 @@ def plot_learning_curves(
     """
     if not history:
         raise RunError(f"{os.fspath(path)}: no learning curves to draw: the run has no epoch yet")
-    # Here, since it costs a second that other commands need not wait; and without pyplot,
-    # whose figures are global.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    write_png(learning_curves(history, **options), path)
+
+
+def learning_curves(
+    history: Sequence[Mapping[str, Any]],
+    *,
+    monitor: str = "val_loss",
+    title: str = "",
+    shares: Sequence[float] = (),
+    cuts: bool = True,
+    panels: Sequence[str] = ("loss", "score"),
+    size: tuple[float, float] = (10, 4),
+) -> Figure:
+    """Return a figure of a run's losses and val scores by epoch, side by side.
+
+    The best epoch is a dotted line; an epoch that starts with a lower learning rate than
+    the one before is a grey line with the new rate, where they are to be marked; what the
+    classes' shares alone reach is a dashed line. A single epoch is drawn as points with
+    their values.
+
+    Args:
+        history: One mapping for each epoch, at least one, in order: `epoch` (its number), and
+            any of `loss`, `val_loss` (nats a row), `val_accuracy`, `val_macro_f1`, `val_auc`
+            (0 to 1) and `lr`. A value that is absent, None or not finite leaves a gap.
+        monitor: The key that chooses the best epoch: the lowest of a loss or an error, the
+            highest of any other; the first of equals.
+        title: Text above the panels.
+        shares: Of the classes in val. The largest is the accuracy of always saying that
+            class; the loss of always saying the shares is their entropy.
+        cuts: Mark where the learning rate was cut.
+        panels: Which of both to draw.
+        size: Width and height in inches.
+    """
     from matplotlib.ticker import MaxNLocator
 
     epochs = [int(row["epoch"]) for row in history]
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(*size)
     if title:
         figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
     best = _best(history, monitor)
-    for axes, curves, label, chance in (
-        (left, LOSSES, "loss (nats a row)", _entropy(shares) if shares else None),
-        (right, SCORES, "val score", max(shares, default=None)),
-    ):
+    known: dict[str, tuple[Curves, str, float | None]] = {
+        "loss": (LOSSES, "loss (nats a row)", _entropy(shares) if shares else None),
+        "score": (SCORES, "val score", max(shares, default=None)),
+    }
+    for name, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        curves, label, chance = known[name]
         if len(history) == 1:
             _draw_values(axes, history[0], curves)
         else:
@@ -98,39 +109,32 @@ def plot_learning_curves(
                 label=f"best epoch ({monitor})",
             )
         if chance is not None and axes.lines:
-            axes.axhline(chance, linestyle="--", linewidth=1, color="grey", zorder=1)
-            # On the line's right end, where curves have left it.
-            axes.annotate(
-                f"chance {chance:.2f}",
-                (1, chance),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 4),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-                color="dimgrey",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )
+            _mark_chance(axes, chance)
         axes.set(xlabel="epoch", ylabel=label, xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(history) == 1:
             axes.set_xticks(epochs)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        handles, _ = axes.get_legend_handles_labels()
-        if handles:
-            # Below the axes, where it cannot hide a curve.
-            axes.legend(
-                loc="upper center",
-                bbox_to_anchor=(0.5, -0.14),
-                ncols=len(handles),
-                columnspacing=1.2,
-                frameon=False,
-                fontsize=9,
-            )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_bytes(path, buffer.getvalue())
+        legend_below(axes, columns=2 if size[0] < 6 else 0)
+    return figure
+
+
+def _mark_chance(axes: Axes, chance: float) -> None:
+    """Draw what the classes' shares alone reach."""
+    axes.axhline(chance, linestyle="--", linewidth=1, color="grey", zorder=1)
+    # On the line's right end, where curves have left it.
+    axes.annotate(
+        f"chance {chance:.2f}",
+        (1, chance),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color="black",
+        bbox={"facecolor": GROUND, "edgecolor": "none", "pad": 0.5},
+    )
 
 
 def _draw_curves(
@@ -198,5 +202,5 @@ def _mark_cuts(axes: Axes, history: Sequence[Mapping[str, Any]], epochs: Sequenc
                 xycoords=("data", "axes fraction"),
                 ha="center",
                 fontsize=8,
-                color="dimgrey",
+                color="black",
             )

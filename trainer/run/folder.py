@@ -13,7 +13,9 @@ runs/<name>/
     predictions-*.csv  the rows it measured, each with its logit
     summary*.md        the same to read
     parity-*.json      what `parity` found on a split
+    report*.html       all of it on a page, of `report`
     explain.html       what `explain` showed of some rows
+    tracking.json      under which names others know the run, see `trainer.run.tracking`
 
 Of a run that was imported the manifest says `imported`: from what file, with which labels and
 layers. It has no epoch, no state to go on from, and no curves.
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import re
 import time
@@ -31,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
+import xxhash
 
 from featstore.config import RECORDS, material, runs_of, with_paths
 from featstore.encoders.spec import differing_fields
@@ -160,6 +164,18 @@ class Run:
             RunError: The run has not finished an epoch, or the file is damaged.
         """
         return self._json(self.metrics_path)
+
+    @property
+    def weights_digest(self) -> str | None:
+        """The XXH3-128 of the best weights' file, by which figures know whose they are.
+
+        None where it is not there.
+        """
+        try:
+            with self.weights_path.open("rb") as file:
+                return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        except OSError:
+            return None
 
     @property
     def history(self) -> pd.DataFrame:

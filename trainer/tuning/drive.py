@@ -218,6 +218,17 @@ class SearchResults:
             raise RunError(f"{self.folder}: no trial is complete yet")
         return best
 
+    @says("drawing the page")
+    def report(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """Write the search's page: one HTML file; see `trainer.tuning.report.report`.
+
+        Args:
+            path: Of the page; None: `report.html` in the search's folder.
+        """
+        from trainer.tuning.report import report
+
+        return report(self.search, path)
+
     @shows_work
     def retrain(
         self,

@@ -1,22 +1,34 @@
-"""The pictures of a search: history, importance, parallel coordinates."""
+"""The figures of a search, for its page and as pictures: history, importance, coordinates."""
 
 from __future__ import annotations
 
-import io
+import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
+from optuna.trial import TrialState
 
-from featstore.publish import write_bytes
+from trainer.pages.drawing import COLORS, GROUND, INK, legend_below, new_figure, write_png
 from trainer.tuning.space import Parameter, shown
+from trainer.tuning.storage import quiet_optuna
 from trainer.tuning.study import Search
 
-PLOT_DPI = 120
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FIGURES = ("history", "importance", "parallel_coordinates")
+VALUES = ("#0072b2", "#7a6fb0", "#c26a86", "#d08a2e")
+"""From the best value to the worst; each stands out from white and from a dark ground."""
+DRAWS, TREES, WITHIN = 20, 6, 0.9
+"""Bootstrap draws of the trials, trees of the forest that each is given, and the share of the
+draws that lies between the ends of what is drawn."""
 # With fewer, the importance of each setting is mostly that of the draw.
 IMPORTANCE_TRIALS = 10
 # Drawn strongly among many.
@@ -35,25 +47,39 @@ def draw_plots(search: Search, rows: Sequence[dict[str, Any]]) -> list[Path]:
     Returns:
         The files.
     """
-    varied = _varied(search, rows)
-    figures = {}
-    if _complete(rows):
-        figures["history"] = _history(search, rows)
-    if not no_importance(search, rows):
-        figures["importance"] = _importance(search, [parameter.name for parameter in varied])
-    if varied:
-        figures["parallel_coordinates"] = _parallel_coordinates(search, rows, varied)
+    figures = search_figures(search, rows)
     paths = []
-    for name in ("history", "importance", "parallel_coordinates"):
+    for name in FIGURES:
         path = search.folder / f"{name}.png"
         if name not in figures:
             path.unlink(missing_ok=True)
             continue
         paths.append(path)
-        picture = io.BytesIO()
-        figures[name].savefig(picture, dpi=PLOT_DPI, format="png", bbox_inches="tight")
-        write_bytes(path, picture.getvalue())
+        write_png(figures[name], path)
     return paths
+
+
+def search_figures(
+    search: Search,
+    rows: Sequence[dict[str, Any]],
+    shares: Mapping[str, NDArray[np.float64]] | None = None,
+) -> dict[str, Figure]:
+    """Return the figures for which there are enough trials, by their names in `FIGURES`.
+
+    Args:
+        search: The search.
+        rows: Its trials, the best first.
+        shares: Of `known_importances`; None: computed here.
+    """
+    varied = varied_parameters(search, rows)
+    figures = {}
+    if _complete(rows):
+        figures["history"] = _history(search, rows)
+    if shares := known_importances(search, rows) if shares is None else shares:
+        figures["importance"] = _importance(search, shares)
+    if varied:
+        figures["parallel_coordinates"] = _parallel_coordinates(search, rows, varied)
+    return figures
 
 
 def no_importance(search: Search, rows: Sequence[dict[str, Any]]) -> str:
@@ -63,7 +89,7 @@ def no_importance(search: Search, rows: Sequence[dict[str, Any]]) -> str:
         search: The search.
         rows: Its trials, in any order.
     """
-    varied, complete = _varied(search, rows), _complete(rows)
+    varied, complete = varied_parameters(search, rows), _complete(rows)
     if len(search.space.parameters) < 2:
         why = "it compares settings, and only one is searched"
     elif len(complete) < IMPORTANCE_TRIALS:
@@ -79,7 +105,7 @@ def _complete(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["state"] == "complete"]
 
 
-def _varied(search: Search, rows: Sequence[dict[str, Any]]) -> list[Parameter]:
+def varied_parameters(search: Search, rows: Sequence[dict[str, Any]]) -> list[Parameter]:
     """Return the settings in which the complete trials differ."""
     return [
         parameter
@@ -88,30 +114,26 @@ def _varied(search: Search, rows: Sequence[dict[str, Any]]) -> list[Parameter]:
     ]
 
 
-def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
-    # Without pyplot, whose backend and figures are global.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+    figure = new_figure(width, height)
+    axes = figure.subplots()
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _history(search: Search, rows: Sequence[dict[str, Any]]) -> Any:
+def _history(search: Search, rows: Sequence[dict[str, Any]]) -> Figure:
     """Draw each trial's value, and the best one that was known after it."""
     from matplotlib.ticker import MaxNLocator
 
     metric = search.space.search.metric
     figure, axes = _figure(8, 4.5, f"{search.name}: value of each trial")
     drawn = sorted(rows, key=lambda row: int(row["trial"]))
-    for state, style in (
-        ("complete", {"color": "C0"}),
-        ("pruned", {"facecolors": "none", "edgecolors": "C0"}),
-    ):
+    styles: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("complete", {"color": COLORS[0]}),
+        ("pruned", {"facecolors": "none", "edgecolors": COLORS[0]}),
+    )
+    for state, style in styles:
         points = [row for row in drawn if row["state"] == state and row["value"] is not None]
         if points:
             numbers = [row["trial"] for row in points]
@@ -121,56 +143,98 @@ def _history(search: Search, rows: Sequence[dict[str, Any]]) -> Any:
         # They have no value: on the lower edge.
         place = axes.get_xaxis_transform()
         axes.scatter(
-            failed, [0.02] * len(failed), transform=place, marker="x", c="C3", label="fail"
+            failed, [0.02] * len(failed), transform=place, marker="x", c=COLORS[3], label="fail"
         )
     complete = _complete(drawn)
     values = np.array([row["value"] for row in complete])
     best = (np.minimum if search.space.search.minimises else np.maximum).accumulate(values)
     steps = [row["trial"] for row in complete] + [drawn[-1]["trial"]]
-    axes.step(steps, [*best, best[-1]], where="post", color="C1", label="best so far")
+    axes.step(steps, [*best, best[-1]], where="post", color=COLORS[1], label="best so far")
     first = _complete(rows)[0]
     axes.scatter(
         [first["trial"]],
         [first["value"]],
         marker="*",
         s=260,
-        c="C1",
-        edgecolors="black",
+        c=COLORS[1],
+        edgecolors=INK,
         zorder=4,
         label=f"best: {first['run']}, {first['value']:.4f}",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("trial")
     axes.set_ylabel(metric)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    legend_below(axes, columns=3)
     return figure
 
 
-def _importance(search: Search, varied: list[str]) -> Any:
-    """Draw how much of the value's variance each setting explains."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = optuna.importance.get_param_importances(
-            search.study,
-            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-            params=varied,
-        )
-    names, shares = list(found)[::-1], list(found.values())[::-1]
+def known_importances(
+    search: Search, rows: Sequence[dict[str, Any]]
+) -> dict[str, NDArray[np.float64]]:
+    """Return `importances`; empty where `no_importance` says why."""
+    return (
+        {} if no_importance(search, rows) else importances(search, varied_parameters(search, rows))
+    )
+
+
+def importances(search: Search, varied: Sequence[Parameter]) -> dict[str, NDArray[np.float64]]:
+    """Return how much of the value's variance each setting explains, and how sure that is.
+
+    fANOVA (Hutter et al. 2014, "An efficient approach for assessing hyperparameter
+    importance", sec. 3), over a forest for each of `DRAWS` bootstrap draws of the trials.
+
+    Args:
+        search: The search.
+        varied: The settings in which its complete trials differ.
+
+    Returns:
+        Name to the shares of the explained variance, float64 of shape (draws,); the largest
+        mean first. Empty where no draw could tell the trials apart.
+    """
+    names = [parameter.name for parameter in varied]
+    complete = search.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    rng = np.random.default_rng(0)
+    found: list[dict[str, float]] = []
+    for seed in range(DRAWS):
+        drawn = [complete[i] for i in rng.integers(len(complete), size=len(complete))]
+        evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=seed)
+        # A draw of trials of one value, or that lack one of a setting's, says nothing.
+        with quiet_optuna(), warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+            warnings.simplefilter("ignore")
+            study = optuna.create_study(direction=search.study.direction)
+            study.add_trials(drawn)
+            found.append(
+                optuna.importance.get_param_importances(study, evaluator=evaluator, params=names)
+            )
+    shares = {name: np.array([one[name] for one in found]) for name in names} if found else {}
+    return dict(sorted(shares.items(), key=lambda pair: -float(pair[1].mean())))
+
+
+def _importance(search: Search, shares: Mapping[str, NDArray[np.float64]]) -> Figure:
+    """Draw the mean of each setting's importance, and where `WITHIN` of the draws lie."""
+    names = list(shares)[::-1]
     title = f"{search.name}: importance for {search.space.search.metric} (fANOVA)"
-    figure, axes = _figure(8, 1.2 + 0.45 * len(names), title)
-    bars = axes.barh(names, shares)
-    axes.bar_label(bars, [f"{share:.2f}" for share in shares], padding=4)
-    axes.set_xlim(0, max(1e-9, *shares) * 1.1)
-    axes.set_xlabel("share of the explained variance")
+    figure, axes = _figure(8, 1.4 + 0.45 * len(names), title)
+    means = np.array([shares[name].mean() for name in names])
+    low, high = np.quantile(
+        [shares[name] for name in names], [(1 - WITHIN) / 2, (1 + WITHIN) / 2], axis=1
+    )
+    axes.barh(names, means, color=COLORS[0], height=0.6)
+    # A mean may lie outside of the draws' middle.
+    reach = np.maximum([means - low, high - means], 0)
+    axes.errorbar(means, range(len(names)), xerr=reach, fmt="none", color="black", capsize=3)
+    for place, (mean, end) in enumerate(zip(means, np.maximum(high, means), strict=True)):
+        axes.annotate(f"{mean:.2f}", (end, place), (6, 0), textcoords="offset points", va="center")
+    axes.set_xlim(0, max(1e-9, *high) * 1.12)
+    axes.set_xlabel(f"share of the explained variance; line: {WITHIN:.0%} of the draws")
     return figure
 
 
 def _parallel_coordinates(
     search: Search, rows: Sequence[dict[str, Any]], varied: Sequence[Parameter]
-) -> Any:
+) -> Figure:
     """Draw each trial as a line through its settings to its value, whose axis is the legend."""
-    from matplotlib import colormaps
-    from matplotlib.patheffects import withStroke
+    from matplotlib.colors import LinearSegmentedColormap
 
     complete = _complete(rows)
     values = [row["value"] for row in complete]
@@ -182,8 +246,9 @@ def _parallel_coordinates(
     span = high - low or 1.0
     columns = [_axis(p) for p in varied]
     columns.append((lambda value: (value - low) / span, _ticks(low, low + span, lambda x: x)))
-    colours = colormaps["viridis" if search.space.search.minimises else "viridis_r"]
-    faint = 0.8 if len(complete) <= 2 * BEST_TRIALS else 0.35
+    ends = VALUES if search.space.search.minimises else VALUES[::-1]
+    colours = LinearSegmentedColormap.from_list("values", ends)
+    faint = 0.8 if len(complete) <= 2 * BEST_TRIALS else 0.5
     # `rows` has the best one first, which is drawn last.
     for rank, row in reversed(list(enumerate(complete))):
         points = [*(row["params"][p.name] for p in varied), row["value"]]
@@ -204,7 +269,7 @@ def _parallel_coordinates(
                 va="center",
                 zorder=4,
                 fontsize=9,
-                path_effects=[withStroke(linewidth=3, foreground="white")],
+                bbox={"facecolor": GROUND, "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
             )
     strip = np.linspace(0, 1, 256)[:, np.newaxis]
     axes.imshow(

@@ -16,7 +16,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 
 from featstore.errors import UsageError
-from featstore.publish import PASSWORD, write_error
+from featstore.publish import PASSWORD, may_write, write_error
 
 
 @contextlib.contextmanager
@@ -30,12 +30,6 @@ def quiet_optuna() -> Iterator[None]:
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
-
-
-def may_write(folder: Path) -> bool:
-    """Tell whether a search's folder can be written; one that is not there yet is made."""
-    effective = os.access in os.supports_effective_ids
-    return os.access(folder, os.W_OK, effective_ids=effective) or not folder.exists()
 
 
 def masked(url: str) -> str:

@@ -36,14 +36,14 @@ from featstore.encoders.spec import differing_fields
 from featstore.errors import Advice, Command, RunError, UsageError
 from featstore.extract.plan import Job
 from featstore.project import Project
-from featstore.publish import command_line, package_versions, write_json
+from featstore.publish import command_line, may_write, package_versions, write_json
 from featstore.settings import complete
 from featstore.store.users import record_use, user_of
 from trainer.config import SECTIONS, Config
 from trainer.features import read_by_training
 from trainer.run.folder import SEARCH_FILE, Run, find_run, moved_run
 from trainer.tuning.space import KEEP_ALL, Space, space_from_json
-from trainer.tuning.storage import masked, may_write, open_storage, quiet_optuna
+from trainer.tuning.storage import masked, open_storage, quiet_optuna
 
 FORMAT = 1
 # A trial that ends its worker as often as this without finishing an epoch is given up.

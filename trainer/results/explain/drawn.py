@@ -19,6 +19,7 @@ from trainer.pages.drawing import (
     CLASS_COLORS,
     COLORS,
     data_uri,
+    legend_below,
     new_figure,
     photo_uri,
     svg,
@@ -361,11 +362,11 @@ def _deletion_figure(explanation: Explanation) -> tuple[str, str]:
     for i, (key, name) in enumerate(names.items()):
         means = [found[key]["mean"] for found in explanation.deletion]
         axes.plot(shares, means, label=name, color=COLORS[i], marker=markers[i], markersize=4)
-    axes.set_xlabel("patches set to zero (%)")
+    axes.set_xlabel("patches set to zero (%), those first that are strongest by")
     axes.set_ylabel("mean change of the log odds")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title="those first that are strongest by", loc="best", fontsize="small")
+    legend_below(axes, 2)
     at = explanation.deletion[min(2, len(explanation.deletion) - 1)]
     said = ", ".join(f"{names[key]} {number(at[key]['mean'], 2)}" for key in names)
     line = f"Without {percent(at['share'])} of the patches the log odds move by: {said}."
