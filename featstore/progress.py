@@ -124,6 +124,8 @@ class _Clock(_Wait):
         self._bar = bar
 
     def _show(self, passed: float) -> None:
+        # Drawn now, so that it is removed at the end.
+        self._bar.delay = 0
         self._bar.refresh()
 
 

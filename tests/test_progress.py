@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import shutil
+import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from tiny_runs import prepared, tiny_config
 import trainer
 from featstore import progress
 from featstore.progress import SHOWN, SILENT, Show, print_line, showing, shows_work, working
+from trainer.config import render_config
 from trainer.run.shown import epoch_bar, reporter_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,18 +49,24 @@ class Stream(io.StringIO):
             )
 
 
-@pytest.fixture
-def stream(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Stream:
-    """Stderr, a terminal or not; nothing has to be waited for before it is shown."""
-    found = Stream(request.param)
-    monkeypatch.setattr(sys, "stderr", found)
-    for name in ("LIVE_SECONDS", "SLOW_SECONDS", "REDRAW_SECONDS", "LOGGED_SECONDS"):
-        monkeypatch.setattr(progress, name, 0.001)
-    return found
+def shown_on(terminal: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a test a stderr on which nothing has to be waited for before it is shown."""
+
+    def add(test: Callable[..., None]) -> Callable[..., None]:
+        def run(monkeypatch: pytest.MonkeyPatch) -> None:
+            for name in ("LIVE_SECONDS", "SLOW_SECONDS", "REDRAW_SECONDS", "LOGGED_SECONDS"):
+                monkeypatch.setattr(progress, name, 0.01)
+            # In the test itself: pytest puts its own stderr there before.
+            stream = Stream(terminal)
+            with contextlib.redirect_stderr(stream):
+                test(stream)
+
+        return run
+
+    return add
 
 
-terminal = pytest.mark.parametrize("stream", [True], indirect=True, ids=["terminal"])
-log = pytest.mark.parametrize("stream", [False], indirect=True, ids=["log"])
+terminal, log = shown_on(True), shown_on(False)
 
 
 @terminal
@@ -83,9 +94,13 @@ def test_of_waits_the_innermost_is_shown(stream: Stream) -> None:
 
 @terminal
 def test_a_wait_ends_with_its_work(stream: Stream) -> None:
-    with pytest.raises(ZeroDivisionError), showing(SHOWN), working("dividing"):
-        stream.await_text("dividing")
-        raise ZeroDivisionError
+    def divide() -> None:
+        with showing(SHOWN), working("dividing"):
+            stream.await_text("dividing")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        divide()
     assert screen(stream.getvalue()) == []
     with working("outside"):
         assert "outside" not in stream.getvalue()
@@ -120,9 +135,9 @@ def test_a_log_has_lines(stream: Stream) -> None:
 
 @log
 def test_a_log_is_not_told_of_what_took_no_time(
-    stream: Stream, monkeypatch: pytest.MonkeyPatch
+    stream: Stream,
 ) -> None:
-    monkeypatch.setattr(progress, "SLOW_SECONDS", 1000.0)
+    progress.SLOW_SECONDS = 1000.0
     with showing(SHOWN), working("reading the rows"), SHOWN.slow_bar(2, "rows") as advance:
         advance(2)
     assert stream.getvalue() == ""
@@ -161,6 +176,7 @@ def test_work_deep_inside_follows_show(monkeypatch: pytest.MonkeyPatch) -> None:
         assert said == ["b", "c"]
 
 
+@pytest.mark.slow
 def test_silent_is_silent(
     tmp_path: Path, tiny_vit: Path, tiny_text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,16 +187,29 @@ def test_silent_is_silent(
     assert reporter_of(SHOWN) is not reporter_of(SILENT)
 
 
+# Shows at once what is waited for; the entry is this tree's.
+AT_ONCE = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from featstore import progress;"
+    " progress.LIVE_SECONDS = progress.SLOW_SECONDS = progress.REDRAW_SECONDS = 0.01;"
+    " from trainer.commands.main import main; main()"
+)
+
+
 @pytest.mark.slow
-def test_a_command_on_a_terminal_and_in_a_pipe(tmp_path: Path, tiny_text: Path) -> None:
-    code = (
-        "from featstore import progress; progress.LIVE_SECONDS = 0.01; import sys;"
-        " sys.path.insert(0, sys.argv.pop(1)); from trainer.commands.main import main; main()"
-    )
-    command = [sys.executable, "-c", code, str(ROOT), "eda", "--draws", "5"]
-    rows = tmp_path / "none"
-    seen = on_terminal([*command, "--rows", str(rows)], str(tmp_path))
-    assert seen.exit_code == 1
-    assert "reading the rows: 0 s" in seen.text
-    (line,) = screen(seen.text)
-    assert line.startswith("error: ")
+def test_a_command_shows_its_work(tmp_path: Path, tiny_vit: Path, tiny_text: Path) -> None:
+    config = tiny_config(tmp_path, tiny_vit, tiny_text)
+    (tmp_path / "featstore.toml").write_text(render_config(config))
+    command = [sys.executable, "-c", AT_ONCE, str(ROOT), "extract-vit"]
+    seen = on_terminal(command, str(tmp_path))
+    assert seen.exit_code == 0, seen.text
+    for what in ("loading Keras: ", "loading an encoder: "):
+        assert f"\r{what}" in seen.text
+    rows, bar, done = screen(seen.text)
+    assert rows.startswith("rows: train ")
+    assert "100%" in bar
+    assert "extracted in" in done
+    (features,) = (tmp_path / "cache" / "vit").iterdir()
+    shutil.rmtree(features)
+    piped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "loading Keras: 0 s\n" in piped.stderr
+    assert "\r" not in piped.stderr
