@@ -58,6 +58,8 @@ LISTS: dict[str, Callable[[str], Any]] = {
     "label_names": str,
     "to": str,
 }
+# Said while what the commands stand on is imported.
+LIBRARIES = "loading the libraries"
 NUMBERS = {"fractions": "0.8,0.1,0.1", "row_weights": "2,1"}
 
 
@@ -306,7 +308,8 @@ def open_project(config_file: str | None, flags: dict[str, Any], save: bool = Tr
         save: Write the split and the report of the rows.
     """
     config = read_config(config_file, flags)
-    from featstore.project import Project
+    with working(LIBRARIES):
+        from featstore.project import Project
 
     project = Project(config, dry_run=not save, file=config_file)
     print_rows(project.dataset, named=save and project.save_dataset())
@@ -437,7 +440,8 @@ def open_run(name: str, runs: str) -> Run:
     remember_settings(("--config", find_run(Path(runs), name).config_path), *own)
     click.get_current_context().meta[GIVEN] = given
     import_framework()
-    from trainer.api import load_run
+    with working(LIBRARIES):
+        from trainer.api import load_run
 
     return load_run(name, runs, **where)
 

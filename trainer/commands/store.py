@@ -9,8 +9,10 @@ import click
 
 from featstore.config import SPLITS
 from featstore.errors import StoreError, counted, shown
+from featstore.progress import working
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
+    LIBRARIES,
     Function,
     import_framework,
     print_error,
@@ -51,7 +53,8 @@ def _kind_option(*choices: str) -> Callable[[Function], Function]:
 
 def _project(config_file: str | None, flags: dict[str, Any]) -> Project:
     config = read_config(config_file, flags)
-    from featstore.api import Project
+    with working(LIBRARIES):
+        from featstore.api import Project
 
     return Project(config, file=config_file)
 
