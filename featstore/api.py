@@ -15,16 +15,18 @@ from featstore.care.repair import RepairReport, repair_store
 from featstore.care.report import FolderReport
 from featstore.care.verify import verify_store
 from featstore.extract.plan import KINDS
-from featstore.progress import SHOWN, Show
+from featstore.progress import SHOWN, Show, says, shows_work
 
 
 class Project(project.Project):
     __doc__ = project.Project.__doc__
 
+    @says("reading the store")
     def info(self) -> dict[str, Any]:
         """Say what is stored, and what of it the configuration asks for; see `describe_store`."""
         return describe_store(self)
 
+    @shows_work
     def verify(
         self,
         kinds: Sequence[str] = KINDS,
@@ -36,12 +38,14 @@ class Project(project.Project):
         """Check every byte of the stored features; see `featstore.care.verify.verify_store`."""
         return verify_store(self, kinds, mine, sample, photos, show)
 
+    @shows_work
     def repair(
         self, kinds: Sequence[str] = KINDS, dry_run: bool = False, show: Show = SHOWN
     ) -> list[RepairReport]:
         """Mend what `verify` finds; see `featstore.care.repair.repair_store`."""
         return repair_store(self, kinds, show, dry_run)
 
+    @says("looking for what nobody needs")
     def garbage(
         self,
         runs: str | os.PathLike[str] = "runs",
@@ -62,6 +66,7 @@ class Project(project.Project):
             gc.delete(found)
         return found
 
+    @shows_work
     def dump(
         self,
         out: str | os.PathLike[str],

@@ -3,33 +3,184 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
+import inspect
+import io
+import os
+import shutil
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 # Called with the number of rows just dealt with.
 Progress = Callable[[int], None]
 Bar = Callable[[int, str], contextlib.AbstractContextManager[Progress]]
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
-BAR_SECONDS, LOGGED_BAR_SECONDS, SLOW_SECONDS = 0.1, 30.0, 2.0
+SLOW_SECONDS = 2.0
+"""Seconds that are waited without being told what for; in a log the first line comes after them."""
+LIVE_SECONDS, REDRAW_SECONDS, LOGGED_SECONDS = 0.5, 1.0, 10.0
+
+
+def redrawn(stream: Any = None) -> bool:
+    """Tell whether what is written on stderr can be replaced: on a terminal, in a notebook."""
+    stream = sys.stderr if stream is None else stream
+    return "ipykernel" in sys.modules or bool(getattr(stream, "isatty", lambda: False)())
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: "40 s", "3.5 min", "2.1 h"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+# What is being waited for, the innermost last; only that is shown.
+_lock = threading.RLock()
+_waits: list[_Wait] = []
+
+
+class _Wait:
+    """A line about work that goes on: redrawn and then removed, or in a log a line now and then.
+
+    A thread of its own draws it, since the work may be one long call. Signals and the
+    end of the work stay the main thread's.
+
+    Args:
+        line: Asked for the line, with the seconds that have passed.
+    """
+
+    def __init__(self, line: Callable[[float], str]) -> None:
+        self._line = line
+        self._over = threading.Event()
+        self._width = 0
+
+    def __enter__(self) -> _Wait:
+        self._started = time.monotonic()
+        self._stream, self._own = _kept_stderr()
+        self._live = redrawn(self._stream)
+        with _lock:
+            if _waits:
+                _waits[-1].erase()
+            _waits.append(self)
+        self._thread = threading.Thread(target=self._draw, name="progress", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+        self._thread.join()
+        with _lock:
+            self.erase()
+            _waits.remove(self)
+        if self._own:
+            self._stream.close()
+
+    def _draw(self) -> None:
+        pause = LIVE_SECONDS if self._live else SLOW_SECONDS
+        while not self._over.wait(pause):
+            passed = time.monotonic() - self._started
+            # The longer it takes, the rarer the lines.
+            pause = REDRAW_SECONDS if self._live else max(LOGGED_SECONDS, passed / 10)
+            # A stream that is gone is no reason to end the work.
+            with _lock, contextlib.suppress(OSError, ValueError):
+                if _waits[-1] is self and not self._over.is_set():
+                    self._show(passed)
+
+    def _show(self, passed: float) -> None:
+        line = self._line(passed)
+        if self._live:
+            line = line[: _columns() - 1]
+            self._stream.write(f"\r{line.ljust(self._width)}\r")
+            self._width = max(self._width, len(line))
+        else:
+            self._stream.write(f"{line}\n")
+        self._stream.flush()
+
+    def erase(self) -> None:
+        """Remove the line, where it can be; it comes back with the next drawing."""
+        if self._width:
+            with contextlib.suppress(OSError, ValueError):
+                self._stream.write(f"\r{' ' * self._width}\r")
+                self._stream.flush()
+            self._width = 0
+
+
+class _Clock(_Wait):
+    """Keeps the time of a bar going while its first rows are waited for.
+
+    Args:
+        bar: The bar, of tqdm.
+    """
+
+    def __init__(self, bar: Any) -> None:
+        super().__init__(str)
+        self._bar = bar
+
+    def _show(self, passed: float) -> None:
+        # Drawn now, so that it is removed at the end.
+        self._bar.delay = 0
+        self._bar.refresh()
+
+
+def clock(bar: Any) -> _Clock:
+    """Have a bar of tqdm that is drawn be drawn anew each second."""
+    return _Clock(bar)
+
+
+def _columns() -> int:
+    """Return the width of the terminal; some say 0, as of a container."""
+    return shutil.get_terminal_size().columns or 80
+
+
+def bar_columns() -> int | None:
+    """Return the width that a bar of tqdm is told: none but where the terminal says 0."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
+            return _columns()
+    return None
+
+
+def _kept_stderr() -> tuple[TextIO, bool]:
+    """Return stderr, and whether it is a copy: one that shows while the descriptor is turned away.
+
+    `featstore.encoders.framework.import_framework` turns it away.
+    """
+    stream = sys.stderr
+    try:
+        if stream.fileno() == 2:
+            own = os.fdopen(os.dup(2), "w", encoding=stream.encoding, errors=stream.errors)
+            return own, True
+    except (AttributeError, OSError, ValueError, io.UnsupportedOperation):
+        pass
+    return stream, False
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what is waited for, if it takes long: "loading Keras: 3 s"."""
+    with _Wait(lambda passed: f"{what}: {duration(passed)}"):
+        yield
+
+
+def print_line(line: str) -> None:
+    """Print a line for people on stderr, in place of one that says what is waited for."""
+    with _lock:
+        if _waits:
+            _waits[-1].erase()
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def no_bar(total: int, unit: str) -> Iterator[Progress]:
     """Show nothing."""
     yield lambda rows: None
-
-
-def bars() -> Any:
-    """Return the class of the bars that suit where they are shown."""
-    with warnings.catch_warnings():
-        # Where a notebook lacks widgets, the bar is text.
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm
-    return tqdm
 
 
 @contextlib.contextmanager
@@ -39,11 +190,29 @@ def bar(total: int, unit: str, delay: float = 0) -> Iterator[Progress]:
     Args:
         total: Rows to be done.
         unit: What they are, such as "images".
-        delay: Seconds that the work must take before anything is shown.
+        delay: Seconds that the work must take before a log has a line; a bar that is drawn
+            comes earlier, and is removed at the end.
     """
-    with bars()(
-        total=total, unit=f" {unit}", smoothing=0.1, mininterval=bar_seconds(), delay=delay
-    ) as shown:
+    if not redrawn():
+        with logged_bar(total, unit, last=not delay) as advance:
+            yield advance
+        return
+    with warnings.catch_warnings():
+        # Where a notebook lacks widgets, the bar is text.
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+
+    with (
+        tqdm(
+            total=total,
+            unit=f" {unit}",
+            smoothing=0.1,
+            delay=min(delay, LIVE_SECONDS),
+            leave=not delay,
+            ncols=bar_columns(),
+        ) as shown,
+        clock(shown),
+    ):
 
         def advance(rows: int) -> None:
             shown.update(rows)
@@ -51,16 +220,41 @@ def bar(total: int, unit: str, delay: float = 0) -> Iterator[Progress]:
         yield advance
 
 
-def bar_seconds() -> float:
-    """Return how often a bar is drawn: rarely where it becomes lines of a log."""
-    return BAR_SECONDS if sys.stderr.isatty() or "ipykernel" in sys.modules else LOGGED_BAR_SECONDS
+@contextlib.contextmanager
+def logged_bar(
+    total: int, unit: str, title: str = "", last: bool = True, more: Callable[[], str] = str
+) -> Iterator[Progress]:
+    """Show a bar as lines of a log: after two seconds, then every ten or more.
 
+    Args:
+        total: Rows to be done.
+        unit: What they are.
+        title: What a line starts with; "": the unit.
+        last: Say at the end how long it took, even if that was short.
+        more: Asked for the rest of a line.
+    """
+    done, started = 0, time.monotonic()
 
-def duration(seconds: float) -> str:
-    """Return a time for people: "40 s", "3.5 min", "2.1 h"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+    def line(passed: float) -> str:
+        parts = [f"{title or unit}: {done:,} of {total:,}"]
+        if 0 < done < total:
+            parts[0] += f" ({done / total:.0%})"
+        if done and passed:
+            parts.append(f"{done / passed:.3g} {unit}/s")
+        if 0 < done < total:
+            parts.append(f"about {duration((total - done) / done * passed)} left")
+        else:
+            parts.append(duration(passed))
+        return ", ".join(filter(None, [*parts, more()]))
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+
+    with _Wait(line):
+        yield advance
+    if last:
+        print_line(line(time.monotonic() - started))
 
 
 @dataclass(frozen=True)
@@ -73,6 +267,7 @@ class Show:
         note: Called with lines for people.
         slow_bar: As `bar`, for work that is often done at once.
         loading: Called before an encoder is loaded, and the framework for it.
+        wait: Says what is waited for, where rows cannot be counted; see `working`.
     """
 
     bar: Bar = no_bar
@@ -80,18 +275,73 @@ class Show:
     note: Callable[[str], None] = lambda line: None
     slow_bar: Bar = no_bar
     loading: Callable[[], None] = lambda: None
+    wait: Callable[[str], contextlib.AbstractContextManager[None]] = lambda what: (
+        contextlib.nullcontext()
+    )
+
+    @property
+    def silent(self) -> bool:
+        """Whether no work is shown."""
+        return self.bar is no_bar
 
 
 SILENT = Show()
 
 
-def _print(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def _print_halved(size: int) -> None:
-    _print(f"out of memory: going on with batches of {size}")
+    print_line(f"out of memory: going on with batches of {size}")
 
 
-SHOWN = Show(bar, _print_halved, _print, functools.partial(bar, delay=SLOW_SECONDS))
+SHOWN = Show(
+    bar, _print_halved, print_line, functools.partial(bar, delay=SLOW_SECONDS), wait=waiting
+)
 """What the Python interface and the commands show: bars and lines on stderr."""
+
+_current: contextvars.ContextVar[Show] = contextvars.ContextVar("show", default=SILENT)
+
+
+@contextlib.contextmanager
+def showing(show: Show) -> Iterator[None]:
+    """Have `working` show what is inside."""
+    token = _current.set(show)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def working(what: str) -> contextlib.AbstractContextManager[None]:
+    """Say what is waited for, if whoever called shows work; deep inside, where no `show` is.
+
+    Args:
+        what: As "reading the rows".
+    """
+    return _current.get().wait(what)
+
+
+def says(what: str) -> Callable[[Callable[Given, Found]], Callable[Given, Found]]:
+    """Return a decorator: `working` says so while the function runs."""
+
+    def add(function: Callable[Given, Found]) -> Callable[Given, Found]:
+        @functools.wraps(function)
+        def said(*args: Given.args, **kwargs: Given.kwargs) -> Found:
+            with working(what):
+                return function(*args, **kwargs)
+
+        return said
+
+    return add
+
+
+def shows_work(function: Callable[Given, Found]) -> Callable[Given, Found]:
+    """Have `working` follow the `show` that a function is given."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def shown(*args: Given.args, **kwargs: Given.kwargs) -> Found:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        with showing(bound.arguments["show"]):
+            return function(*args, **kwargs)
+
+    return shown

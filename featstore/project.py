@@ -42,7 +42,7 @@ from featstore.extract.lengths import Cut, find_cut
 from featstore.extract.plan import KINDS, Job, Plan, check_space, make_plan, refuse_replaced
 from featstore.extract.speed import record_speed
 from featstore.features import FeatureRows
-from featstore.progress import SHOWN, SILENT, Show
+from featstore.progress import SHOWN, SILENT, Show, says, shows_work
 from featstore.ray_cluster import Actors
 from featstore.settings import read_toml
 from featstore.store.folder import read_quarantine, shard_paths
@@ -280,6 +280,7 @@ class Project:
         encoders = self.config.encoders
         return encoders.vit if kind == "vit" else encoders.text
 
+    @says("loading an encoder")
     def encoder(self, spec: FeatureSpec) -> Encoder:
         """Return the encoder of a spec with its weights; see `forget_encoders`.
 
@@ -330,6 +331,7 @@ class Project:
         column = examples.image_ids if kind == "vit" else examples.hypotheses
         return list(dict.fromkeys(column[rows].tolist()))
 
+    @says("looking at the stored features")
     def usable(self, split: str, views: int = 1) -> tuple[NDArray[np.int64], dict[str, str]]:
         """Return a split's rows whose photo has features.
 
@@ -500,6 +502,7 @@ class Project:
         """
         return estimate(self.job(kind, split, k_txt, source, view), speed)
 
+    @shows_work
     def extract(
         self,
         kind: str = "vit",
@@ -573,6 +576,7 @@ class Project:
 
         return extract_on_ray(job, ray, actors, show, shards)
 
+    @shows_work
     def extract_planned(self, plan: Plan, show: Show = SHOWN) -> tuple[Plan, Summary]:
         """Do what a plan of this project's says; see `extract`."""
         return self._extract(plan.job, show, plan=plan)

@@ -56,7 +56,19 @@ def invoke(*args: str) -> Result:
 
 def answered(*args: str, exit_code: int = 0) -> dict[str, Any]:
     """Return the one object that a command printed, its shape checked."""
-    done = invoke(*args, "--json")
+    return object_of(invoke(*args, "--json"), exit_code)
+
+
+def quietly(*args: str) -> dict[str, Any]:
+    """Return the object of a command; on stderr it may say its warnings and nothing else."""
+    done = invoke(*args, "--json", "--quiet")
+    found = object_of(done, 0)
+    said = tuple(line for warning in found["warnings"] for line in warning.splitlines())
+    assert [line for line in done.stderr.splitlines() if not line.endswith(said)] == []
+    return found
+
+
+def object_of(done: Result, exit_code: int) -> dict[str, Any]:
     assert done.exit_code == exit_code, done.output
     (line,) = done.stdout.splitlines()
     found = json.loads(line, parse_constant=pytest.fail)
@@ -115,6 +127,14 @@ def test_help_has_each_settings_default_under_its_section(words: tuple[str, ...]
 def test_counted() -> None:
     assert [counted(n, "row") for n in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
     assert counted(2400, "photo", ",") == "2,400 photos"
+
+
+@pytest.mark.parametrize("words", ALL, ids=" ".join)
+def test_quiet_is_the_last_of_its_own_options(words: tuple[str, ...]) -> None:
+    text = invoke(*words, "--help").stdout
+    (own,) = re.findall(r"^Options:\n((?:(?:  .*)?\n)+)", text, re.MULTILINE)
+    flags = re.findall(r"^  (-\S+(?:, -\S+)*)", own, re.MULTILINE)
+    assert flags[-2:] == ["-q, --quiet", "-h, --help"]
 
 
 # --- paths
@@ -219,9 +239,9 @@ def printed(
     for name in typed.lines:
         if name in ("extract-vit", "extract-text", "search", "run"):
             shown[f"{name} --dry-run"] = succeed(*typed.args(name, "first"), "--dry-run")
-            objects[f"{name} --dry-run"] = answered(*typed.args(name, "first"), "--dry-run")
+            objects[f"{name} --dry-run"] = quietly(*typed.args(name, "first"), "--dry-run")
         shown[name] = succeed(*typed.args(name, "first"))
-        objects[name] = answered(*typed.args(name, "first-json"))
+        objects[name] = quietly(*typed.args(name, "first-json"))
     (features,) = (folder / "cache" / "vit").iterdir()
     path = shard_paths(features)[0]
     data = bytearray(path.read_bytes())
@@ -265,6 +285,18 @@ def test_no_path_goes_up_and_down(printed: tuple[Path, dict[str, str], Any]) -> 
     assert objects["train"]["run"] == str(folder / "runs" / "first-json")
     assert objects["extract-vit"]["folder"].startswith(str(folder / "cache" / "vit"))
     assert str(folder / "settings" / "featstore.toml") in shown["store verify, damaged"]
+
+
+@pytest.mark.slow
+def test_quiet_commands_still_print_what_they_found(printed: tuple[Path, Any, Any]) -> None:
+    folder = printed[0]
+    config = f"--config {folder}/settings/featstore.toml --k-txt 0"
+    for line in (f"store info {config}", f"search show s-first --runs {folder}/runs"):
+        plain, quiet = invoke(*shlex.split(line)), invoke(*shlex.split(line), "-q")
+        assert quiet.stdout == plain.stdout != ""
+        assert quiet.stderr == ""
+    before = invoke("search", "-q", "show", "s-first", "--runs", f"{folder}/runs")
+    assert (before.exit_code, before.stderr) == (0, "")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from featstore.config import runs_folder
 from featstore.errors import StoppedError, UsageError
-from featstore.progress import SHOWN, Show
+from featstore.progress import SHOWN, Show, says, showing, shows_work, working
 from featstore.project import Project
 from trainer.config import config_of
 from trainer.features import extract_missing, oversample_line, prepare, rows_line
@@ -20,7 +20,7 @@ from trainer.run import folder
 from trainer.run.fit import fit
 from trainer.run.folder import find_run, free_name, run_folder
 from trainer.run.resume import check_resumable
-from trainer.run.shown import SHOWN_REPORTER, threshold_line
+from trainer.run.shown import reporter_of, threshold_line
 from trainer.run.tracking import check_trackers
 from trainer.run.training import Reporter, Training
 
@@ -68,6 +68,7 @@ class Run(folder.Run):
         """The cached model with the weights of the best epoch; see `build_cached_model`."""
         return self.scorer.model
 
+    @shows_work
     def evaluate(
         self,
         split: str = "test",
@@ -93,6 +94,7 @@ class Run(folder.Run):
             self.train_control(show=show)
         return evaluate(self.scorer, split, control, show, **options)
 
+    @shows_work
     def train_control(self, reporter: Reporter | None = None, show: Show = SHOWN) -> Run:
         """Train the same run on the sentence alone, beside this one, unless that was done.
 
@@ -129,6 +131,7 @@ class Run(folder.Run):
         except StoppedError as error:
             raise StoppedError(f"{runs / name}: stopped; the same command goes on") from error
 
+    @shows_work
     def compare(
         self, *others: folder.Run | str, split: str = "test", show: Show = SHOWN, **options: Any
     ) -> dict[str, Any]:
@@ -147,6 +150,8 @@ class Run(folder.Run):
         found = [find_run(runs, other) if isinstance(other, str) else other for other in others]
         return compare([self, *found], split, show=show, **options)
 
+    @shows_work
+    @says("drawing the page")
     def report(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -158,6 +163,7 @@ class Run(folder.Run):
 
         return report(self, lambda: self.scorer, path, split, show)
 
+    @shows_work
     def explain(
         self,
         split: str = "test",
@@ -185,6 +191,7 @@ class Run(folder.Run):
 
         return explain(self.scorer, split, rows=rows, ids=ids, errors=errors, show=show, **options)
 
+    @shows_work
     def parity(
         self, split: str = "test", rows: int = 64, seed: int = 0, show: Show = SHOWN
     ) -> dict[str, Any]:
@@ -223,6 +230,7 @@ class Run(folder.Run):
         """
         return self.predictions(rows, images, show, cache, encoding).frame()
 
+    @shows_work
     def predictions(
         self,
         rows: RowSource,
@@ -236,6 +244,7 @@ class Run(folder.Run):
 
         return predict(self.scorer, rows, self.scorer.photos(images, rows), show, cache, encoding)
 
+    @shows_work
     def predict_pair(
         self, image: str | os.PathLike[str], text: str, show: Show = SHOWN
     ) -> dict[str, Any]:
@@ -244,6 +253,7 @@ class Run(folder.Run):
 
         return predict_pair(self.scorer, image, text, show)
 
+    @shows_work
     def export(
         self,
         path: str | os.PathLike[str],
@@ -292,6 +302,7 @@ def load_run(
     return Run(found.folder, folder.places(config, root, images, rows, split_file))
 
 
+@shows_work
 def train(
     project: Project | folder.Run,
     *,
@@ -354,7 +365,8 @@ def train(
         show.note(f"{project.root}: may not be written; the split is kept in {run.folder}")
     with run.writing():
         check_resumable(run, config)
-        training = Training(run, project, config.train, source, reporter or SHOWN_REPORTER)
+        with working("building the model"):
+            training = Training(run, project, config.train, source, reporter or reporter_of(show))
         count = training.manifest["parameters"]["trainable"]
         show.note(f"run {run.folder}: {count:,} trainable parameters")
         show.note(rows_line(training.manifest["data"]))
@@ -368,6 +380,7 @@ def train(
     return run
 
 
+@shows_work
 def import_weights(
     file: str | os.PathLike[str],
     project: Project,
@@ -428,7 +441,8 @@ def compare(runs: Sequence[Run | str], split: str = "test", **options: Any) -> d
 
     options.setdefault("show", SHOWN)
     found = [run if isinstance(run, Run) else load_run(run) for run in runs]
-    return compare(found, split, **options)
+    with showing(options["show"]):
+        return compare(found, split, **options)
 
 
 def predict(run: Run | str, rows: RowSource, **options: Any) -> pd.DataFrame:
@@ -447,4 +461,5 @@ def report(
 
     options.setdefault("show", SHOWN)
     found = [run if isinstance(run, Run) else load_run(run) for run in runs]
-    return report_compared(found, path, split, **options)
+    with showing(options["show"]):
+        return report_compared(found, path, split, **options)

@@ -15,7 +15,7 @@ from featstore.encoders.spec import blocks_left, view_of
 from featstore.errors import Command, ConfigError, MissingFeaturesError, counted
 from featstore.extract.extract import estimate
 from featstore.extract.plan import Job, Plan
-from featstore.progress import SILENT, Show, duration
+from featstore.progress import SILENT, Show, duration, says
 from featstore.project import Project, Split
 from featstore.settings import suggest
 from featstore.store.store import VisionStore
@@ -27,6 +27,7 @@ from trainer.config import TrainConfig
 QUARANTINED = "photo in quarantine"
 
 
+@says("looking at the stored features")
 def prepare(
     project: Project, k_txt: int, show: Show = SILENT, compare: bool = True, views: int = 1
 ) -> None:

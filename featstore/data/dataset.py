@@ -47,6 +47,7 @@ from featstore.data.table_rows import (
 )
 from featstore.data.tables import is_table
 from featstore.errors import Advice, ConfigError, FeatstoreError, RowError, counted, short
+from featstore.progress import working
 
 Rows = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
@@ -254,6 +255,11 @@ def load_dataset(data: DataConfig, root: Path, report: bool = True) -> Dataset:
         RowError, DataError: Rows or photos cannot be used.
         SplitError: A split leaks, or belongs to other rows.
     """
+    with working("reading the rows" if data.rows else "drawing the demo's scenes"):
+        return _read_dataset(data, root, report)
+
+
+def _read_dataset(data: DataConfig, root: Path, report: bool) -> Dataset:
     rows, folder = data.rows, data.images
     if not rows:
         demo_rows, demo_images = demo.ensure_demo_data(root)

@@ -22,6 +22,7 @@ import xxhash
 from featstore.encoders.families import FAMILIES, TOWERS, TWO_TOWERS, titles
 from featstore.encoders.framework import import_framework
 from featstore.errors import FeatstoreError, PresetError
+from featstore.progress import working
 from featstore.publish import read_checked, write_checked
 from featstore.settings import suggest
 
@@ -71,7 +72,8 @@ class Digests:
             digest = next((old["digest"] for old in listed if old["files"] == line["files"]), None)
         if digest is None:
             started = time.time()
-            digest = _digest_files(files)
+            with working("hashing an encoder's weights"):
+                digest = _digest_files(files)
             changed = max((max(file[2:4]) for file in identity), default=0) / 1e9
             if _identity(files) != identity or started - changed < _RACY_SECONDS:
                 return digest

@@ -27,7 +27,7 @@ from featstore.extract.lengths import Cut, count_cut
 from featstore.extract.plan import Job, Plan, make_plan
 from featstore.extract.speed import estimated_speed, has_gpu, recorded_speed
 from featstore.extract.worklist import PlannedShard, WorkList, alone, sharing
-from featstore.progress import SILENT, Progress, Show
+from featstore.progress import SILENT, Progress, Show, working
 from featstore.store.folder import shard_paths
 from featstore.store.store import TextStore, open_store
 from featstore.store.write import ShardRows
@@ -119,7 +119,8 @@ def extract(
             if share.work and rows:
                 if encoding is None:
                     show.loading()
-                    encoder = encoder_of(job)
+                    with working("loading an encoder"):
+                        encoder = encoder_of(job)
                     encoding = encoding_of(job.spec, encoder, job.store, show.halved, job.photos)
                 with show.bar(rows, job.unit) as progress:
                     make_shards(share.work, shards, encoding, progress, total)

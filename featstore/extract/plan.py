@@ -22,7 +22,7 @@ from featstore.errors import (
     counted,
 )
 from featstore.extract.photos import PhotoDigests
-from featstore.progress import SILENT, Show
+from featstore.progress import SILENT, Show, says
 from featstore.store.folder import read_quarantine, shard_paths
 from featstore.store.numbers import token_bytes
 from featstore.store.store import Store, VisionStore, open_store
@@ -210,6 +210,7 @@ def folder_state(folder: Path) -> tuple[Any, ...]:
     return names, status and (status.st_mtime_ns, status.st_size)
 
 
+@says("looking for what is missing")
 def make_plan(job: Job, show: Show = SILENT) -> Plan:
     """Find which inputs have no features, or features of a photo that has changed since.
 

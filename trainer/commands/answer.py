@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from featstore.errors import Advice, Command, FeatstoreError
+from featstore.progress import print_line
 from featstore.publish import command_line
 
 
@@ -79,7 +80,7 @@ def fail(error: FeatstoreError, show: Callable[[Command], str]) -> None:
 
 def warn(line: str, title: str = "") -> None:
     """Print a line on stderr, after a title; with --json the object has it among `warnings`."""
-    click.echo(f"{title}{line}", err=True)
+    print_line(f"{title}{line}")
     _current().warnings.append(line)
 
 

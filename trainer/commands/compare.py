@@ -10,6 +10,7 @@ from featstore.errors import UsageError
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import encoding_option, open_run, run_options, split_option
 from trainer.commands.help import PATH, command
+from trainer.commands.showing import note, show_of
 
 SUFFIXES = (".md", ".json")
 
@@ -76,6 +77,7 @@ def compare(
         buckets=buckets,
         draws=draws,
         seed=seed,
+        show=show_of(as_json),
     )
     if as_json:
         answer(result)
@@ -87,4 +89,4 @@ def compare(
         write_json(target, result)
     else:
         write_text(target, as_markdown(result))
-    click.echo(f"written: {target}", err=True)
+    note(f"written: {target}")

@@ -22,9 +22,10 @@ from featstore.errors import (
     WriteError,
     counted,
 )
-from featstore.progress import SHOWN, Show
+from featstore.progress import working
 from trainer.commands.answer import Answer, fail, warn
 from trainer.commands.help import PATH, SectionedGroup, lone, setting_option
+from trainer.commands.showing import note
 from trainer.config import SECTIONS, Config, load_config
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ LISTS: dict[str, Callable[[str], Any]] = {
     "label_names": str,
     "to": str,
 }
+# Said while what the commands stand on is imported.
+LIBRARIES = "loading the libraries"
 NUMBERS = {"fractions": "0.8,0.1,0.1", "row_weights": "2,1"}
 
 
@@ -266,10 +269,9 @@ def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
     remember_settings(*given)
     config = load_config(config_file, overrides)
     if config.is_demo:
-        click.echo(
+        note(
             "no [data] rows set: this is the built-in demo (rendered scenes, its own encoders);"
-            " `init` writes a file for your data",
-            err=True,
+            " `init` writes a file for your data"
         )
     return config
 
@@ -283,7 +285,8 @@ def open_project(config_file: str | None, flags: dict[str, Any], save: bool = Tr
         save: Write the split and the report of the rows.
     """
     config = read_config(config_file, flags)
-    from featstore.project import Project
+    with working(LIBRARIES):
+        from featstore.project import Project
 
     project = Project(config, dry_run=not save, file=config_file)
     print_rows(project.dataset, named=save and project.save_dataset())
@@ -362,11 +365,6 @@ def elsewhere() -> dict[str, Any]:
     return dict(click.get_current_context().meta.get(ELSEWHERE, {}))
 
 
-def show_of(as_json: bool) -> Show:
-    """Return how work is shown: with --json without notes, whose content the object has."""
-    return dataclasses.replace(SHOWN, note=lambda line: None) if as_json else SHOWN
-
-
 @contextlib.contextmanager
 def stop_request() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C or SIGTERM into a question; a second Ctrl-C ends at once."""
@@ -395,7 +393,7 @@ def print_rows(dataset: Any, named: bool = True) -> None:
     """
     counts = dataset.counts()
     rows = ", ".join(f"{split} {n}" for split, n in counts["rows"].items())
-    click.echo(f"rows: {rows}", err=True)
+    note(f"rows: {rows}")
     for title, reasons in (
         ("left out", counts["dropped"]),
         ("kept with a warning", counts["kept_with_warning"]),
@@ -419,7 +417,8 @@ def open_run(name: str, runs: str) -> Run:
     remember_settings(("--config", find_run(Path(runs), name).config_path), *own)
     click.get_current_context().meta[GIVEN] = given
     import_framework()
-    from trainer.api import load_run
+    with working(LIBRARIES):
+        from trainer.api import load_run
 
     return load_run(name, runs, **where)
 

@@ -9,9 +9,11 @@ from typing import Any
 import click
 
 from featstore.errors import counted
+from featstore.progress import working
 from trainer.commands.answer import answer, json_option, warn
-from trainer.commands.console import import_framework, open_project, settings, show_of
+from trainer.commands.console import LIBRARIES, import_framework, open_project, settings
 from trainer.commands.help import PATH, command
+from trainer.commands.showing import show_of
 
 
 def _print_found(found: dict[str, Any]) -> None:
@@ -112,7 +114,8 @@ def eda(
     docs/EDA.md says what each figure is.
     """
     project = open_project(config_file, flags)
-    from trainer.exploration.explore import eda as explore
+    with working(LIBRARIES):
+        from trainer.exploration.explore import eda as explore
 
     found = explore(
         project,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from trainer.commands.console import (
     print_confusion,
     quoted,
     run_options,
-    show_of,
     split_option,
     stop_request,
 )
 from trainer.commands.help import PATH, command
+from trainer.commands.showing import note, show_of, shown_reporter
 from trainer.config import CONTROLS
 
 SHOWN_BUCKET_ROWS = 20
@@ -209,10 +208,8 @@ def evaluate(
     found = open_run(run, runs)
     show = show_of(as_json)
     if with_controls:
-        from trainer.run.shown import SHOWN_REPORTER
-
         with stop_request() as stopping:
-            found.train_control(dataclasses.replace(SHOWN_REPORTER, stopping=stopping), show)
+            found.train_control(shown_reporter(stopping), show)
     result = found.evaluate(
         split,
         control,
@@ -233,4 +230,4 @@ def evaluate(
     if as_json:
         return
     for path in result["files"].values():
-        click.echo(f"{Path(result['folder'], path)}", err=True)
+        note(f"{Path(result['folder'], path)}")

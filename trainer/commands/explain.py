@@ -8,16 +8,17 @@ from typing import Any
 import click
 
 from featstore.errors import Advice, UsageError, counted
+from featstore.progress import working
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     check_kept,
     encoding_option,
     open_run,
     run_options,
-    show_of,
     split_option,
 )
 from trainer.commands.help import PATH, command
+from trainer.commands.showing import note, show_of
 
 COUNT = click.IntRange(min=1)
 
@@ -101,11 +102,12 @@ def explain(
     )
     page = Path(out) if out is not None else found.folder / "explain.html"
     result: dict[str, Any] = {**explanation.summary(), "page": str(page)}
-    result["not_kept"] = why_not_kept(lambda: explanation.page(page))
-    if npz is not None:
-        explanation.save(npz)
-    if png is not None:
-        explanation.pngs(png)
+    with working("drawing the page"):
+        result["not_kept"] = why_not_kept(lambda: explanation.page(page))
+        if npz is not None:
+            explanation.save(npz)
+        if png is not None:
+            explanation.pngs(png)
     if as_json:
         answer(result)
     else:
@@ -116,7 +118,7 @@ def explain(
     check_kept(result, Advice("write the page elsewhere with --out FILE"))
     if not as_json:
         for path in filter(None, (str(page), npz, png)):
-            click.echo(path, err=True)
+            note(path)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from featstore.errors import counted
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import open_run, run_options, split_option
 from trainer.commands.help import PATH, command
+from trainer.commands.showing import show_of
 
 
 def _print_export(result: dict[str, Any]) -> None:
@@ -78,5 +79,7 @@ def export(
     rows; only then does it get its name.
     """
     found = open_run(run, runs)
-    result = found.export(target, format, split=split, rows=rows, force=force)
+    result = found.export(
+        target, format, split=split, rows=rows, force=force, show=show_of(as_json)
+    )
     answer(result) if as_json else _print_export(result)

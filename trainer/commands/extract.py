@@ -10,7 +10,7 @@ import click
 
 from featstore.config import SPLITS
 from featstore.errors import DataError, UsageError, counted
-from featstore.progress import SHOWN, duration
+from featstore.progress import duration
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     Function,
@@ -20,6 +20,7 @@ from trainer.commands.console import (
     split_option,
 )
 from trainer.commands.help import command, setting_option
+from trainer.commands.showing import show_of
 from trainer.config import TrainConfig
 
 # Of several views the sum of each view's; the rest is the plain photos'.
@@ -239,7 +240,7 @@ def _extract(
         import_framework()
     wanted = Actors(actors, num_gpus, num_cpus, return_shards)
     # Seconds, which nothing to do does not need.
-    show = dataclasses.replace(SHOWN, loading=import_framework)
+    show = dataclasses.replace(show_of(as_json), loading=import_framework)
     found = project.extract(
         kind, split, shards=shards, source=source, ray=ray, actors=wanted, show=show
     )

@@ -11,7 +11,9 @@ from typing import Any
 
 import click
 
+from featstore.progress import showing
 from featstore.settings import hints, plain_path
+from trainer.commands.showing import quiet_option, shows
 
 _hints = functools.cache(hints)
 # Sections of other files than `featstore.toml`.
@@ -132,7 +134,20 @@ def setting_option(
 
 
 class Sectioned(click.Command):
-    """A command whose help has its own options first, then the settings by section."""
+    """A command whose help has its own options first, then the settings by section.
+
+    Each that can be run alone has `--quiet`, and shows what is waited for.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self, click.Group) or self.invoke_without_command:
+            self.params.append(quiet_option())
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; what it waits for is shown as the options say."""
+        with showing(shows(ctx)):
+            return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, a block for each section."""

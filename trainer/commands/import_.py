@@ -13,9 +13,9 @@ from trainer.commands.console import (
     print_metrics,
     runs_option,
     settings,
-    show_of,
 )
 from trainer.commands.help import PATH, command
+from trainer.commands.showing import show_of
 
 
 @command("import")

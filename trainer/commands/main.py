@@ -5,6 +5,7 @@ Heavy packages are imported inside the commands, so that `--help` answers at onc
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -97,4 +98,8 @@ for command in (
 def main() -> None:
     """Run the command line."""
     show_plainly()
-    cli.main(prog_name=program())
+    try:
+        cli.main(prog_name=program())
+    finally:
+        # Or Python looks for circles among all that Keras made: a second or more at the end.
+        gc.freeze()

@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from featstore.errors import counted
-from featstore.progress import SHOWN
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import check_kept, open_run, run_options, split_option
 from trainer.commands.help import command
+from trainer.commands.showing import show_of
 
 
 def _logit(found: Any) -> str:
@@ -87,7 +87,7 @@ def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool
     found = open_run(run, runs)
     from trainer.results.parity import check_parity
 
-    result, failure = check_parity(found, split, count, seed, SHOWN)
+    result, failure = check_parity(found, split, count, seed, show_of(as_json))
     if as_json:
         answer(result)
     else:

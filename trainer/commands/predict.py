@@ -12,6 +12,7 @@ from featstore.errors import UsageError, counted
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import encoding_option, open_run, run_options
 from trainer.commands.help import PATH, command
+from trainer.commands.showing import note, show_of
 
 FORMATS = ("csv", "jsonl", "parquet")
 STREAM = "-"
@@ -79,10 +80,10 @@ def predict(
     source: Any = sys.stdin.buffer if rows == STREAM else rows
     columns = line_type(found.config.data.classes)._fields
     with opened_for(path or sys.stdout.buffer, format_name, columns) as write:
-        predictions = found.predictions(source, images, cache=cache, encoding=encoding)
+        predictions = found.predictions(source, images, show_of(as_json), cache, encoding)
         write(predictions.lines())
     for line in predictions.dataset.notes():
-        click.echo(line, err=True)
+        note(line)
     summary = {"run": found.name, "out": out, "format": format_name, **predictions.summary()}
     if as_json:
         answer(summary)
@@ -98,7 +99,7 @@ def predict(
 
 
 def _predict_pair(run: str, runs: str, image: str, text: str, as_json: bool) -> None:
-    result = open_run(run, runs).predict_pair(image, text)
+    result = open_run(run, runs).predict_pair(image, text, show_of(as_json))
     if as_json:
         answer(result)
         return
@@ -113,16 +114,16 @@ def _predict_pair(run: str, runs: str, image: str, text: str, as_json: bool) -> 
 
 
 def _print_summary(summary: dict[str, Any], err: bool) -> None:
-    """Print what was predicted, and the figures of labelled rows."""
+    """Print what was predicted, and the figures of labelled rows; `err`: as notes on stderr."""
+    say = note if err else click.echo
     from trainer.metrics import decided
     from trainer.results.summary import class_line
 
     threshold = summary["threshold"]
     tau = "" if threshold is None else f" at τ = {threshold:.2f}"
-    click.echo(
+    say(
         f"{summary['predicted']} of {counted(summary['rows'], 'row')} predicted{tau}"
-        f" ({class_line(summary['labels'])}), {summary['rows_per_second']:.3g} rows/s",
-        err=err,
+        f" ({class_line(summary['labels'])}), {summary['rows_per_second']:.3g} rows/s"
     )
     if metrics := summary["metrics"]:
         at = decided(metrics)
@@ -132,8 +133,7 @@ def _print_summary(summary: dict[str, Any], err: bool) -> None:
             if threshold is None
             else "; " + ", ".join(f"{key} {at[key]}" for key in ("tp", "fp", "fn", "tn"))
         )
-        click.echo(
+        say(
             f"{counted(metrics['rows'], 'labelled row')}: accuracy {at['accuracy']:.2%}, macro-F1"
-            f" {at['macro_f1']:.2%}, AUC {auc}{counts}",
-            err=err,
+            f" {at['macro_f1']:.2%}, AUC {auc}{counts}"
         )

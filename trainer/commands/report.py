@@ -9,8 +9,9 @@ import click
 
 from featstore.errors import RunError, UsageError
 from trainer.commands.answer import answer, json_option, warn
-from trainer.commands.console import elsewhere, open_run, run_options, show_of
+from trainer.commands.console import elsewhere, import_framework, open_run, run_options
 from trainer.commands.help import PATH, command
+from trainer.commands.showing import show_of
 
 
 @command()
@@ -55,6 +56,7 @@ def report(
     elif _is_search(name[0], runs, storage):
         if split is not None:
             raise UsageError("--split is of a run; a search's figures are of val")
+        import_framework()
         from trainer.tuning.drive import load_search
 
         found = load_search(name[0], runs, storage, **elsewhere()).report(out)

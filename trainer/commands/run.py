@@ -14,10 +14,10 @@ from trainer.commands.console import (
     remember_settings,
     runs_option,
     settings,
-    show_of,
     stop_request,
 )
 from trainer.commands.help import PATH, command
+from trainer.commands.showing import show_of
 
 
 @command("run")

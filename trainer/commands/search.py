@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from featstore.errors import Command, RunError, UsageError, counted
-from featstore.progress import SHOWN
+from featstore.progress import working
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     Function,
@@ -27,6 +27,7 @@ from trainer.commands.console import (
     stop_request,
 )
 from trainer.commands.help import PATH, SectionedGroup, setting_option
+from trainer.commands.showing import note, show_of, shown_reporter
 from trainer.tuning.space import SearchConfig
 
 
@@ -92,20 +93,23 @@ def search_group(
         return
     if ray_address is None and (num_gpus, num_cpus) != (None, None):
         raise UsageError("--num-gpus and --num-cpus are of the workers on Ray; give --ray ADDRESS")
+    import_framework()
     from trainer.run.folder import free_name, run_folder
     from trainer.tuning import drive
     from trainer.tuning.storage import driver_url, masked
     from trainer.tuning.study import exists, start_search
     from trainer.tuning.table import best_row, trial_rows
 
-    started = time.time()
+    started, show = time.time(), show_of(as_json)
     name = free_name(Path(runs), "search") if name is None else name
     folder = run_folder(Path(runs), name)
     sections = flag_sections(flags)
     searched = sections.pop("search", {})
     goes_on = (space_file, config_file, init_from) == (None, None, None) and not sections
     goes_on = goes_on and exists(folder)
-    config = None if goes_on else read_config(config_file, flags)
+    # `[search]` is of the space file, not of the settings'.
+    own = {key: value for key, value in flags.items() if not key.startswith("search__")}
+    config = None if goes_on else read_config(config_file, own)
     if ray_address is not None:
         from featstore.ray_cluster import check_address
 
@@ -114,7 +118,7 @@ def search_group(
     project, space = what.project, what.space
     if dry_run:
         print_rows(project.dataset, named=False)
-        plans = drive.plan_features(project, space.feature_configs(what.base), SHOWN)
+        plans = drive.plan_features(project, space.feature_configs(what.base), show)
         names = [parameter.name for parameter in space.parameters]
         kept = drive.kept_bytes(project, space, what.base)
         if as_json:
@@ -130,13 +134,14 @@ def search_group(
             )
         return
     # Before the extraction, so that a wrong name or storage does not wait for its end.
-    search = start_search(folder, what.base, space, what.init_from, storage, project)
+    with working("preparing the search"):
+        search = start_search(folder, what.base, space, what.init_from, storage, project)
     project.save_dataset(folder)
     print_rows(project.dataset)
     deadline = float("inf") if timeout is None else started + timeout
     places = drive.Places(workers, ray_address, num_gpus, num_cpus)
     with stop_request() as stopping:
-        outcome = drive.run_search(search, project, places, deadline, stopping, SHOWN)
+        outcome = drive.run_search(search, project, places, deadline, stopping, show)
     watched, files = outcome.watched, outcome.files
     rows = trial_rows(search)
     if as_json:
@@ -154,16 +159,15 @@ def search_group(
         _print_leaderboard(search, rows)
         click.echo(f"{', '.join(str(path) for path in files)}")
         if watched.peak_bytes:
-            click.echo(f"workers' memory at most {watched.peak_bytes / 1e9:.1f} GB", err=True)
+            note(f"workers' memory at most {watched.peak_bytes / 1e9:.1f} GB")
         place = masked(driver_url(storage)) if storage else search.folder / "study.journal"
-        click.echo(f"see it: optuna-dashboard {place}", err=True)
-        click.echo(f"        tensorboard --logdir {search.folder}", err=True)
+        note(f"see it: optuna-dashboard {place}")
+        note(f"        tensorboard --logdir {search.folder}")
         if search.unfinished:
             ended = sum(row["state"] != "running" for row in rows)
-            click.echo(
+            note(
                 f"{ended} of {counted(space.trials, 'trial')} ended;"
-                f" {quoted(Command('search', name=name, bare=True))} goes on with the rest",
-                err=True,
+                f" {quoted(Command('search', name=name, bare=True))} goes on with the rest"
             )
     if best_row(search, rows) is None and rows:
         reasons = {row["reason"] for row in rows if row["reason"]}
@@ -200,6 +204,7 @@ def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
 @json_option
 def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> None:
     """Print a search's leaderboard, also while it runs; write its plots."""
+    import_framework()
     from trainer.tuning.drive import load_search
     from trainer.tuning.plots import no_importance
     from trainer.tuning.table import ranked, trial_rows, write_leaderboard
@@ -214,12 +219,13 @@ def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> Non
         answer({"search": name, "trials": ranked(search, rows)})
     else:
         _print_leaderboard(search, rows)
-    files = write_leaderboard(search)
+    with working("drawing the plots"):
+        files = write_leaderboard(search)
     if as_json:
         return
     click.echo(", ".join(str(path) for path in files))
     if why := no_importance(search, rows):
-        click.echo(why, err=True)
+        note(why)
 
 
 @search_group.command("best")
@@ -240,6 +246,7 @@ def search_best(
     as_json: bool,
 ) -> None:
     """Show the best trial; train it again with more epochs or seeds."""
+    import_framework()
     from trainer.tuning.drive import load_search
     from trainer.tuning.space import shown
 
@@ -259,12 +266,9 @@ def search_best(
             f" accuracy {best['val_accuracy']:.2%}{tau}"
         )
         return
-    import_framework()
-    from trainer.run.shown import SHOWN_REPORTER
-
     with stop_request() as stopping:
-        reporter = dataclasses.replace(SHOWN_REPORTER, stopping=stopping)
-        found = results.retrain(epochs, seeds or 1, split, reporter)
+        reporter = shown_reporter(stopping)
+        found = results.retrain(epochs, seeds or 1, split, reporter, show_of(as_json))
     if as_json:
         answer(found)
         return

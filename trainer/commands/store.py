@@ -9,8 +9,10 @@ import click
 
 from featstore.config import SPLITS
 from featstore.errors import StoreError, counted, shown
+from featstore.progress import working
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
+    LIBRARIES,
     Function,
     import_framework,
     print_error,
@@ -21,6 +23,7 @@ from trainer.commands.console import (
     typed,
 )
 from trainer.commands.help import PATH, SectionedGroup, setting_option
+from trainer.commands.showing import note, show_of
 from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -50,7 +53,8 @@ def _kind_option(*choices: str) -> Callable[[Function], Function]:
 
 def _project(config_file: str | None, flags: dict[str, Any]) -> Project:
     config = read_config(config_file, flags)
-    from featstore.api import Project
+    with working(LIBRARIES):
+        from featstore.api import Project
 
     return Project(config, file=config_file)
 
@@ -144,7 +148,9 @@ def store_verify(
 ) -> None:
     """Check every byte of the stored features; exit 1 if any is not as it was written."""
     project = _project(config_file, flags)
-    reports = project.verify(kinds=_kinds(kind), mine=mine, sample=sample, photos=photos)
+    reports = project.verify(
+        kinds=_kinds(kind), mine=mine, sample=sample, photos=photos, show=show_of(as_json)
+    )
     problems = sum(len(report.problems) for report in reports)
     if as_json:
         found = [report.to_dict(typed) for report in reports]
@@ -184,7 +190,7 @@ def store_repair(
     project = _project(config_file, flags)
     if not dry_run:
         import_framework()
-    reports = project.repair(kinds=_kinds(kind), dry_run=dry_run)
+    reports = project.repair(kinds=_kinds(kind), dry_run=dry_run, show=show_of(as_json))
     if as_json:
         found = [report.to_dict() for report in reports]
         answer({"dry_run": dry_run, "folders": found})
@@ -250,8 +256,8 @@ def store_gc(
         click.echo(f"{_megabytes(item.bytes):>12}  {item.what}: {item.path} ({item.detail})")
     for path in found.unknown:
         click.echo(f"{'unknown':>12}  {path}: not written by this program; never deleted")
-    for line in (*(shown(note, typed) for note in found.notes), *found.kept):
-        click.echo(f"kept: {line}", err=True)
+    for line in (*(shown(reason, typed) for reason in found.notes), *found.kept):
+        note(f"kept: {line}")
     total = _megabytes(sum(item.bytes for item in (found.deleted if yes else found.garbage)))
     click.echo(f"{total} deleted" if yes else f"{total} can go; --yes deletes it")
 
@@ -265,7 +271,7 @@ def store_export(
     out: str, kind: str, split: str, as_json: bool, config_file: str | None, **flags: Any
 ) -> None:
     """Write the configuration's features to one file for other tools."""
-    found = _project(config_file, flags).dump(out, kind, split=split)
+    found = _project(config_file, flags).dump(out, kind, split=split, show=show_of(as_json))
     if as_json:
         answer(found)
         return
@@ -275,4 +281,4 @@ def store_export(
         f" {_megabytes(found['bytes'])}"
     )
     if found["quarantined"]:
-        click.echo(f"{counted(found['quarantined'], 'quarantined input')} left out", err=True)
+        warn(f"{counted(found['quarantined'], 'quarantined input')} left out")

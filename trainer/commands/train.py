@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,10 @@ from trainer.commands.console import (
     remember_settings,
     runs_option,
     settings,
-    show_of,
     stop_request,
 )
 from trainer.commands.help import command
+from trainer.commands.showing import show_of, shown_reporter
 
 if TYPE_CHECKING:
     from featstore.project import Project
@@ -83,7 +82,6 @@ def train(
         project, lengths = open_project(config_file, flags), {}
     import_framework()
     from trainer import api
-    from trainer.run.shown import SHOWN_REPORTER
 
     show = show_of(as_json)
     with stop_request() as stopping:
@@ -93,7 +91,7 @@ def train(
             runs=runs,
             init_from=init_from,
             extract=extract,
-            reporter=dataclasses.replace(SHOWN_REPORTER, stopping=stopping),
+            reporter=shown_reporter(stopping),
             show=show,
             **lengths,
         )

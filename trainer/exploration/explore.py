@@ -14,7 +14,7 @@ from featstore.config import SPLITS, runs_folder
 from featstore.encoders.presets import resolve_preset
 from featstore.errors import FeatstoreError, UsageError, counted
 from featstore.extract.lengths import WARNING_SHARE
-from featstore.progress import SHOWN, Show
+from featstore.progress import SHOWN, Show, says, shows_work, working
 from featstore.project import Project
 from featstore.publish import command_line, package_versions
 from trainer.buckets import SHIPPED, load_buckets
@@ -39,6 +39,8 @@ NAMED_UNREADABLE = 100
 Loading = Callable[[], None]
 
 
+@shows_work
+@says("looking at the rows")
 def eda(
     project: Project,
     out: str | os.PathLike[str] | None = None,
@@ -107,9 +109,10 @@ def eda(
         "rows_a_photo": rows_an_image(examples),
         "repeats": repeats(dataset),
     }
-    for name, part in (("spatial", examples), ("buckets", train)):
-        of_kind = kinds(patterns[name], part, classes, draws, seed)
-        found[name] = {"file": named[name], "rows": len(part), "kinds": of_kind}
+    with working("counting kinds of sentences"):
+        for name, part in (("spatial", examples), ("buckets", train)):
+            of_kind = kinds(patterns[name], part, classes, draws, seed)
+            found[name] = {"file": named[name], "rows": len(part), "kinds": of_kind}
     found |= {
         "photos": _photos(looks),
         "duplicates": near_duplicates(project, looks, distance),
@@ -120,7 +123,8 @@ def eda(
     found["warnings"] = warnings_of(found)
     from trainer.exploration.report import write_report
 
-    files = write_report(folder, project, found, looks.ids, samples, seed)
+    with working("drawing the page"):
+        files = write_report(folder, project, found, looks.ids, samples, seed)
     return {**found, "folder": str(folder), "files": files}
 
 

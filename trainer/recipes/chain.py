@@ -21,7 +21,7 @@ from typing import Any
 
 from featstore.errors import FeatstoreError, UsageError, counted
 from featstore.extract.plan import Plan
-from featstore.progress import SHOWN, Show
+from featstore.progress import SHOWN, Show, shows_work
 from featstore.project import Project
 from featstore.publish import command_line, package_versions, write_json, write_text
 from trainer import api
@@ -59,6 +59,7 @@ class Outcome:
         return as_markdown(self.rows)
 
 
+@shows_work
 def run_recipe(
     path: str | os.PathLike[str],
     *,
@@ -143,6 +144,7 @@ def settled(stage: Stage, done: Mapping[str, api.Run | SearchResults]) -> Config
     return with_sections(stage.config, taken)
 
 
+@shows_work
 def plan(recipe: Recipe, until: str | None = None, show: Show = SHOWN) -> list[dict[str, Any]]:
     """Say what a recipe has to do; change nothing.
 
@@ -202,9 +204,9 @@ def _train(
     show: Show,
 ) -> api.Run:
     """Return the stage's run, trained and measured."""
-    from trainer.run.shown import SHOWN_REPORTER
+    from trainer.run.shown import reporter_of
 
-    reporter = dataclasses.replace(reporter or SHOWN_REPORTER, stopping=stopping)
+    reporter = dataclasses.replace(reporter or reporter_of(show), stopping=stopping)
     source = stage.init_from
     if source in done.stages:
         source = str(recipe.folder / str(source))

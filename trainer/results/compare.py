@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from featstore.data.examples import class_counts
 from featstore.errors import UsageError, counted
-from featstore.progress import SILENT, Show
+from featstore.progress import SILENT, Show, says
 from featstore.publish import command_line, package_versions
 from trainer.buckets import bucket_rows, load_buckets
 from trainer.metrics import (
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 DRAWS = 2000
 
 
+@says("comparing")
 def compare(
     runs: Sequence[Run],
     split: str = "test",

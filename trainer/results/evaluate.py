@@ -21,7 +21,7 @@ import numpy as np
 
 from featstore.data.labels import LABEL_NAMES
 from featstore.errors import DataError, FeatstoreError, MissingFeaturesError
-from featstore.progress import SILENT, Show
+from featstore.progress import SILENT, Show, says
 from featstore.publish import command_line, package_versions, why_not_kept, write_json, write_text
 from trainer.buckets import load_buckets
 from trainer.metrics import (
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@says("measuring")
 def evaluate(
     scorer: Scorer,
     split: str,

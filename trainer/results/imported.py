@@ -19,7 +19,7 @@ from featstore.data.labels import LABELS, labels_of
 from featstore.encoders.framework import pinned_framework
 from featstore.encoders.presets import Digests
 from featstore.errors import UsageError
-from featstore.progress import SILENT, Show
+from featstore.progress import SILENT, Show, says
 from featstore.project import Project
 from featstore.publish import write_json, write_text
 from featstore.settings import plain_path
@@ -75,6 +75,7 @@ def read_order(text: str) -> list[int]:
 
 
 @pinned_framework()
+@says("reading the weights")
 def import_run(
     run: Run,
     project: Project,

@@ -25,7 +25,7 @@ from featstore.encoders.framework import pinned_framework
 from featstore.encoders.spec import QUANTISED
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import Advice, Command, ImageError, RunError, counted
-from featstore.progress import SILENT, Show
+from featstore.progress import SILENT, Show, says
 from featstore.publish import command_line, package_versions, why_not_kept, write_json
 from featstore.store.numbers import Numbers
 from featstore.store.shard import digest_bytes
@@ -396,6 +396,7 @@ def _notes(config: Config) -> list[str]:
 
 
 @pinned_framework()
+@says("comparing with the end-to-end model")
 def check_parity(
     run: Run, split: str = "test", count: int = 64, seed: int = 0, show: Show = SILENT
 ) -> tuple[dict[str, Any], RunError | None]:

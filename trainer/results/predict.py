@@ -23,7 +23,7 @@ from featstore.data.values import read_hypothesis
 from featstore.errors import DataError
 from featstore.extract.encode import encoding_of
 from featstore.extract.held import HeldImages, HeldSentences
-from featstore.progress import SILENT, Show
+from featstore.progress import SILENT, Show, says
 from trainer.batches import CachedRows
 from trainer.metrics import (
     by_class,
@@ -204,6 +204,7 @@ class Predictions:
         }
 
 
+@says("predicting")
 def predict(
     scorer: Scorer,
     rows: RowSource,
@@ -243,6 +244,7 @@ def predict(
     return Predictions(dataset, scores, threshold, time.perf_counter() - started)
 
 
+@says("predicting")
 def predict_pair(
     scorer: Scorer, image: str | os.PathLike[str], text: str, show: Show = SILENT
 ) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from featstore.data.examples import NO_PHOTO
 from featstore.data.images import ImageIndex
 from featstore.data.table_rows import has_photos
 from featstore.errors import Advice, Command, MissingFeaturesError, RunError, counted
-from featstore.progress import SILENT, Show
+from featstore.progress import SILENT, Show, working
 from featstore.project import Project
 from featstore.settings import paths_in
 from trainer.batches import CachedRows
@@ -86,7 +86,8 @@ class Scorer:
     @functools.cached_property
     def model(self) -> keras.Model:
         """The cached model with the weights of the best epoch."""
-        return load_best(self.run)
+        with working("building the model"):
+            return load_best(self.run)
 
     @functools.cached_property
     def predictor(self) -> Predictor:
@@ -125,8 +126,9 @@ class Scorer:
         self.project.forget_encoders()
         cached = self.rows(split, control)
         size = self.train.batch_size
+        predictor = self.predictor
         with show.slow_bar(len(cached), f"rows of {split}") as progress:
-            (logits,) = predict_logits(self.predictor, cached, size, progress)
+            (logits,) = predict_logits(predictor, cached, size, progress)
         return Scores(rows, logits, cached.labels, unread)
 
 

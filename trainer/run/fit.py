@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from featstore.encoders.framework import pinned_framework
 from featstore.errors import RunError, StoppedError, UsageError, WriteError
+from featstore.progress import working
 from trainer.config import DECIDE_BATCHES
 from trainer.prefetch import Prefetcher
 from trainer.run.optimizer import averaged
@@ -138,7 +139,21 @@ def _run_epoch(
     wait_seconds = _take_steps(trainings, stepper, steps, failures)
     if all(id(training) in failures for training in trainings):
         return
-    stepper.sync()
+    with working(f"epoch {first.progress.epoch + 1}: measuring val"):
+        stepper.sync()
+        _end_epoch(trainings, stepper, len(steps), wait_seconds, failures)
+
+
+def _end_epoch(
+    trainings: Sequence[Training],
+    stepper: Stepper,
+    steps: int,
+    wait_seconds: float,
+    failures: dict[int, Exception],
+) -> None:
+    """Measure val with the weights that stand, and judge the epoch."""
+    first = trainings[0]
+    train = first.train_config
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         for training in trainings:
@@ -151,7 +166,7 @@ def _run_epoch(
         if id(training) in failures:
             continue
         try:
-            training.end_epoch(len(steps), own, wait_seconds, val_seconds)
+            training.end_epoch(steps, own, wait_seconds, val_seconds)
         except WriteError:
             raise
         except Exception as error:

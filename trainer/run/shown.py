@@ -3,25 +3,65 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from featstore.progress import bar_seconds, bars
+from featstore.progress import (
+    Progress,
+    Show,
+    bar_columns,
+    clock,
+    logged_bar,
+    print_line,
+    redrawn,
+)
 from trainer.run.training import Reporter
+
+
+class _Logged:
+    """The steps of an epoch in a log."""
+
+    def __init__(self) -> None:
+        self._advance: Progress = lambda rows: None
+        self._figures: dict[str, Any] = {}
+
+    def goes_to(self, advance: Progress) -> None:
+        """Give what is called with each step."""
+        self._advance = advance
+
+    def update(self, n: int = 1) -> None:
+        """Count steps."""
+        self._advance(n)
+
+    def set_postfix(self, **figures: Any) -> None:
+        """Keep what the next line ends with."""
+        self._figures = figures
+
+    def figures(self) -> str:
+        """Return it."""
+        return ", ".join(f"{name} {value}" for name, value in self._figures.items())
 
 
 @contextlib.contextmanager
 def epoch_bar(epoch: int, steps: int) -> Iterator[Any]:
-    """Show the steps of an epoch, in a terminal or a notebook only."""
-    with bars()(
-        total=steps,
-        desc=f"epoch {epoch}",
-        unit=" steps",
-        leave=False,
-        mininterval=bar_seconds(),
-        disable=None,
-    ) as bar:
+    """Show the steps of an epoch: a bar in a terminal or a notebook, lines in a log."""
+    if not redrawn():
+        logged = _Logged()
+        with logged_bar(steps, "steps", f"epoch {epoch}", last=False, more=logged.figures) as step:
+            logged.goes_to(step)
+            yield logged
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+
+    with (
+        tqdm(
+            total=steps, desc=f"epoch {epoch}", unit=" steps", leave=False, ncols=bar_columns()
+        ) as bar,
+        clock(bar),
+    ):
         yield bar
 
 
@@ -33,18 +73,11 @@ def print_epoch(record: dict[str, Any]) -> None:
         else f" at τ {record['threshold']:.2f} ({record['val_accuracy_at_half']:.2%},"
         f" {record['val_macro_f1_at_half']:.2%} at 0.50)"
     )
-    print(
+    print_line(
         f"epoch {record['epoch']}: loss {record['loss']:.4f}, val loss {record['val_loss']:.4f},"
         f" accuracy {record['val_accuracy']:.2%}, macro-F1 {record['val_macro_f1']:.2%}{at};"
-        f" {record['seconds']:.1f} s",
-        file=sys.stderr,
-        flush=True,
+        f" {record['seconds']:.1f} s"
     )
-
-
-def print_note(line: str) -> None:
-    """Print a line for people on stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def threshold_line(metrics: dict[str, Any]) -> str:
@@ -65,4 +98,9 @@ def threshold_line(metrics: dict[str, Any]) -> str:
     )
 
 
-SHOWN_REPORTER = Reporter(epoch_bar, print_epoch, note=print_note)
+SHOWN_REPORTER = Reporter(epoch_bar, print_epoch, note=print_line)
+
+
+def reporter_of(show: Show) -> Reporter:
+    """Return how the epochs are shown where the rest is shown so."""
+    return Reporter() if show.silent else SHOWN_REPORTER

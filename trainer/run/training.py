@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from featstore.encoders.framework import pinned_framework
 from featstore.errors import RunError, counted
+from featstore.progress import says
 from featstore.project import Project
 from featstore.publish import check_space, write_json, write_text
 from trainer.config import LOWER_IS_BETTER, Config, TrainConfig
@@ -261,6 +262,7 @@ class Training:
         after = f" after step {progress.step}" if progress.step else ""
         return f"goes on with epoch {progress.epoch + 1} of {train.epochs}{after}"
 
+    @says("writing the run")
     def end(self, status: str) -> None:
         """Write what a run's folder holds at the end.
 

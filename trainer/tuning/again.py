@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 from typing import Any
 
+from featstore.progress import SILENT, Show
 from featstore.project import Project
 from featstore.publish import command_line, package_versions, write_json
 from trainer.config import Config
@@ -26,6 +27,7 @@ def retrain(
     seeds: int,
     split: str,
     reporter: Reporter,
+    show: Show = SILENT,
 ) -> dict[str, Any]:
     """Train a trial's settings again and measure them.
 
@@ -39,7 +41,8 @@ def retrain(
         seeds: Runs, with the trial's seed and those that follow it.
         split: "val" or "test", on which the runs are measured, under the
             control that they are trained with.
-        reporter: How they are shown.
+        reporter: How their epochs are shown.
+        show: How the rest is shown.
 
     Returns:
         Each run's accuracy and macro-F1 at its threshold, and their mean and
@@ -56,7 +59,7 @@ def retrain(
     project.save_dataset(search.folder)
     # A split without features would be found out after the training.
     project.usable(split)
-    prepare(project, base.train.k_txt, views=base.train.views)
+    prepare(project, base.train.k_txt, show, views=base.train.views)
     figures = []
     for seed in range(base.train.seed, base.train.seed + seeds):
         train = dataclasses.replace(base.train, epochs=count, seed=seed)
@@ -65,7 +68,7 @@ def retrain(
             with run.writing():
                 run.check_free_or_same(Config.of(base, train))
                 fit(Training(run, project, train, search.init_from, reporter))
-        at = decided(evaluate(Scorer(run, project), split))
+        at = decided(evaluate(Scorer(run, project), split, show=show))
         figures.append(
             {
                 "run": str(run.folder),

@@ -18,7 +18,7 @@ from featstore.encoders.presets import resolve_preset
 from featstore.errors import RunError, counted
 from featstore.extract.extract import extract
 from featstore.extract.plan import Plan
-from featstore.progress import SHOWN, SILENT, Show
+from featstore.progress import SHOWN, SILENT, Show, says, shows_work, working
 from featstore.project import Project
 from featstore.ray_cluster import Actors
 from trainer.config import Config, config_of
@@ -27,7 +27,7 @@ from trainer.model.sizes import count_parameters
 from trainer.run import folder as folder_of_run
 from trainer.run.folder import find_run, free_name, places, run_folder
 from trainer.run.tracking import check_trackers
-from trainer.tuning.live import live_view
+from trainer.tuning.live import live_view, no_view
 from trainer.tuning.plots import no_importance
 from trainer.tuning.space import SearchConfig, Space, shown
 from trainer.tuning.space_file import read_space
@@ -101,6 +101,7 @@ def kept_bytes(project: Project, space: Space, base: Config) -> int:
     return 4 * largest * min(space.search.kept, space.trials)
 
 
+@shows_work
 def run_search(
     search: Search,
     project: Project,
@@ -108,7 +109,7 @@ def run_search(
     deadline: float = float("inf"),
     stopping: Callable[[], bool] = lambda: False,
     show: Show = SILENT,
-    view: View = live_view,
+    view: View | None = None,
 ) -> Outcome:
     """Run a search to its end: features, trials, table.
 
@@ -119,7 +120,7 @@ def run_search(
         deadline: No trial is drawn after this `time.time()`.
         stopping: Asked all the time; True has the workers save and end.
         show: How extraction is shown.
-        view: Shows the trials while they run.
+        view: Shows the trials while they run; None: as `show` does.
 
     Raises:
         StoppedError: `stopping` said so; the running trials are saved.
@@ -131,6 +132,7 @@ def run_search(
         for plan in plan_features(project, search.space.feature_configs(search.base), show):
             extract(plan.job, show)
     project.forget_encoders()
+    view = view or (no_view if show.silent else live_view)
     with view(search) as watch:
         if places.ray is None:
             watched = run_workers(search, places.workers or 1, deadline, stopping, watch)
@@ -140,7 +142,8 @@ def run_search(
             actors = Actors(places.workers, places.num_gpus, places.num_cpus)
             watched = run_on_ray(places.ray, search, actors, deadline, stopping, watch, show.note)
     search.drop_weights()
-    files = write_leaderboard(search)
+    with working("drawing the plots"):
+        files = write_leaderboard(search)
     if why := no_importance(search, trial_rows(search)):
         show.note(why)
     return Outcome(watched, files, time.time() - started)
@@ -215,6 +218,7 @@ class SearchResults:
             raise RunError(f"{self.folder}: no trial is complete yet")
         return best
 
+    @says("drawing the page")
     def report(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """Write the search's page: one HTML file; see `trainer.tuning.report.report`.
 
@@ -225,25 +229,28 @@ class SearchResults:
 
         return report(self.search, path)
 
+    @shows_work
     def retrain(
         self,
         epochs: int | None = None,
         seeds: int = 1,
         split: str = "val",
         reporter: Reporter | None = None,
+        show: Show = SHOWN,
     ) -> dict[str, Any]:
         """Train the best trial again, with more epochs or seeds; see `trainer.tuning.again`.
 
         Raises:
             RunError: No trial is complete yet.
         """
-        from trainer.run.shown import SHOWN_REPORTER
+        from trainer.run.shown import reporter_of
         from trainer.tuning.again import retrain
 
         best = self._known_best()
-        return retrain(self.search, best, epochs, seeds, split, reporter or SHOWN_REPORTER)
+        return retrain(self.search, best, epochs, seeds, split, reporter or reporter_of(show), show)
 
 
+@says("reading the search")
 def load_search(
     name: str | os.PathLike[str],
     runs: str | os.PathLike[str] | None = None,
@@ -292,6 +299,7 @@ class Meant:
     init_from: folder_of_run.Run | None
 
 
+@says("reading the search")
 def meant(
     config: Config | None,
     space: str | os.PathLike[str] | Mapping[str, Any] | None,
@@ -328,6 +336,7 @@ def meant(
     return Meant(project, base, varied, source)
 
 
+@shows_work
 def search(
     project: Project | None,
     space: str | os.PathLike[str] | Mapping[str, Any] | None = None,

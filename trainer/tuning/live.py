@@ -94,6 +94,12 @@ def _line(search: Search, row: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
+def no_view(search: Search) -> Iterator[Callable[[Watched], None]]:
+    """Show nothing of a search."""
+    yield lambda watched: None
+
+
+@contextlib.contextmanager
 def live_view(search: Search) -> Iterator[Callable[[Watched], None]]:
     """Show a search on stderr while it runs.
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.words import Word, Words
 from featstore.errors import UsageError
-from featstore.progress import SILENT, Show
+from featstore.progress import SILENT, Show, says
 from featstore.project import Project
 from featstore.publish import publish
 from trainer.batches import CachedRows
@@ -142,6 +142,7 @@ class Explanation:
         return write_pngs(self, Path(folder))
 
 
+@says("explaining")
 def explain(
     scorer: Scorer,
     split: str = "test",

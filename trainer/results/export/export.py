@@ -27,7 +27,7 @@ from featstore.encoders.framework import pinned_framework
 from featstore.encoders.spec import FeatureSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import RunError, UsageError, counted
-from featstore.progress import SILENT, Show
+from featstore.progress import SILENT, Show, says, working
 from featstore.publish import command_line, package_versions
 from trainer.features import prepare
 from trainer.metrics import decided, threshold_of
@@ -67,6 +67,7 @@ class _Exported:
 
 
 @pinned_framework()
+@says("exporting")
 def export(
     scorer: Scorer,
     path: str | os.PathLike[str],
@@ -272,9 +273,10 @@ def _read_again(
     # Keras's own settings rather than this user's.
     plain = {"TF_CPP_MIN_LOG_LEVEL": "3", "KERAS_HOME": str(stage / "keras")}
     environment = {**os.environ, **plain}
-    done = subprocess.run(
-        command, cwd=stage, env=environment, capture_output=True, text=True, errors="replace"
-    )
+    with working("loading it in a fresh process"):
+        done = subprocess.run(
+            command, cwd=stage, env=environment, capture_output=True, text=True, errors="replace"
+        )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise RunError(
