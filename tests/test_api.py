@@ -29,7 +29,7 @@ from featstore import Project
 from featstore.errors import ConfigError, DataError, RunError
 from featstore.progress import SILENT
 from trainer.commands.main import cli
-from trainer.config import Config, render_config
+from trainer.config import Config, TrainConfig, config_of, render_config
 from trainer.metrics import evaluate_logits
 from trainer.run.training import Reporter
 from trainer.tuning.workers import Watched
@@ -95,6 +95,19 @@ def test_a_project_without_a_file_trains_with_the_defaults(place: Place, tmp_pat
     run = trainer.train(project, runs=tmp_path, **given, **QUIET)
     assert run.config.train == trainer.TrainConfig(**given)
     assert run.name.startswith("k0-")
+
+
+def test_a_project_of_settings_alone_trains_on_what_they_name(place: Place, tmp_path: Path) -> None:
+    data, encoders, store = place.config.data, place.config.encoders, place.config.store
+    named = {"rows": data.rows, "images": data.images, **vars(encoders), "root": store.root}
+    project = Project(**named, dtype="float32")
+    config = config_of(project, lr=1e-3)
+    assert (config.data, config.encoders, config.store) == (
+        project.config.data,
+        project.config.encoders,
+        project.config.store,
+    )
+    assert config.train == dataclasses.replace(TrainConfig(), lr=1e-3)
 
 
 def test_an_unknown_setting_is_named_with_the_nearest(place: Place, tmp_path: Path) -> None:

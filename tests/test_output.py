@@ -110,6 +110,7 @@ def test_help_has_each_settings_default_under_its_section(words: tuple[str, ...]
             mine = " ".join(re.split(r"\n  --", after)[0].split())
             default = option.field.default
             typed = {"": "none", (): "none", (0.8, 0.1, 0.1): "0.8,0.1,0.1"}
+            typed |= {("tensorboard",): "tensorboard"}
             if isinstance(default, bool):
                 shown = (option.opts if default else option.secondary_opts)[0][2:]
             elif isinstance(default, float):

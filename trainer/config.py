@@ -292,4 +292,5 @@ def config_of(project: Project, **settings: Any) -> Config:
         known = load_config(project.file or os.devnull, rows)
     values = {**vars(known.train), **settings}
     train = build_section("train", TrainConfig, values, "settings", Path.cwd())
-    return Config.of(known if isinstance(known, Config) else project.config, train)
+    own = project.config
+    return Config(own.data, own.encoders, own.store, train, known.track)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from featstore.errors import UsageError
 from featstore.pinned import Outermost, setting
+from featstore.progress import bars, working
 
 BACKENDS = ("tensorflow", "jax")
 _CHOOSE = "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=jax"
@@ -24,6 +26,8 @@ _CHOOSE = "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=jax"
 
 def import_framework() -> str:
     """Import Keras and keras-hub on the backend that is configured.
+
+    The lines that compiled code prints at start are kept from stderr, unless the import fails.
 
     Returns:
         The backend: "tensorflow" or "jax".
@@ -38,7 +42,7 @@ def import_framework() -> str:
     if chosen and chosen not in BACKENDS:
         raise UsageError(f"KERAS_BACKEND={chosen}: not a backend that is supported; {_CHOOSE}")
     try:
-        with contextlib.nullcontext() if loaded else _plain_environment():
+        with contextlib.nullcontext() if loaded else _first_import():
             import keras
             import keras_hub  # noqa: F401
     except ImportError as error:
@@ -68,6 +72,41 @@ def _first_line(error: Exception) -> str:
 def _settings_file() -> str:
     home = os.environ.get("KERAS_HOME") or os.path.join("~", ".keras")
     return os.path.join(home, "keras.json")
+
+
+@contextlib.contextmanager
+def _first_import() -> Iterator[None]:
+    # Keras imports it too; this import says nothing where a notebook has no widgets.
+    bars()
+    with working("loading Keras"), _plain_environment(), _without_start_lines():
+        yield
+
+
+@contextlib.contextmanager
+def _without_start_lines() -> Iterator[None]:
+    """Keep from stderr what is printed, by compiled code too; show it where an error ends it."""
+    try:
+        kept = os.dup(2)
+    except OSError:
+        # There is no stderr.
+        yield
+        return
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    with tempfile.TemporaryFile() as hidden:
+        os.dup2(hidden.fileno(), 2)
+        try:
+            yield
+        except (ImportError, ValueError, TypeError, AttributeError):
+            # Said in one line.
+            raise
+        except Exception:
+            hidden.seek(0)
+            os.write(kept, hidden.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @contextlib.contextmanager

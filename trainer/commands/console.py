@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,35 +62,14 @@ NUMBERS = {"fractions": "0.8,0.1,0.1", "row_weights": "2,1"}
 
 
 def import_framework() -> None:
-    """Import Keras and its backend without the lines that they print at start.
-
-    They come from compiled code, so the file descriptor itself is turned away;
-    where the import fails, what was printed is shown.
+    """Import Keras and its backend, where a command needs them; loading this module does not.
 
     Raises:
         UsageError: The backend is neither TensorFlow nor JAX, or is missing.
     """
     from featstore.encoders import framework
 
-    if "keras" in sys.modules:
-        framework.import_framework()
-        return
-    sys.stderr.flush()
-    kept = os.dup(2)
-    # The line about it is written to stderr as it was.
-    with working("loading Keras"), tempfile.TemporaryFile() as hidden:
-        os.dup2(hidden.fileno(), 2)
-        try:
-            framework.import_framework()
-        except UsageError:
-            raise
-        except Exception:
-            hidden.seek(0)
-            os.write(kept, hidden.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    framework.import_framework()
 
 
 def remember_settings(*settings: tuple[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 FOR, AGAINST = CLASS_COLORS["entailment"], CLASS_COLORS["contradiction"]
 LOW_ALPHA, HIGH_ALPHA = 0.25, 0.8
+# Of a line above a map of `write_pngs`.
+TITLE_LETTERS = 42
 
 
 def percent(value: float, digits: int = 0) -> str:
@@ -417,8 +420,10 @@ def write_pngs(explanation: Explanation, folder: Path) -> list[Path]:
         )
         for axis, title in zip(axes, ["Photo", *(own.caption for own in maps)], strict=True):
             axis.set_axis_off()
-            lines = title.replace(": ", ":\n", 1).replace("; ", ";\n")
-            axis.set_title(lines, fontsize=8)
+            lines = title.replace(": ", ":\n", 1).replace("; ", ";\n").split("\n")
+            # As wide as the photo: the next title stands beside it.
+            wrapped = "\n".join(textwrap.fill(line, TITLE_LETTERS) for line in lines)
+            axis.set_title(wrapped, fontsize=8)
         if isinstance(row.photo, ShownPhoto):
             axes[0].imshow(row.photo.image)
         for axis, own in zip(axes[1:], maps, strict=True):
