@@ -208,7 +208,7 @@ class Typed:
             "parity": f"first --rows 1 {self.runs}",
             "export": f"first {folder}/x/../NAME.weights.h5 --rows 1 {self.runs}",
             "import": f"{folder}/x/../first.weights.h5 --as i-NAME {config} {self.runs}",
-            "search": f"--name s-NAME --space {folder}/space.toml {config} {self.runs}",
+            "search": f"--name s-NAME --trials 1 --space {folder}/space.toml {config} {self.runs}",
             "search show": f"s-NAME {self.runs}",
             "search best": f"s-NAME {self.runs}",
             "run": f"{folder}/x/../NAME.toml {config} {self.runs}",
