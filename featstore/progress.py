@@ -150,9 +150,10 @@ def bar_columns() -> int | None:
 def _kept_stderr() -> tuple[TextIO, bool]:
     """Return stderr, and whether it is a copy: one that shows while the descriptor is turned away.
 
-    `featstore.encoders.framework.import_framework` turns it away.
+    `import_framework` turns it away.
     """
-    stream = sys.stderr
+    # None where a program has no console.
+    stream = sys.stderr or io.StringIO()
     try:
         if stream.fileno() == 2:
             own = os.fdopen(os.dup(2), "w", encoding=stream.encoding, errors=stream.errors)
@@ -183,6 +184,15 @@ def no_bar(total: int, unit: str) -> Iterator[Progress]:
     yield lambda rows: None
 
 
+def bars() -> Any:
+    """Return the class of the bars that suit where they are shown."""
+    with warnings.catch_warnings():
+        # Where a notebook lacks widgets, the bar is text.
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+    return tqdm
+
+
 @contextlib.contextmanager
 def bar(total: int, unit: str, delay: float = 0) -> Iterator[Progress]:
     """Show rows done, rows a second and the time that is left: in a terminal, a notebook or a log.
@@ -197,13 +207,8 @@ def bar(total: int, unit: str, delay: float = 0) -> Iterator[Progress]:
         with logged_bar(total, unit, last=not delay) as advance:
             yield advance
         return
-    with warnings.catch_warnings():
-        # Where a notebook lacks widgets, the bar is text.
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm
-
     with (
-        tqdm(
+        bars()(
             total=total,
             unit=f" {unit}",
             smoothing=0.1,

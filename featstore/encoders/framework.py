@@ -12,14 +12,13 @@ import contextlib
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from featstore.errors import UsageError
 from featstore.pinned import Outermost, setting
-from featstore.progress import working
+from featstore.progress import bars, working
 
 BACKENDS = ("tensorflow", "jax")
 _CHOOSE = "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=jax"
@@ -77,12 +76,9 @@ def _settings_file() -> str:
 
 @contextlib.contextmanager
 def _first_import() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # Keras imports it too, which is said where a notebook has no widgets.
-        warnings.simplefilter("ignore")
-        import tqdm.auto  # noqa: F401
-    # The line about it is on a stderr of its own.
-    with _plain_environment(), working("loading Keras"), _without_start_lines():
+    # Keras imports it too; this import says nothing where a notebook has no widgets.
+    bars()
+    with working("loading Keras"), _plain_environment(), _without_start_lines():
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from featstore.progress import (
     Progress,
     Show,
     bar_columns,
+    bars,
     clock,
     logged_bar,
     print_line,
@@ -52,12 +52,8 @@ def epoch_bar(epoch: int, steps: int) -> Iterator[Any]:
             logged.goes_to(step)
             yield logged
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm
-
     with (
-        tqdm(
+        bars()(
             total=steps, desc=f"epoch {epoch}", unit=" steps", leave=False, ncols=bar_columns()
         ) as bar,
         clock(bar),
