@@ -318,7 +318,7 @@ def load_sections(
     sections = sections_of(kind)
     file = Path(path) if path is not None else Path(DEFAULT_FILE)
     given = read_toml(file) if path is not None or file.exists() else {}
-    known = (*sections, *others)
+    known = tuple(dict.fromkeys((*sections, *others)))
     for name, values in given.items():
         if name not in known:
             raise ConfigError(
