@@ -176,9 +176,9 @@ class SyntheticProject(Project):
         self._vision_spec = write_parts(root, parts, f"{images} images")
         self._dataset = make_dataset(root, rows, images, sentences)
 
-    @property
-    def vision_spec(self) -> VisionSpec:
-        """The spec of the random rows."""
+    def view_spec(self, view: int) -> VisionSpec:
+        """Return the spec of the random rows, which stand for plain photos."""
+        assert view == 0
         return self._vision_spec
 
     @property

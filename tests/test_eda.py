@@ -343,6 +343,8 @@ def test_a_folder_of_a_run_is_left_alone(tmp_path: Path) -> None:
     project = Project(rows="none.jsonl", images="none")
     with pytest.raises(UsageError, match="name another folder with --out"):
         trainer.eda(project, tmp_path)
+    with pytest.raises(UsageError, match=r"manifest.json: is a file; name a folder with --out"):
+        trainer.eda(project, tmp_path / "manifest.json")
 
 
 @pytest.mark.slow

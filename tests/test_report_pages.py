@@ -307,11 +307,11 @@ def test_the_command_tells_runs_from_searches(
     assert done.stdout.startswith(f"run {run.folder}: {run.folder}/report.html (0.")
     assert typed("report", "s", *runs).stdout.startswith(f"search {search.folder}: ")
     for line, said in (
-        ("absent", "no such run"),
+        ("absent", "no such run or search"),
         ("first s", "--compare takes several"),
         ("s --split val", "--split is of a run"),
         ("first --storage sqlite://", "--storage is of a search; first is none"),
-        ("--compare first", "expected two or more runs"),
+        ("--compare first", "expected two runs or more, the base first, found 1"),
     ):
         done = typed("report", *line.split(), *runs)
         assert done.exit_code in (1, 2)

@@ -47,6 +47,11 @@ def report(
     if compare:
         if storage is not None:
             raise UsageError("--storage is of a search; --compare takes runs")
+        if len(name) < 2:
+            raise UsageError(
+                f"--compare: expected two runs or more, the base first, found {len(name)}; such as"
+                f" `report --compare {name[0]} other`"
+            )
         opened = [open_run(one, runs) for one in name]
         from trainer.api import report as report_runs
 
@@ -89,6 +94,13 @@ def _is_search(name: str, runs: str, storage: str | None) -> bool:
         raise RunError(
             f"{name}: a search ({searches[0]}) and a run ({found[0]}); name the folder itself, such"
             f" as {Path(searches[0]).resolve()}"
+        )
+    known = sorted(path.parent.name for path in Path(runs).glob(f"*/{SEARCH_FILE}"))
+    if not searches and not found and known:
+        others = sorted(path.parent.name for path in Path(runs).glob("*/manifest.json"))
+        raise RunError(
+            f"{name}: no such run or search in {runs}; searches there: {', '.join(known[-5:])};"
+            f" runs: {', '.join(others[-5:]) or 'none'}"
         )
     if storage is not None and not searches:
         raise UsageError(f"--storage is of a search; {name} is none")

@@ -12,11 +12,11 @@ import numpy as np
 
 from featstore.config import SPLITS, runs_folder
 from featstore.encoders.presets import resolve_preset
-from featstore.errors import FeatstoreError, UsageError, counted
+from featstore.errors import FeatstoreError, UsageError, WriteError, counted
 from featstore.extract.lengths import WARNING_SHARE
 from featstore.progress import SHOWN, Show, says, shows_work, working
 from featstore.project import Project
-from featstore.publish import command_line, package_versions
+from featstore.publish import command_line, may_write, package_versions
 from trainer.buckets import SHIPPED, load_buckets
 from trainer.exploration import baseline
 from trainer.exploration.duplicates import DISTANCE, has_features, near_duplicates
@@ -132,6 +132,11 @@ def _folder(project: Project, out: str | os.PathLike[str] | None) -> Path:
     folder = Path(runs_folder(project.file), FOLDER) if out is None else Path(out)
     if (folder / "manifest.json").exists() or (folder / "search.json").exists():
         raise UsageError(f"{folder}: is a run's or a search's; name another folder with --out")
+    # Before minutes of work whose result could not be kept.
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is a file; name a folder with --out")
+    if not may_write(folder):
+        raise WriteError(f"{folder}: cannot be written; name another folder with --out")
     return folder
 
 
