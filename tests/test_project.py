@@ -117,7 +117,7 @@ def test_features_of_both_kinds(
     assert (plan.keys, summary.extracted) == (list(SENTENCES), 4)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "4/4" in shown.err
+    assert "sentences: 4 of 4" in shown.err
     assert "sentences/s" in shown.err
     assert project.dataset.splits_path.exists()
     assert project.sentences(2).keys() == list(SENTENCES)
