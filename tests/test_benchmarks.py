@@ -416,6 +416,7 @@ def run(results: Path, *arguments: str) -> str:
     return done.output
 
 
+@pytest.mark.slow
 def test_what_a_command_measured_is_kept_and_printed_as_a_table(tmp_path: Path) -> None:
     shown = run(tmp_path, "roofline", "--size", "tiny", "--k-txt", "0", "--rounds", "2")
     assert "taken to the longer" in shown

@@ -63,6 +63,7 @@ def invoke(runs: Path, *args: str) -> Result:
     return CliRunner().invoke(cli, ["compare", *args, "--runs", str(runs)], prog_name="featstore")
 
 
+@pytest.mark.slow
 def test_each_run_is_measured_as_it_was_trained(runs: Path, compared: dict[str, Any]) -> None:
     assert compared["base"] == "sees"
     assert (compared["rows"], compared["images"]) == (TEST_ROWS, IMAGES_OF_SPLIT["test"])

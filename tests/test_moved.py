@@ -71,6 +71,7 @@ def moved(left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
+@pytest.mark.slow
 def test_a_moved_project_goes_on(moved: Path) -> None:
     recorded = trainer.load_run("first").metrics
     found = trainer.load_run("first").evaluate("val", show=SILENT)
@@ -98,6 +99,7 @@ def test_a_moved_project_needs_no_working_directory(
     assert {path.name for path in tmp_path.iterdir()} == {"there"}
 
 
+@pytest.mark.slow
 def test_a_store_alone_that_was_moved(moved: Path, tmp_path: Path) -> None:
     store = (moved / "cache").rename(tmp_path / "store")
     for command in (("evaluate",), ("parity", "--rows", "2"), ("train", "--epochs", "2", "--name")):

@@ -101,6 +101,7 @@ def assert_sound_by_its_checksums(run: Run) -> None:
         assert all(shard.row_is_intact(row) for shard in store.shards for row in range(len(shard)))
 
 
+@pytest.mark.slow
 def test_a_run_equals_the_end_to_end_model(run: Run) -> None:
     done = CliRunner().invoke(cli, ["parity", str(run.folder), "--rows", "1000"])
     assert done.exit_code == 0, (done.stderr, done.exception)
@@ -257,6 +258,7 @@ def test_rows_that_changed_are_still_refused(run: Run) -> None:
         measure(run, "test", 4)
 
 
+@pytest.mark.slow
 def test_the_weights_of_another_run_are_found(
     run: Run, tmp_path: Path, tiny_vit: Path, tiny_text: Path
 ) -> None:

@@ -415,6 +415,7 @@ def test_parquet_without_pyarrow_is_said_before_the_work(
     assert "pip install 'featstore[parquet]'" in done.stderr
 
 
+@pytest.mark.slow
 def test_rows_of_a_caption_set_in_another_encoding(
     own: trainer.Run, photos: Path, tmp_path: Path
 ) -> None:

@@ -118,6 +118,7 @@ def test_a_recipe_is_run_once_and_a_line_each(home: Path) -> None:
         run(home, STAGES.replace('init_from = "warm-up"\nsettings_from', "settings_from"))
 
 
+@pytest.mark.slow
 def test_a_stopped_stage_goes_on(home: Path) -> None:
     stages = STAGES[: STAGES.index('[[stage]]\nname = "search"')].replace(
         "epochs = 1", "epochs = 2"

@@ -310,6 +310,7 @@ epochs = 1
     assert again == {str(p.values) for p in search.space.parameters}
 
 
+@pytest.mark.slow
 def test_a_stopped_search_ends_as_the_undisturbed(place: Place, whole: list[Any]) -> None:
     search = place.start("stopped", trials=2)
     # In an epoch, at its end, in the second trial, and before its first step.

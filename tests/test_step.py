@@ -311,6 +311,7 @@ def test_acut_learning_rate_takes_effect_without_tracing_again(policy: str) -> N
     assert len(traces) == traced
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 def test_jax_gives_the_same_losses() -> None:
     program = "import json, test_step; print(json.dumps(test_step.train()[0]))"

@@ -104,6 +104,7 @@ def one_line(error: FeatstoreError) -> str:
 # --- training
 
 
+@pytest.mark.slow
 def test_it_learns_three_classes(made: Made, run: trainer.Run) -> None:
     metrics, history = run.metrics, run.history
     assert metrics["threshold"] is metrics["at_threshold"] is metrics["at_half"] is None
@@ -163,6 +164,7 @@ def test_rows_of_two_classes_are_refused(made: Made) -> None:
     assert "--classes 2" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype_policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_trains_near_float32(
     made: Made, run: trainer.Run, dtype_policy: str
@@ -280,6 +282,7 @@ def test_the_controls_of_three_classes(made: Made, run: trainer.Run) -> None:
     assert "over a shuffled one" in found["verdict"]
 
 
+@pytest.mark.slow
 def test_compare_tests_what_the_runs_call(made: Made, run: trainer.Run) -> None:
     made.train("worse", k_txt=1, epochs=1)
     found = json.loads(command(made, "compare", "first", "worse", "--json"))

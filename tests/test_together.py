@@ -104,6 +104,7 @@ def test_others_are_called_one_after_the_other(changes: dict[str, Any]) -> None:
     assert [losses for losses, *_ in together] == [losses for losses, *_ in alone]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
 def test_the_same_under_jax() -> None:
     program = (

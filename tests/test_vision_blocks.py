@@ -145,6 +145,7 @@ def test_dropout_is_the_encoders_own_and_above_the_cut_alone(
             assert (np.abs(moved[0] - moved[1]).max() > 1e-4) == bool(k_vit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VISION)
 def test_blocks_are_read_alone_from_the_file(
     presets: dict[str, Path], text: TextEncoder, name: str, monkeypatch: pytest.MonkeyPatch
@@ -409,6 +410,7 @@ def test_predictions_and_figures_come_from_the_store(home: Path, tmp_path: Path)
         assert found == pytest.approx(one["probability_entailment"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_of_other_blocks_starts_from_it(home: Path, project: Project) -> None:
     first = trainer.load_run(home / "runs" / "first")
     for k_vit, taken in ((0, set()), (1, {"vit_backbone/transformer_block_2", "vit_backbone/ln"})):
@@ -427,6 +429,7 @@ def test_a_run_of_other_blocks_starts_from_it(home: Path, project: Project) -> N
     assert first.weights_path.exists()
 
 
+@pytest.mark.slow
 def test_engines_serve_one_run_after_another(home: Path, project: Project, tmp_path: Path) -> None:
     engines, figures = Engines(), []
     train = load_config(home / "featstore.toml").train
@@ -437,6 +440,7 @@ def test_engines_serve_one_run_after_another(home: Path, project: Project, tmp_p
     assert figures[0] == trainer.load_run(home / "runs" / "first").metrics["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["model.keras", "model.weights.h5", "model.safetensors"])
 def test_exports_carry_the_blocks_and_are_imported(home: Path, format: str) -> None:
     run = trainer.load_run(home / "runs" / "first")
@@ -457,6 +461,7 @@ def test_exports_carry_the_blocks_and_are_imported(home: Path, format: str) -> N
     assert (card["k_vit"], card["encoders"]["vision"]["tokens"]) == (1, "patches")
 
 
+@pytest.mark.slow
 def test_a_search_may_vary_it(home: Path, project: Project) -> None:
     project.at_k_vit(0).extract("vit", show=SILENT)
     found = trainer.search(
