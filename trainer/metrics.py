@@ -417,6 +417,19 @@ def evaluate_logits(
     }
 
 
+def confusion_matrix(at: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Return truth to what its rows are called to how many, entailment first.
+
+    Args:
+        at: Figures of two classes at a threshold, or of three; see `decided`.
+    """
+    found: dict[str, dict[str, int]] | None = at.get("confusion")
+    return found or {
+        "entailment": {"entailment": at["tp"], "contradiction": at["fn"]},
+        "contradiction": {"entailment": at["fp"], "contradiction": at["tn"]},
+    }
+
+
 def decided(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures of what a run calls its rows: at its threshold, or of three classes.
 

@@ -8,7 +8,13 @@ import click
 
 from featstore.errors import UsageError
 from trainer.commands.answer import answer, json_option
-from trainer.commands.console import encoding_option, open_run, run_options, split_option
+from trainer.commands.console import (
+    draws_option,
+    encoding_option,
+    open_run,
+    run_options,
+    split_option,
+)
 from trainer.commands.help import PATH, command
 from trainer.commands.showing import note, show_of
 
@@ -22,13 +28,7 @@ SUFFIXES = (".md", ".json")
 @click.option("--images", type=PATH, help="Folder of their photos.  [default: each run's]")
 @encoding_option
 @click.option("--buckets", type=PATH, help="Bucket file.  [default: the one that ships]")
-@click.option(
-    "--draws",
-    type=click.IntRange(min=1),
-    default=2000,
-    show_default=True,
-    help="Draws of the bootstrap over images.",
-)
+@draws_option
 @click.option(
     "--seed",
     type=click.IntRange(min=0),

@@ -304,6 +304,17 @@ def split_option(*choices: str) -> Callable[[Function], Function]:
     )
 
 
+def draws_option(command: Function) -> Function:
+    """Give a command the number of draws that its intervals rest on."""
+    return click.option(
+        "--draws",
+        type=click.IntRange(min=1),
+        default=2000,
+        show_default=True,
+        help="Draws of the bootstrap over images.",
+    )(command)
+
+
 def encoding_option(command: Function) -> Function:
     """Give a command `--encoding`, of its `--rows`."""
     return click.option(

@@ -11,7 +11,13 @@ import click
 from featstore.errors import counted
 from featstore.progress import working
 from trainer.commands.answer import answer, json_option, warn
-from trainer.commands.console import LIBRARIES, import_framework, open_project, settings
+from trainer.commands.console import (
+    LIBRARIES,
+    draws_option,
+    import_framework,
+    open_project,
+    settings,
+)
 from trainer.commands.help import PATH, command
 from trainer.commands.showing import show_of
 
@@ -80,13 +86,7 @@ def summary_of(found: dict[str, Any]) -> dict[str, Any]:
     show_default=True,
     help="Photos shown of each label.",
 )
-@click.option(
-    "--draws",
-    type=click.IntRange(min=1),
-    default=2000,
-    show_default=True,
-    help="Draws of the bootstrap over images.",
-)
+@draws_option
 @click.option(
     "--seed",
     type=click.IntRange(min=0),

@@ -11,7 +11,7 @@ from typing import Any
 from featstore.errors import Command, counted
 from featstore.settings import paths_in
 from trainer.config import Config
-from trainer.metrics import decided
+from trainer.metrics import confusion_matrix, decided
 from trainer.results.controls import NO_BLIND
 
 LONGEST = 300
@@ -262,13 +262,7 @@ def _at_thresholds(result: dict[str, Any]) -> str:
 def _classes(result: dict[str, Any]) -> str:
     at = decided(result)
     names = [name for name in _SHOWN_ORDER if name in at]
-    if "confusion" in at:
-        matrix = at["confusion"]
-    else:
-        matrix = {
-            "entailment": {"entailment": at["tp"], "contradiction": at["fn"]},
-            "contradiction": {"entailment": at["fp"], "contradiction": at["tn"]},
-        }
+    matrix = confusion_matrix(at)
     counts = [(name, *(f"{matrix[name][other]:,}" for other in names)) for name in names]
     classes = [
         (

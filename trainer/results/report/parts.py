@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.metrics import decided
+from trainer.metrics import confusion_matrix, decided
 from trainer.pages.drawing import svg
 from trainer.pages.page import number, share
 from trainer.results.controls import NO_BLIND
@@ -20,10 +20,7 @@ def confusion(result: dict[str, Any]) -> dict[str, Any]:
         result: Of `trainer.results.evaluate.evaluate`, here and below.
     """
     at = decided(result)
-    matrix = at.get("confusion") or {
-        "entailment": {"entailment": at["tp"], "contradiction": at["fn"]},
-        "contradiction": {"entailment": at["fp"], "contradiction": at["tn"]},
-    }
+    matrix = confusion_matrix(at)
     parts = [
         f"of {sum(line.values()):,} rows of {truth}"
         f" {', '.join(f'{rows:,} are called {name}' for name, rows in line.items())}"
