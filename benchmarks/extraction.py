@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from benchmarks.sizes import STUDY, Size
 from benchmarks.tables import table
-from featstore.config import EncodersConfig, StoreConfig
+from featstore.config import EncodersConfig, StoreConfig, usable_cores
 from featstore.data.images import index_images
 from featstore.encoders.spec import vision_spec
 from featstore.encoders.tower import VisionEncoder
@@ -31,11 +32,15 @@ def write_photos(folder: Path, count: int, seed: int = 0) -> Path:
 
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
-    for i in range(count):
-        coarse = generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+
+    def write(i: int, coarse: np.ndarray) -> None:
         Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(
             folder / f"{i:06d}.jpg", quality=90
         )
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for i in range(count):
+            pool.submit(write, i, generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     return folder
 
 

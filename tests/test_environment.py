@@ -23,7 +23,7 @@ from tiny_runs import tiny_config
 
 from featstore.data.images import decode_image
 from featstore.encoders.families import FAMILIES, titles
-from featstore.encoders.framework import pinned_framework
+from featstore.encoders.framework import import_framework, pinned_framework
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.spec import vision_spec
 from featstore.encoders.tower import VisionEncoder
@@ -266,8 +266,11 @@ def test_the_same_numbers_under_another_environment(
 JAX = """
 import sys
 import numpy as np
+from featstore.encoders import framework
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 import jax
+
+framework.COMPILED_SECONDS = 0.0
 
 def features():
     vision, text = VisionEncoder(sys.argv[1]), TextEncoder(sys.argv[2], 12)
@@ -301,8 +304,44 @@ def test_jax_has_the_same_pixels_and_ignores_what_its_caller_configured(
     photo = np.random.default_rng(0).integers(0, 255, (400, 500, 3), np.uint8)
     np.save(tmp_path / "pixels.npy", VisionEncoder(str(tiny_vit)).to_pixels(photo))
     arguments = (str(tiny_vit), str(tiny_text), str(tmp_path / "pixels.npy"))
-    done = python("-c", JAX, *arguments, KERAS_BACKEND="jax", PYTHONPATH=str(ROOT))
+    environment = {
+        "KERAS_BACKEND": "jax",
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(tmp_path / "home"),
+    }
+    done = python("-c", JAX, *arguments, **environment)
     assert done.stdout.strip() == "same", done.stderr[-3000:]
+    (compiled,) = (tmp_path / "home" / "featstore" / "jax").glob("cpu-*")
+    kept = {path.name for path in compiled.glob("*-cache")}
+    assert len(kept) > 2
+    done = python("-c", JAX, *arguments, **environment)
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
+    # Nothing was compiled anew.
+    assert {path.name for path in compiled.glob("*-cache")} == kept
+
+
+def test_what_xla_is_told_is_the_users_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=there")
+    import_framework()
+    import_framework()
+    given = "--xla_dump_to=there --xla_gpu_deterministic_ops=true"
+    assert os.environ["XLA_FLAGS"] == given
+    theirs = "--xla_gpu_deterministic_ops=false"
+    monkeypatch.setenv("XLA_FLAGS", theirs)
+    import_framework()
+    assert os.environ["XLA_FLAGS"] == theirs
+
+
+@pytest.mark.slow
+def test_a_device_that_jax_has_not_is_one_line() -> None:
+    code = (
+        "from featstore.encoders.framework import import_framework\n"
+        "try: import_framework()\nexcept Exception as e: print(type(e).__name__, e)"
+    )
+    done = python("-c", code, KERAS_BACKEND="jax", JAX_PLATFORMS="tpu", PYTHONPATH=str(ROOT))
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"{UsageError.__name__} JAX finds no device (")
+    assert "set JAX_PLATFORMS=cpu" in line
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from jobs import image_job, text_job
 from PIL import Image
 
@@ -260,30 +261,43 @@ def test_resume_with_the_real_encoder_gives_the_same_bytes(
     assert (one / "manifest.json").read_bytes() == (two / "manifest.json").read_bytes()
 
 
-class Small:
-    """The real encoder on a device whose memory holds two rows."""
+class TooMuch:
+    """What an accelerator was given and, when someone waits for it, has no memory for."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        raise tf.errors.ResourceExhaustedError(None, None, "failed to allocate memory")
+
+
+class Small:
+    """The real encoder on a device whose memory holds two rows.
+
+    Args:
+        inner: The encoder.
+        late: It says so only to who waits for the result.
+    """
+
+    def __init__(self, inner: Any, late: bool = False) -> None:
+        self.inner, self.late = inner, late
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def encode(self, *inputs: Any) -> np.ndarray:
-        import tensorflow as tf
-
+    def encode(self, *inputs: Any) -> Any:
         if len(inputs[0]) > 2:
+            if self.late:
+                return TooMuch()
             raise tf.errors.ResourceExhaustedError(None, None, "failed to allocate memory")
         return self.inner.encode(*inputs)
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_out_of_memory_halves_the_batch(
-    photos: Path, store: StoreConfig, encoders: EncodersConfig, vit: VisionEncoder
+    photos: Path, store: StoreConfig, encoders: EncodersConfig, vit: VisionEncoder, late: bool
 ) -> None:
     index, spec = index_images(photos), vision_spec(encoders, store)
     halved: list[int] = []
     store = dataclasses.replace(store, encode_batch_size=16)
-    job = image_job(encoders, store, IDS, index, lambda: Small(vit))
+    job = image_job(encoders, store, IDS, index, lambda: Small(vit, late))
     _, summary = extract(job, Show(halved=halved.append))
     assert halved == [8, 4, 2]
     assert (summary.batch_size, summary.extracted) == (2, 40)

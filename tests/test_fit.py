@@ -522,7 +522,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dtype_policy": {"dtype_policy": "mixed_bfloat16"},
 }
 # What decides how the same numbers are computed.
-SAME_FIGURES = {"fast_path", "keep_state"}
+SAME_FIGURES = {"fast_path", "keep_state", "features_on"}
 # With k_txt 0, or alone, without effect: see test_options.py and test_vision_blocks.py. Views need
 # features of their own: see test_views.py.
 ELSEWHERE = {"layer_decay", "buckets", "k_vit", "views"}

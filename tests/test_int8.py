@@ -388,6 +388,17 @@ def test_what_does_not_fit_a_format_is_not_finite() -> None:
         assert Numbers.rounded(large, dtype).is_finite()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_number_of_two_bytes_is_known_as_finite_or_not(dtype: str) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(feature_dtype(dtype))
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(every.astype(np.float32))
+    found = [Numbers(every[i : i + 1]).is_finite() for i in range(len(every))]
+    assert found == finite.tolist()
+    assert Numbers(every[finite].reshape(-1, 2)[::2]).is_finite()
+    assert not Numbers(every.reshape(2, -1)).is_finite()
+
+
 def test_a_text_store_of_int8_gives_float32(project: Config) -> None:
     store = open_store(folders(project)["text"])
     assert isinstance(store, TextStore)

@@ -165,6 +165,27 @@ class ImageFeatures(Protocol):
     def will_need(self, positions: IntArray) -> None: ...
 
 
+class NoPhotos:
+    """Zeros in the place of image features: the control without the picture.
+
+    Args:
+        vision: What they stand for.
+    """
+
+    def __init__(self, vision: ImageFeatures) -> None:
+        self.spec, self.row_shape = vision.spec, vision.row_shape
+
+    def gather_stored(self, positions: IntArray) -> Numbers:
+        """Return zeros for rows."""
+        found = Numbers.empty((len(positions), *self.row_shape), self.spec["dtype"])
+        for array in found.arrays:
+            array.fill(0)
+        return found
+
+    def will_need(self, positions: IntArray) -> None:
+        """Nothing to do."""
+
+
 class SentenceFeatures(Protocol):
     """What batches need of sentence features; a `TextStore` has it."""
 
@@ -180,7 +201,8 @@ class CachedRows:
 
     Args:
         vision: Image features: a `VisionStore`, what is held in memory of one, or of several
-            photometric views `ViewedImages`.
+            photometric views `ViewedImages`. May be replaced by what is on the device
+            (`trainer.resident`).
         text: Sentence features: a `TextStore`, or what is held in memory of one.
         image_positions: int64 of shape (views × rows,), in `vision`: of each row under view 0,
             then under view 1, and so on. There may be one view.
@@ -208,14 +230,14 @@ class CachedRows:
         control_seed: int = 0,
         emphasis: Emphasis | None = None,
     ) -> None:
-        self.vision, self.text, self.labels = vision, text, labels
+        self.vision = NoPhotos(vision) if control == "hypothesis-only" else vision
+        self.text, self.labels = text, labels
         self.emphasis = emphasis or Emphasis()
         self.views = len(image_positions) // len(labels)
         if control == "shuffled-images":
             image_positions = self._shuffled(image_positions, control_seed)
         self.image_positions = image_positions
         self.text_positions = text_positions
-        self.blind = control == "hypothesis-only"
         self.whole, self.classes = whole, classes
         self.lengths = text.lengths(text_positions) if whole else np.ones(len(labels), np.int64)
 
@@ -245,13 +267,7 @@ class CachedRows:
         positions = self.image_positions[filled]
         if self.views > 1:
             rows, filled = rows % len(self), filled % len(self)
-        if self.blind:
-            shape = (batch_size, *self.vision.row_shape)
-            features = Numbers.empty(shape, self.vision.spec["dtype"])
-            for array in features.arrays:
-                array.fill(0)
-        else:
-            features = self.vision.gather_stored(positions)
+        features = self.vision.gather_stored(positions)
         length = int(self.lengths[rows].max())
         hidden, mask = self.text.gather_stored(self.text_positions[filled], length)
         given, smoothing = self.emphasis.class_weights, self.emphasis.label_smoothing
@@ -272,8 +288,7 @@ class CachedRows:
         """Have the system read a later batch's features from the disk meanwhile."""
         # What is wrong with a row is said when it is read.
         with contextlib.suppress(IndexError):
-            if not self.blind:
-                self.vision.will_need(self.image_positions[rows])
+            self.vision.will_need(self.image_positions[rows])
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[IntArray]:
         """Return the rows of each training step of an epoch, each under one of its views.

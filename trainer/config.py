@@ -172,6 +172,15 @@ class TrainConfig:
         free=True,
         before=False,
     )
+    features_on: str = setting(
+        "auto",
+        "where a step finds image features: host, device (in the memory of the device that"
+        " computes, put there once), or auto: on an accelerator where they take at most half of"
+        " its free memory (JAX tells how much that is), else on the host",
+        choices=("auto", "host", "device"),
+        free=True,
+        before="auto",
+    )
     fast_path: bool = setting(
         True,
         "take the step's exact shortcuts; otherwise the plain Keras layers, many times slower",

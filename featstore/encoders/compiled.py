@@ -12,7 +12,7 @@ from featstore.encoders.framework import import_framework, pinned_framework
 
 def compile_forward(
     run: Callable[[Any], Any], variables: Sequence[Any], first_token: int = 0
-) -> Callable[[Any], np.ndarray]:
+) -> Callable[[Any], Any]:
     """Compile the inference of an encoder.
 
     Args:
@@ -22,7 +22,8 @@ def compile_forward(
 
     Returns:
         From arrays, in the structure that `run` takes, to an array of shape
-        (batch, tokens - first_token, width). One compilation a batch shape.
+        (batch, tokens - first_token, width). One compilation a batch shape. JAX's may still
+        be computed: `np.asarray` waits for it.
     """
     if import_framework() == "tensorflow":
         import keras
@@ -48,7 +49,10 @@ def compile_forward(
     values = [variable.value for variable in variables]
 
     @pinned_framework()
-    def run_apply(inputs: Any) -> np.ndarray:
-        return np.asarray(apply(values, inputs))
+    def run_apply(inputs: Any) -> Any:
+        features = apply(values, inputs)
+        # As soon as it is there, so that nobody waits for the copying alone.
+        features.copy_to_host_async()
+        return features
 
     return run_apply

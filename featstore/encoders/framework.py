@@ -9,6 +9,7 @@ number: `pinned_framework` holds them at Keras's own defaults.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import tempfile
@@ -16,11 +17,18 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+import xxhash
+
 from featstore.errors import UsageError
 from featstore.pinned import Outermost, setting
 from featstore.progress import bars, working
 
 BACKENDS = ("tensorflow", "jax")
+# On a GPU: kernels that give the same bits each time. XLA then chooses them by rule instead of by
+# trying some out, which is most of the time that it compiles (docs/BENCHMARKS.md).
+DETERMINISTIC = "xla_gpu_deterministic_ops"
+COMPILED_BYTES, COMPILED_SECONDS = 1 << 30, 0.2
+"""Most bytes of compiled programs that are kept, and from how long a compilation on."""
 _CHOOSE = "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=jax"
 
 
@@ -36,6 +44,7 @@ def import_framework() -> str:
         UsageError: Another backend is configured, its package is missing, or
             Keras refuses the user's settings.
     """
+    _have_same_bits()
     chosen = os.environ.get("KERAS_BACKEND", "")
     loaded = "keras" in sys.modules
     # Asked before Keras is imported, which fails on a backend whose package is missing.
@@ -62,7 +71,56 @@ def import_framework() -> str:
         raise UsageError(f"{where} backend {backend} is not supported; {_CHOOSE}")
     if keras.config.is_nnx_enabled():
         raise UsageError("Keras's NNX mode is not supported; set KERAS_NNX_ENABLED=false")
+    if backend == "jax":
+        _keep_compiled()
     return backend
+
+
+def _have_same_bits() -> None:
+    """Have XLA use deterministic kernels, unless the user's `XLA_FLAGS` say about it."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if DETERMINISTIC not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{DETERMINISTIC}=true".lstrip()
+
+
+@functools.cache
+def _keep_compiled() -> None:
+    """Have JAX keep what it compiles in the user's cache folder.
+
+    The next process, a search's worker say, reads it in place of compiling for seconds. What was
+    compiled for a CPU is kept by the kind of processor, for homes that several machines share.
+    `JAX_COMPILATION_CACHE_DIR` is the user's choice of another folder.
+
+    Raises:
+        UsageError: JAX cannot use the device that it is to use.
+    """
+    import jax
+
+    try:
+        device = jax.default_backend()
+    except RuntimeError as error:
+        raise UsageError(
+            f"JAX finds no device ({_first_line(error)}); set JAX_PLATFORMS=cpu, or install JAX for"
+            " your accelerator"
+        ) from error
+    if device == "cpu":
+        device = _processor()
+    folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"))
+    if not device or not os.path.isabs(folder) or jax.config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "featstore", "jax", device))
+    jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
+
+
+def _processor() -> str:
+    """Return a name for what this processor can run; empty where the system does not say."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            about = {line for line in file if line.startswith(("model name", "flags", "Features"))}
+    except OSError:
+        return ""
+    return f"cpu-{xxhash.xxh3_64_hexdigest(''.join(sorted(about)).encode())}" if about else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -321,7 +321,8 @@ class VisionEncoder(_Encoder):
 
         Returns:
             Shape (batch, num_tokens, width), in the precision's dtype: what
-            enters block `num_layers - k_vit`, or the backbone's output for 0.
+            enters block `num_layers - k_vit`, or the backbone's output for 0. JAX's array may
+            still be computed: `np.asarray` waits for it.
 
         Raises:
             ConfigError: `k_vit` is outside 0..num_layers.
@@ -385,7 +386,8 @@ class TextEncoder(_Encoder):
 
         Returns:
             Shape (batch, length, width), in the precision's dtype: what enters
-            block `num_layers - k_txt`, or the backbone's output for 0.
+            block `num_layers - k_txt`, or the backbone's output for 0. JAX's array may still be
+            computed: `np.asarray` waits for it.
 
         Raises:
             ConfigError: `k_txt` is outside 0..num_layers.

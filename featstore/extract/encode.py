@@ -2,11 +2,16 @@
 
 No batch spans two shards: a shard's bytes are the same whichever process makes
 it, and whatever was made before.
+
+The encoder has no time to wait for the host. Threads decode the photos of the next batches; an
+accelerator is given a batch while it still works on the one before; other threads wait for what it
+computed, and round it.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +37,8 @@ from featstore.store.write import ShardRows
 
 # Sentences are encoded by so many batches at once.
 SENTENCE_BATCHES = 8
+# Batches that an encoder was given and that were not taken yet, and threads that finish them.
+UNFINISHED, FINISHING_THREADS = 2, 2
 PhotoDigest = tuple[int, int]
 # Key to the reason and the digest of a photo that failed.
 Failed = Mapping[str, tuple[str, PhotoDigest | None]]
@@ -51,38 +58,74 @@ class Batched:
     """Calls an encoder with one fixed batch shape; halves it when memory runs out.
 
     Args:
-        encode: The compiled forward pass.
+        encode: The compiled forward pass; what it returns may still be computed, until
+            `np.asarray` waits for it.
         batch_size: Rows of a batch.
         on_halved: Called with the new batch size.
     """
 
     def __init__(
         self,
-        encode: Callable[..., NDArray[Any]],
+        encode: Callable[..., Any],
         batch_size: int,
         on_halved: Callable[[int], None] = lambda size: None,
     ) -> None:
         self.encode, self.batch_size, self.on_halved = encode, batch_size, on_halved
+        self._halving = threading.Lock()
 
     def __call__(self, *inputs: NDArray[Any]) -> NDArray[Any]:
         """Encode rows of any number; the last batch is filled up with its first row."""
         while True:
+            size = self.batch_size
             try:
-                return np.concatenate(list(self._parts(inputs)))
+                return np.concatenate(list(self._parts(inputs, size)))
             except Exception as error:
-                if not is_out_of_memory(error) or self.batch_size == 1:
+                if not is_out_of_memory(error) or size == 1:
                     raise
+            self._halve(size)
+
+    def begin(self, *inputs: NDArray[Any]) -> Callable[[], NDArray[Any]]:
+        """Begin to encode rows, no more than `batch_size`.
+
+        Returns:
+            Waits for their features; may be called in another thread.
+        """
+        try:
+            begun = self.encode(*filled(inputs, self.batch_size))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return lambda: self(*inputs)
+
+        def finish() -> NDArray[Any]:
+            try:
+                return np.asarray(begun)[: len(inputs[0])]
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            return self(*inputs)
+
+        return finish
+
+    def _halve(self, size: int) -> None:
+        """Halve the batch size, unless another thread did so since it was `size`."""
+        with self._halving:
+            if self.batch_size == size:
                 self.batch_size //= 2
                 self.on_halved(self.batch_size)
 
-    def _parts(self, inputs: tuple[NDArray[Any], ...]) -> Iterator[NDArray[Any]]:
-        size = self.batch_size
+    def _parts(self, inputs: tuple[NDArray[Any], ...], size: int) -> Iterator[NDArray[Any]]:
         for start in range(0, len(inputs[0]), size):
             part = [array[start : start + size] for array in inputs]
-            count = len(part[0])
-            if count < size:
-                part = [np.concatenate([a, np.repeat(a[:1], size - count, axis=0)]) for a in part]
-            yield np.asarray(self.encode(*part))[:count]
+            yield np.asarray(self.encode(*filled(part, size)))[: len(part[0])]
+
+
+def filled(inputs: Sequence[NDArray[Any]], rows: int) -> list[NDArray[Any]]:
+    """Return inputs of so many rows: the missing repeat the first."""
+    missing = rows - len(inputs[0])
+    if missing <= 0:
+        return list(inputs)
+    return [np.concatenate([array, np.repeat(array[:1], missing, axis=0)]) for array in inputs]
 
 
 @dataclass(frozen=True)
@@ -117,11 +160,7 @@ class Encoding(Protocol):
     batched: Batched
 
     def rows(self, keys: Sequence[str], paths: Sequence[Photo]) -> Iterator[Encoded]:
-        """Encode inputs, each once; one that fails never shifts another.
-
-        Photos come in order but for those that cannot be decoded, which come
-        as soon as that is known.
-        """
+        """Encode inputs, each once and in order; one that fails never shifts another."""
         ...
 
     def shards(
@@ -166,7 +205,7 @@ class PhotoEncoding:
         self._read = read_photo if photos is None else photos.read
         self.dtype, self.encoder, self.store = spec.dtype, encoder, store
         self._view = View.of(spec.view) if spec.view else None
-        encode: Callable[..., NDArray[Any]] = encoder.encode
+        encode: Callable[..., Any] = encoder.encode
         if not spec.final_norm:
             encode = functools.partial(encode, k_vit=encoder.num_layers - spec.boundary)
         self.batched = Batched(encode, store.encode_batch_size, on_halved)
@@ -174,25 +213,36 @@ class PhotoEncoding:
     def rows(self, keys: Sequence[str], paths: Sequence[Photo]) -> Iterator[Encoded]:
         """Encode photos; see `Encoding`."""
         with closing(self._decoded(zip(keys, paths, strict=True))) as decoded:
-            yield from self._encoded(decoded)
+            for batch in self._encoded(self._batches(decoded)):
+                yield from batch
 
     def shards(
         self, planned: Iterable[PlannedShard], progress: Progress
     ) -> Generator[Made, None, None]:
         """Encode planned shards, the photos of the next ones decoded meanwhile; see `Encoding`."""
-        begun: deque[PlannedShard] = deque()
+        decoding: deque[PlannedShard] = deque()
+        encoding: deque[PlannedShard] = deque()
 
         def photos() -> Iterator[tuple[str, Photo]]:
             for shard in planned:
-                begun.append(shard)
+                decoding.append(shard)
                 yield from zip(shard.keys, shard.paths, strict=True)
 
-        # Closed at once: its threads must not be waited for wherever a failure's traceback goes.
-        with closing(self._decoded(photos())) as decoded:
+        def batches(decoded: Iterator[_Decoded]) -> Iterator[list[_Decoded]]:
             for first in decoded:
-                shard = begun.popleft()
-                own = chain([first], islice(decoded, len(shard.keys) - 1))
-                yield self._made(shard, self._encoded(own), progress)
+                shard = decoding.popleft()
+                encoding.append(shard)
+                yield from self._batches(chain([first], islice(decoded, len(shard.keys) - 1)))
+
+        # Closed at once: its threads must not be waited for wherever a failure's traceback goes.
+        with (
+            closing(self._decoded(photos())) as decoded,
+            closing(self._encoded(batches(decoded))) as encoded,
+        ):
+            rows = chain.from_iterable(encoded)
+            for first in rows:
+                shard = encoding.popleft()
+                yield self._made(shard, chain([first], islice(rows, len(shard.keys) - 1)), progress)
 
     def _decoded(self, photos: Iterable[tuple[str, Photo]]) -> Generator[_Decoded, None, None]:
         """Yield photos in order, decoded some batches ahead of the reader by threads."""
@@ -223,25 +273,51 @@ class PhotoEncoding:
         view = self._view
         return self.encoder.to_pixels(photo, lambda levels: view.changed(levels, key))
 
-    def _encoded(self, photos: Iterable[_Decoded]) -> Iterator[Encoded]:
+    def _batches(self, photos: Iterable[_Decoded]) -> Iterator[list[_Decoded]]:
+        """Cut photos into batches; one that was not decoded comes in its place, and counts not."""
         batch: list[_Decoded] = []
-
-        def encoded() -> Iterator[Encoded]:
-            pixels = np.stack([item.pixels for item in batch if item.pixels is not None])
-            stored = Numbers.rounded(self.batched(pixels), self.dtype)
-            for i, item in enumerate(batch):
-                yield Encoded(item.key, *_fitting(stored[i], self.dtype), item.digest)
-            batch.clear()
-
+        fit = 0
         for item in photos:
-            if item.pixels is None:
-                yield Encoded(item.key, None, item.reason, item.digest)
-                continue
             batch.append(item)
-            if len(batch) >= self.batched.batch_size:
-                yield from encoded()
+            fit += item.pixels is not None
+            if fit >= self.batched.batch_size:
+                yield batch
+                batch, fit = [], 0
         if batch:
-            yield from encoded()
+            yield batch
+
+    def _encoded(self, batches: Iterable[list[_Decoded]]) -> Generator[list[Encoded], None, None]:
+        """Yield what became of each batch, in order; the encoder is some batches ahead."""
+        with ThreadPoolExecutor(FINISHING_THREADS) as pool:
+            unfinished: deque[Future[list[Encoded]]] = deque()
+            try:
+                for batch in batches:
+                    pixels = [item.pixels for item in batch if item.pixels is not None]
+                    features = self.batched.begin(np.stack(pixels)) if pixels else None
+                    unfinished.append(pool.submit(self._finished, batch, features))
+                    if len(unfinished) > UNFINISHED:
+                        yield unfinished.popleft().result()
+                while unfinished:
+                    yield unfinished.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _finished(
+        self, batch: Sequence[_Decoded], features: Callable[[], NDArray[Any]] | None
+    ) -> list[Encoded]:
+        """Return the rows of a batch, rounded as they will be stored."""
+        rows: Iterator[tuple[Numbers | None, str]] = iter(())
+        if features is not None:
+            stored = Numbers.rounded(features(), self.dtype)
+            whole = stored.is_finite()
+            each = (stored[i] for i in range(len(stored)))
+            rows = ((row, "") if whole else _fitting(row, self.dtype) for row in each)
+        return [
+            Encoded(item.key, None, item.reason, item.digest)
+            if item.pixels is None
+            else Encoded(item.key, *next(rows), item.digest)
+            for item in batch
+        ]
 
     def _made(self, shard: PlannedShard, items: Iterable[Encoded], progress: Progress) -> Made:
         shape = (len(shard.keys), 1, self.encoder.num_tokens, self.encoder.width)

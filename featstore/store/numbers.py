@@ -162,7 +162,13 @@ class Numbers:
     def is_finite(self) -> bool:
         """Tell whether every number is finite."""
         # int8 levels always are; the scale of a token that was not tells it.
-        return bool(np.isfinite(self.arrays[-1]).all())
+        numbers = self.arrays[-1]
+        if numbers.itemsize != 2:
+            return bool(np.isfinite(numbers).all())
+        # What is not is the largest of its sign, as an integer; NumPy would widen each to float32.
+        infinity = int(np.array(np.inf, numbers.dtype).view(np.uint16))
+        most = numbers.view(np.int16).max(initial=0), numbers.view(np.uint16).max(initial=0)
+        return bool(most[0] < infinity and most[1] < infinity | 0x8000)
 
     def plain(self, out: NDArray[np.float32] | None = None) -> NDArray[Any]:
         """Return the numbers that are meant, as one array.

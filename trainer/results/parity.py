@@ -232,7 +232,8 @@ class _Comparison:
             fresh = self.models.vision.encode(inputs["pixel_values"], self.k_vit)
         self._add_features(self.vision, batch.features[: len(kept)], np.asarray(fresh)[: len(kept)])
         # Padding is zero in the store and whatever the layers make of it here.
-        states = self.models.text.encode(token_ids, mask, self.k_txt) * mask[..., None]
+        states = np.asarray(self.models.text.encode(token_ids, mask, self.k_txt))
+        states = states * mask[..., None]
         fresh = states[: len(kept)]
         text, positions = self.text_store, self.cached.text_positions[kept]
         stored, _ = text.gather_stored(positions, mask.shape[1])

@@ -200,7 +200,8 @@ class _TensorFlowPredictor:
         inputs: dict[str, Any] = batch.inputs()
         # DLPack knows NumPy's own dtypes; TensorFlow takes aligned memory only.
         values = batch.features.values
-        if values.dtype.isbuiltin == 1 and not values.ctypes.data % ALIGNMENT_BYTES:
+        on_host = isinstance(values, np.ndarray)
+        if on_host and values.dtype.isbuiltin == 1 and not values.ctypes.data % ALIGNMENT_BYTES:
             inputs["features"] = self._from_dlpack(values.__dlpack__())
         # A function makes tensors of arrays too, but takes longer.
         return {name: self._tensor(value) for name, value in inputs.items()}

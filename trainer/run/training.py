@@ -27,6 +27,7 @@ from featstore.publish import check_space, write_json, write_text
 from trainer.config import LOWER_IS_BETTER, Config, TrainConfig
 from trainer.features import cached_rows
 from trainer.metrics import evaluate_logits, validation_figures
+from trainer.resident import put_features
 from trainer.run.checkpoint import (
     Progress,
     load_state,
@@ -159,6 +160,8 @@ class Training:
         self.rows = cached_rows(project, train, "train", train.control, trained_on=True)
         check_length(train, len(self.rows.epoch(train.batch_size, train.seed, 0)))
         self.val_rows = cached_rows(project, train, "val", train.control)
+        splits = {"train": self.rows, "val": self.val_rows}
+        self.features_on = put_features(project, train.features_on, splits)
         row_shape = project.images().row_shape
         self.engines = engines or Engines(kept=0)
         text = project.text_spec(train.k_txt).fingerprint
@@ -186,6 +189,7 @@ class Training:
             **manifest,
             "init_from": None if init_from is None else str(init_from.folder),
             "initialised_layers": self.initialised,
+            "features_on": self.features_on,
             **self.rows.emphasis.recorded,
         }
 
