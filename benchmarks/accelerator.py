@@ -55,7 +55,8 @@ class _Images:
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._values = np.concatenate([batch.features.values for batch in batches])
         self.spec = {"dtype": str(self._values.dtype)}
-        _, *self.row_shape = self._values.shape
+        _, tokens, width = self._values.shape
+        self.row_shape = (tokens, width)
 
     def gather_stored(self, positions: Any) -> Numbers:
         return Numbers(self._values[positions])
