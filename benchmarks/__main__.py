@@ -300,9 +300,17 @@ def accelerator(
     kept, so that a long measurement can be made in parts.
     """
     from benchmarks.accelerator import device, measure, merged
-    from benchmarks.results_file import file_of
+    from benchmarks.results_file import file_of, keep
     from benchmarks.results_file import kept as earlier_of
     from benchmarks.sizes import SIZES
+
+    results = click.get_current_context().obj
+    earlier = earlier_of(file_of({}, device(), results)).get("accelerator", {}) if kept else {}
+
+    def measured(name: str, figures: dict[str, Any]) -> None:
+        click.echo(f"measured {name}", err=True)
+        if kept:
+            keep("accelerator", merged(earlier, figures), results)
 
     figures = measure(
         layers,
@@ -312,12 +320,9 @@ def accelerator(
         steps=step_count,
         photos=photos,
         size=SIZES[size_name],
-        progress=lambda name: click.echo(f"measured {name}", err=True),
+        progress=measured,
     )
-    if kept:
-        path = file_of({}, device(), click.get_current_context().obj)
-        figures = merged(earlier_of(path).get("accelerator", {}), figures)
-    finish("accelerator", figures, kept)
+    finish("accelerator", merged(earlier, figures), kept)
 
 
 @benchmarks.command(name="study-search")

@@ -148,7 +148,7 @@ def measure(
     steps: int = 50,
     photos: int = 1024,
     size: Size = STUDY,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[str, dict[str, Any]], None] = lambda name, figures: None,
 ) -> dict[str, Any]:
     """Measure steps and extraction on the device that JAX runs on.
 
@@ -161,7 +161,8 @@ def measure(
         steps: Cached steps of a round; end to end a tenth as many.
         photos: Photos to extract; 0 leaves the extraction out.
         size: Of the encoders.
-        progress: Called with what has just been measured.
+        progress: Called with what has just been measured, and with all figures so far: on a
+            machine that is lent, what was measured is to be kept at once.
 
     Returns:
         Figures by "policy/batch size/k_txt", and extraction by precision.
@@ -181,7 +182,7 @@ def measure(
         name = f"{policy}/{rows}/{k_txt}"
         figures["steps"][name] = measure_steps(policy, rows, k_txt, length, rounds, steps, size)
         release()
-        progress(name)
+        progress(name, figures)
     with tempfile.TemporaryDirectory() as scratch:
         if photos:
             folder = str(extraction.write_photos(Path(scratch) / "photos", photos))
@@ -191,7 +192,7 @@ def measure(
                 None, folder, photos, min(ENCODED, photos), size=size, precision=precision
             )
             release()
-            progress(f"extraction, {precision}")
+            progress(f"extraction, {precision}", figures)
     return figures
 
 

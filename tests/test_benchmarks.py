@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from on_jax import run_on_jax
 from tiny_runs import tiny_config
 
-from benchmarks import growth, loop, number_formats, search, together
+from benchmarks import accelerator, growth, loop, number_formats, search, together
 from benchmarks.__main__ import benchmarks
 from benchmarks.arithmetic import bytes_moved, operations, parameters
 from benchmarks.loader import OURS, OURS_FIRST, WARM_HEADER, best_peer, measure, report
@@ -517,6 +517,22 @@ def test_trials_measures_what_is_beside_the_steps(tmp_path: Path) -> None:
     assert 0 < found["weightless_trials"] <= 7
     assert found["memory_bytes"].keys() == {"after_5", "last"}
     assert found["workers_replaced"] == 0
+
+
+def test_what_an_accelerator_showed_is_kept_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*given: Any, progress: Any, **settings: Any) -> Any:
+        base = {"device": "a GPU", "size": "tiny", "tokens": 12, "extraction": {}}
+        progress("float32/32/0", {**base, "steps": {"float32/32/0": {"rows_per_second": 1}}})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(accelerator, "device", lambda: "a GPU")
+    monkeypatch.setattr(accelerator, "measure", measure)
+    done = CliRunner().invoke(benchmarks, ["--results", str(tmp_path), "accelerator"])
+    assert done.exit_code != 0
+    kept = json.loads((tmp_path / "a-gpu.json").read_text())["accelerator"]["steps"]
+    assert kept == {"float32/32/0": {"rows_per_second": 1}}
 
 
 def test_the_accelerator_benchmark_says_how_to_start_it(tmp_path: Path) -> None:
