@@ -325,6 +325,30 @@ def accelerator(
     finish("accelerator", merged(earlier, figures), kept)
 
 
+@benchmarks.command()
+@click.option("--k-txt", "layers", multiple=True, type=int, default=(0, 3, 6), show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--steps", "step_count", default=32, show_default=True, help="Steps of a round.")
+@click.option("--photos", default=8, show_default=True, help="Of a forward pass; 0: none.")
+@size_option
+@kept_option
+def backends(
+    layers: tuple[int, ...],
+    rounds: int,
+    step_count: int,
+    photos: int,
+    size_name: str,
+    kept: bool,
+) -> None:
+    """The same steps and the same encoder on TensorFlow and on JAX."""
+    from benchmarks.backends import SMALL, measure
+    from benchmarks.sizes import SIZES
+
+    size = SIZES[size_name]
+    sizes = (size, SMALL) if size_name == "study" else (size,)
+    finish("backends", measure(layers, rounds, step_count, photos, sizes), kept)
+
+
 @benchmarks.command(name="study-search")
 @click.option(
     "--workers", multiple=True, type=int, default=(1, 2), show_default=True, help="Of a search."

@@ -519,6 +519,24 @@ def test_trials_measures_what_is_beside_the_steps(tmp_path: Path) -> None:
     assert found["workers_replaced"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
+def test_backends_measures_both(tmp_path: Path) -> None:
+    common = ("--size", "tiny", "--k-txt", "0", "--k-txt", "9", "--rounds", "1", "--steps", "2")
+    shown = run(tmp_path, "backends", *common)
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())["backends"]["sizes"]["tiny"]
+    # The encoder has six layers.
+    assert found["steps"].keys() == found["first_step"].keys() == {"0"}
+    step = found["steps"]["0"]
+    assert step["ratio"]["median"] == pytest.approx(
+        step["jax"]["median"] / step["tensorflow"]["median"], rel=0.02
+    )
+    assert found["first_step"]["0"]["jax"]["median"] > step["jax"]["median"]
+    assert found["photos_per_second"]["tensorflow"]["median"] > 0
+    assert "ViT, photos a second" in shown
+
+
 def test_what_an_accelerator_showed_is_kept_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
