@@ -221,7 +221,7 @@ print(figures["loss"], figures["at_threshold"]["accuracy"])
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
-@pytest.mark.parametrize("text", ["clip"])
+@pytest.mark.parametrize("text", ["clip", "roberta"])
 def test_the_main_ways_on_jax(tiny_family: Preset, tmp_path: Path, text: str) -> None:
     vision = tiny_family(PAIRS[text])
     config = tiny_config(tmp_path / "data", vision, tiny_family(text), k_txt=2, epochs=1)
