@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TextIO, TypeVar
 
+from featstore.quantities import duration
+
 # Called with the number of rows just dealt with.
 Progress = Callable[[int], None]
 Bar = Callable[[int, str], contextlib.AbstractContextManager[Progress]]
@@ -32,13 +34,6 @@ def redrawn(stream: Any = None) -> bool:
     """Tell whether what is written on stderr can be replaced: on a terminal, in a notebook."""
     stream = sys.stderr if stream is None else stream
     return "ipykernel" in sys.modules or bool(getattr(stream, "isatty", lambda: False)())
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people: "40 s", "3.5 min", "2.1 h"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 # What is being waited for, the innermost last; only that is shown.
@@ -166,7 +161,7 @@ def _kept_stderr() -> tuple[TextIO, bool]:
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Say what is waited for, if it takes long: "loading Keras: 3 s"."""
-    with _Wait(lambda passed: f"{what}: {duration(passed)}"):
+    with _Wait(lambda passed: f"{what}: {duration(round(passed))}"):
         yield
 
 
@@ -247,9 +242,9 @@ def logged_bar(
         if done and passed:
             parts.append(f"{done / passed:.3g} {unit}/s")
         if 0 < done < total:
-            parts.append(f"about {duration((total - done) / done * passed)} left")
+            parts.append(f"about {duration(round((total - done) / done * passed))} left")
         else:
-            parts.append(duration(passed))
+            parts.append(duration(round(passed)))
         return ", ".join(filter(None, [*parts, more()]))
 
     def advance(rows: int) -> None:

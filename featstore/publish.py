@@ -27,6 +27,7 @@ from typing import Any
 import xxhash
 
 from featstore.errors import Advice, StoreError, WriteError
+from featstore.quantities import size
 
 # Of `scheme://user:password@host`; a password may have an @ of its own.
 PASSWORD = re.compile(r"(\w+://[^\s/:@]*:)\S*@")
@@ -101,7 +102,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
         return
     if free < num_bytes + SPARE_BYTES:
         raise WriteError(
-            f"{folder}: needs {(num_bytes + SPARE_BYTES) / 1e6:.1f} MB, and {free / 1e6:.1f} MB of"
+            f"{folder}: needs {size(num_bytes + SPARE_BYTES)}, and {size(free)} of"
             " the disk are free",
             Advice("free some space, then run the command again"),
         )

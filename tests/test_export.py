@@ -231,7 +231,7 @@ def test_only_an_export_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="MB are free"):
+    with pytest.raises(RunError, match="B are free"):
         target_of(tmp_path / "m.keras").check_space(1 << 60)
 
 

@@ -971,7 +971,7 @@ def test_gc_shows_first(own: Own) -> None:
     runs = ("--runs", str(own.folder / "runs"))
     result = invoke(own, "gc", *runs)
     # Extracted by this process, with settings that no file has.
-    assert result.stdout == "0.0 MB can go; --yes deletes it\n"
+    assert result.stdout == "0 B can go; --yes deletes it\n"
     assert f"kept: text/{other.name}: used by settings without a file" in result.stderr
     runs = (*runs, "--forget", own.project.user.path)
     result = invoke(own, "gc", *runs)

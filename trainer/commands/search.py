@@ -11,6 +11,7 @@ import click
 
 from featstore.errors import Command, RunError, UsageError, counted
 from featstore.progress import working
+from featstore.quantities import size
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     Function,
@@ -129,7 +130,7 @@ def search_group(
             click.echo(f"{counted(space.trials, 'trial')} of {', '.join(names)}")
             best = counted(min(space.search.kept, space.trials), "trial")
             click.echo(
-                f"kept: about {kept / 1e6:.1f} MB, the weights of the best {best}; of each other"
+                f"kept: about {size(kept)}, the weights of the best {best}; of each other"
                 " trial less than 0.2 MB"
             )
         return
@@ -159,7 +160,7 @@ def search_group(
         _print_leaderboard(search, rows)
         click.echo(f"{', '.join(str(path) for path in files)}")
         if watched.peak_bytes:
-            note(f"workers' memory at most {watched.peak_bytes / 1e9:.1f} GB")
+            note(f"workers' memory at most {size(watched.peak_bytes)}")
         place = masked(driver_url(storage)) if storage else search.folder / "study.journal"
         note(f"see it: optuna-dashboard {place}")
         note(f"        tensorboard --logdir {search.folder}")
