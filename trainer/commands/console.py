@@ -27,6 +27,7 @@ from trainer.commands.answer import Answer, fail, warn
 from trainer.commands.help import PATH, SectionedGroup, lone, setting_option
 from trainer.commands.showing import note
 from trainer.config import SECTIONS, Config, load_config
+from trainer.unused import refuse_unused, unused
 
 if TYPE_CHECKING:
     from featstore.project import Project
@@ -261,13 +262,23 @@ def flag_sections(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
-    """Read the settings with the flags that were given."""
+def read_config(config_file: str | None, flags: dict[str, Any], check: bool = True) -> Config:
+    """Read the settings with the flags that were given.
+
+    Args:
+        config_file: The settings file.
+        flags: Settings as click gives them, `section__key`.
+        check: Refuse a flag that has no effect beside the other settings.
+    """
     given = [("--config", config_file)] if config_file is not None else []
     given += [(_flag(key), value) for key, value in _given(flags).items()]
     overrides = flag_sections(flags)
     remember_settings(*given)
     config = load_config(config_file, overrides)
+    if check:
+        # `extract-text` takes a seed of the views, but no --views that could give it an effect.
+        able = [one for one in unused(config) if all(f"train__{k}" in flags for k in one.beside)]
+        refuse_unused(able, overrides)
     if config.is_demo:
         note(
             "no [data] rows set: this is the built-in demo (rendered scenes, its own encoders);"
@@ -276,15 +287,18 @@ def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
     return config
 
 
-def open_project(config_file: str | None, flags: dict[str, Any], save: bool = True) -> Project:
+def open_project(
+    config_file: str | None, flags: dict[str, Any], save: bool = True, check: bool = True
+) -> Project:
     """Open what the settings mean, and say how many rows it has.
 
     Args:
         config_file: The settings file.
         flags: Settings as click gives them, `section__key`.
         save: Write the split and the report of the rows.
+        check: See `read_config`.
     """
-    config = read_config(config_file, flags)
+    config = read_config(config_file, flags, check)
     with working(LIBRARIES):
         from featstore.project import Project
 

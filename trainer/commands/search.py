@@ -110,13 +110,15 @@ def search_group(
     goes_on = goes_on and exists(folder)
     # `[search]` is of the space file, not of the settings'.
     own = {key: value for key, value in flags.items() if not key.startswith("search__")}
-    config = None if goes_on else read_config(config_file, own)
+    config = None if goes_on else read_config(config_file, own, check=False)
     if ray_address is not None:
         from featstore.ray_cluster import check_address
 
         check_address(ray_address)
     what = drive.meant(config, space_file, folder, init_from, searched, sections, dry_run)
     project, space = what.project, what.space
+    for line in what.notes:
+        note(line)
     if dry_run:
         print_rows(project.dataset, named=False)
         plans = drive.plan_features(project, space.feature_configs(what.base), show)
