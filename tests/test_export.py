@@ -30,7 +30,7 @@ from featstore.errors import RunError, UsageError
 from trainer.api import Run
 from trainer.commands.main import cli
 from trainer.config import TrainConfig
-from trainer.metrics import sigmoid
+from trainer.logits import sigmoid
 from trainer.model.end_to_end import build_end_to_end
 from trainer.model.head import HEAD_LAYERS
 from trainer.model.plain import build_plain, plain_weights, transfer_to_plain

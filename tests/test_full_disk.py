@@ -23,8 +23,9 @@ from trainer.run.checkpoint import load_best, save_weights
 from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training
+from trainer.tuning.search_file import known_search, start_search
 from trainer.tuning.space_file import read_space
-from trainer.tuning.study import Search, known_search, start_search
+from trainer.tuning.study import Search
 from trainer.tuning.table import trial_rows
 from trainer.tuning.trials import work
 

@@ -25,7 +25,7 @@ from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config, with_train
 from unprivileged import forbidden
 
-from featstore.care import gc
+from featstore.care import runs as care_runs
 from featstore.care.dump import dump_features
 from featstore.care.gc import compact, delete, find_garbage
 from featstore.care.info import describe_store, open_folder
@@ -705,7 +705,7 @@ def test_gc_reads_each_run_once(own: Own, monkeypatch: pytest.MonkeyPatch) -> No
     record_use(own.project.root, user_of(runs / "one" / "config.toml"), [])
     read: list[str] = []
     monkeypatch.setattr(
-        gc, "read_json", lambda path: read.append(path.parent.name) or read_json(path)
+        care_runs, "read_json", lambda path: read.append(path.parent.name) or read_json(path)
     )
     assert collected(own) == ["state", "state"]
     assert sorted(read) == ["one", "two"]

@@ -28,8 +28,8 @@ from trainer.results.report.cost import cost_of
 from trainer.results.report.measured import Measured
 from trainer.run.training import Reporter
 from trainer.tuning.drive import SearchResults
+from trainer.tuning.search_file import start_search
 from trainer.tuning.space_file import read_space
-from trainer.tuning.study import start_search
 
 QUIET: dict[str, Any] = {"reporter": Reporter(), "show": SILENT}
 SPACE = {

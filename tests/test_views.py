@@ -50,8 +50,8 @@ from trainer.results.parity import check_parity
 from trainer.run.fit import train_together
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training
+from trainer.tuning.search_file import jobs_of
 from trainer.tuning.space_file import read_space
-from trainer.tuning.study import jobs_of
 
 VIEWS = 3
 LEVELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.float32)

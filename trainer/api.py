@@ -1,4 +1,7 @@
-"""The public face: train, search, and what can be done with a run."""
+"""The public face: train, search, and what can be done with a run.
+
+Long, for what is asked of a run is said in one place, each of it a few lines under its docstring.
+"""
 
 from __future__ import annotations
 

@@ -11,16 +11,15 @@ from featstore.errors import Advice, UsageError, counted
 from featstore.quantities import number
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
-    check_kept,
     encoding_option,
     open_run,
-    print_confusion,
     quoted,
     run_options,
     split_option,
     stop_request,
 )
 from trainer.commands.help import PATH, command
+from trainer.commands.printed import check_kept, print_confusion
 from trainer.commands.showing import note, show_of, shown_reporter
 from trainer.config import CONTROLS
 

@@ -10,14 +10,9 @@ import click
 from featstore.errors import Advice, UsageError, counted
 from featstore.progress import working
 from trainer.commands.answer import answer, json_option, warn
-from trainer.commands.console import (
-    check_kept,
-    encoding_option,
-    open_run,
-    run_options,
-    split_option,
-)
+from trainer.commands.console import encoding_option, open_run, run_options, split_option
 from trainer.commands.help import PATH, command
+from trainer.commands.printed import check_kept
 from trainer.commands.showing import note, show_of
 
 COUNT = click.IntRange(min=1)

@@ -8,8 +8,9 @@ import click
 
 from featstore.errors import counted
 from trainer.commands.answer import answer, json_option
-from trainer.commands.console import check_kept, open_run, run_options, split_option
+from trainer.commands.console import open_run, run_options, split_option
 from trainer.commands.help import command
+from trainer.commands.printed import check_kept
 from trainer.commands.showing import show_of
 
 

@@ -18,7 +18,6 @@ from trainer.commands.console import (
     elsewhere,
     flag_sections,
     import_framework,
-    print_rows,
     quoted,
     read_config,
     run_options,
@@ -28,6 +27,7 @@ from trainer.commands.console import (
     stop_request,
 )
 from trainer.commands.help import PATH, SectionedGroup, setting_option
+from trainer.commands.printed import print_rows
 from trainer.commands.showing import note, show_of, shown_reporter
 from trainer.tuning.space import SearchConfig
 
@@ -97,8 +97,8 @@ def search_group(
     import_framework()
     from trainer.run.folder import free_name, run_folder
     from trainer.tuning import drive
+    from trainer.tuning.search_file import exists, start_search
     from trainer.tuning.storage import driver_url, masked
-    from trainer.tuning.study import exists, start_search
     from trainer.tuning.table import best_row, trial_rows
 
     started, show = time.time(), show_of(as_json)

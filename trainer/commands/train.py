@@ -11,13 +11,13 @@ from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     import_framework,
     open_project,
-    print_metrics,
     remember_settings,
     runs_option,
     settings,
     stop_request,
 )
 from trainer.commands.help import command
+from trainer.commands.printed import print_metrics
 from trainer.commands.showing import show_of, shown_reporter
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from featstore.data.examples import Examples, class_counts
 from featstore.data.labels import labels_of
 from featstore.quantities import share
 from trainer.exploration.sentences import words_of
-from trainer.metrics import class_metrics, predicted_labels
+from trainer.logits import predicted_labels
+from trainer.metrics import class_metrics
 from trainer.statistics import Clustered, intervals, paired_difference
 
 MODEL = (

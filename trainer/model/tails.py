@@ -11,7 +11,7 @@ from keras import ops
 
 from featstore.encoders.tower import Tower, run_blocks
 from featstore.errors import PresetError
-from trainer.model.fastpath import (
+from trainer.model.encoder_layers import (
     encoder_layer,
     first_token_layer,
     last_token,

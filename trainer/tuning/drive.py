@@ -29,9 +29,10 @@ from trainer.run.folder import find_run, free_name, places, run_folder
 from trainer.run.tracking import check_trackers
 from trainer.tuning.live import live_view, no_view
 from trainer.tuning.plots import no_importance
+from trainer.tuning.search_file import exists, jobs_of, known_search, open_search, start_search
 from trainer.tuning.space import SearchConfig, Space, shown
 from trainer.tuning.space_file import read_space
-from trainer.tuning.study import Search, exists, jobs_of, known_search, open_search, start_search
+from trainer.tuning.study import Search
 from trainer.tuning.table import best_row, ranked, trial_rows, write_leaderboard
 from trainer.tuning.unused import unused_in_space
 from trainer.tuning.workers import Watched, run_workers

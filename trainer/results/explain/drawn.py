@@ -16,7 +16,7 @@ from PIL import Image
 from featstore.data.labels import LABEL_NAMES, UNLABELLED
 from featstore.errors import counted
 from featstore.quantities import MISSING, number, share
-from trainer.metrics import sigmoid
+from trainer.logits import sigmoid
 from trainer.pages.drawing import (
     CLASS_COLORS,
     COLORS,

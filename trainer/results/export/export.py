@@ -40,7 +40,7 @@ from trainer.results.export.graph import check_onnx_packages, save_onnx, save_sa
 from trainer.results.export.sample import Sample, draw_sample
 from trainer.results.export.target import Target, target_of
 from trainer.results.export.weights import read_weights_back, save_weights
-from trainer.results.parity import load_models
+from trainer.results.models import load_models
 from trainer.results.score import Scorer
 from trainer.results.tolerance import EXACT_LOGITS, logit_tolerance
 
