@@ -328,6 +328,13 @@ def draws_option(command: Function) -> Function:
     )(command)
 
 
+def seed_option(help: str = "Seed of the draws.") -> Callable[[Function], Function]:
+    """Give a command `--seed`, of what it draws."""
+    return click.option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help=help
+    )
+
+
 def encoding_option(command: Function) -> Function:
     """Give a command `--encoding`, of its `--rows`."""
     return click.option(
