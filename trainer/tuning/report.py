@@ -320,7 +320,7 @@ def _repeat(search: Search, best: dict[str, Any] | None) -> dict[str, Any]:
     about = read_json(search.folder / SEARCH_FILE)
     storage: dict[str, Any] = {"storage": about["storage"]} if about["storage"] else {}
     folder = str(search.folder)
-    commands = [("the search, as it was typed", about["command"])]
+    commands = [("the search, as it was started", about["command"])]
     if search.unfinished:
         runs: dict[str, Any] = (
             {} if search.folder.parent.name == "runs" else {"runs": str(search.folder.parent)}
