@@ -26,7 +26,8 @@ import trainer
 from benchmarks.tables import table
 from featstore.progress import SHOWN
 from featstore.project import Project
-from trainer.metrics import row_losses, sigmoid
+from trainer.logits import sigmoid
+from trainer.metrics import row_losses
 from trainer.statistics import Clustered, percentiles
 
 Draws = NDArray[np.float64]

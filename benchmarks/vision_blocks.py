@@ -23,7 +23,8 @@ import trainer
 from benchmarks.tables import table
 from featstore.progress import SILENT
 from featstore.project import Project
-from trainer.metrics import evaluate_logits, row_losses, sigmoid
+from trainer.logits import sigmoid
+from trainer.metrics import evaluate_logits, row_losses
 from trainer.statistics import Clustered, percentiles
 
 PHOTOS = {"warm": 1100, "train": 160, "val": 60, "test": 200}

@@ -8,6 +8,7 @@ import functools
 import inspect
 import io
 import os
+import reprlib
 import shutil
 import sys
 import threading
@@ -16,6 +17,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TextIO, TypeVar
+
+from featstore.quantities import duration
 
 # Called with the number of rows just dealt with.
 Progress = Callable[[int], None]
@@ -32,13 +35,6 @@ def redrawn(stream: Any = None) -> bool:
     """Tell whether what is written on stderr can be replaced: on a terminal, in a notebook."""
     stream = sys.stderr if stream is None else stream
     return "ipykernel" in sys.modules or bool(getattr(stream, "isatty", lambda: False)())
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people: "40 s", "3.5 min", "2.1 h"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 # What is being waited for, the innermost last; only that is shown.
@@ -166,7 +162,7 @@ def _kept_stderr() -> tuple[TextIO, bool]:
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
     """Say what is waited for, if it takes long: "loading Keras: 3 s"."""
-    with _Wait(lambda passed: f"{what}: {duration(passed)}"):
+    with _Wait(lambda passed: f"{what}: {duration(round(passed))}"):
         yield
 
 
@@ -247,9 +243,9 @@ def logged_bar(
         if done and passed:
             parts.append(f"{done / passed:.3g} {unit}/s")
         if 0 < done < total:
-            parts.append(f"about {duration((total - done) / done * passed)} left")
+            parts.append(f"about {duration(round((total - done) / done * passed))} left")
         else:
-            parts.append(duration(passed))
+            parts.append(duration(round(passed)))
         return ", ".join(filter(None, [*parts, more()]))
 
     def advance(rows: int) -> None:
@@ -339,14 +335,65 @@ def says(what: str) -> Callable[[Callable[Given, Found]], Callable[Given, Found]
 
 
 def shows_work(function: Callable[Given, Found]) -> Callable[Given, Found]:
-    """Have `working` follow the `show` that a function is given."""
+    """Have `working` follow the `show` that a function is given, and `running_call` name it."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def shown(*args: Given.args, **kwargs: Given.kwargs) -> Found:
         bound = signature.bind(*args, **kwargs)
+        given = dict(bound.arguments)
         bound.apply_defaults()
-        with showing(bound.arguments["show"]):
-            return function(*args, **kwargs)
+        # The outermost: what it calls is its own business.
+        known = _call.get() or functools.partial(_said, function, signature, given)
+        token = _call.set(known)
+        try:
+            with showing(bound.arguments["show"]):
+                return function(*args, **kwargs)
+        finally:
+            _call.reset(token)
 
     return shown
+
+
+_call: contextvars.ContextVar[Callable[[], str] | None] = contextvars.ContextVar(
+    "call", default=None
+)
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxtuple = 4, 20, 8, 8
+_SHORT.maxstring = MOST_LETTERS = 200
+_PLAIN = (str, int, float, tuple, list, dict, type(None))
+
+
+def running_call() -> str:
+    """Return the outermost call of the Python interface that is running; "" outside of any.
+
+    As `trainer.train(project, name='first', k_txt=3)`: of arguments that are no plain values
+    the name alone.
+    """
+    call = _call.get()
+    return "" if call is None else call()
+
+
+def _said(function: Callable[..., Any], signature: inspect.Signature, given: dict[str, Any]) -> str:
+    owner, _, name = function.__qualname__.rpartition(".")
+    parts = []
+    for key, value in given.items():
+        kind = signature.parameters[key].kind
+        if key in ("self", "show"):
+            continue
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            parts += [f"{inner}={_value(inner, of)}" for inner, of in value.items()]
+        elif signature.parameters[key].default is inspect.Parameter.empty:
+            parts.append(_value(key, value))
+        else:
+            parts.append(f"{key}={_value(key, value)}")
+    before = owner.lower() if owner else function.__module__.partition(".")[0]
+    return f"{before}.{name}({', '.join(parts)})"
+
+
+def _value(name: str, value: Any) -> str:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, str) and len(value) > MOST_LETTERS:
+        # Cut, the password of a URL could no more be told as one.
+        return name
+    return _SHORT.repr(value) if isinstance(value, _PLAIN) else name

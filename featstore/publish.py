@@ -27,6 +27,8 @@ from typing import Any
 import xxhash
 
 from featstore.errors import Advice, StoreError, WriteError
+from featstore.progress import running_call
+from featstore.quantities import size
 
 # Of `scheme://user:password@host`; a password may have an @ of its own.
 PASSWORD = re.compile(r"(\w+://[^\s/:@]*:)\S*@")
@@ -64,9 +66,23 @@ def program() -> str:
     return f"python {path.name}" if path.suffix == ".py" else path.name
 
 
+def interactive() -> bool:
+    """Tell whether Python is typed at: in a notebook or at a prompt, or as `python -c`."""
+    path = Path(sys.argv[0])
+    kernel = path.stem.endswith("kernel_launcher") or path.parent.name == "ipykernel"
+    return kernel or path.name in ("", "-c", "ipython", "ipython3")
+
+
 def command_line() -> str:
-    """Return the command that is running, as it could be typed again; a URL's password is not."""
-    return PASSWORD.sub(r"\1***@", " ".join([program(), shlex.join(sys.argv[1:])]).strip())
+    """Return the command that is running, as it could be typed again; a URL's password is not.
+
+    Where Python is typed at, it is the call of this package's that is running, or "Python".
+    """
+    if interactive():
+        line = running_call() or "Python"
+    else:
+        line = " ".join([program(), shlex.join(sys.argv[1:])]).strip()
+    return PASSWORD.sub(r"\1***@", line)
 
 
 def _sync(path: Path) -> None:
@@ -101,7 +117,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
         return
     if free < num_bytes + SPARE_BYTES:
         raise WriteError(
-            f"{folder}: needs {(num_bytes + SPARE_BYTES) / 1e6:.1f} MB, and {free / 1e6:.1f} MB of"
+            f"{folder}: needs {size(num_bytes + SPARE_BYTES)}, and {size(free)} of"
             " the disk are free",
             Advice("free some space, then run the command again"),
         )

@@ -611,8 +611,8 @@ def search_worker(work: Work, name: str, attack: Callable[[], Any] = lambda: Non
 
     def run() -> int:
         from featstore.data.dataset import load_dataset
+        from trainer.tuning.search_file import start_search
         from trainer.tuning.space import read_space
-        from trainer.tuning.study import start_search
         from trainer.tuning.trials import work as work_on
 
         attack()
@@ -646,7 +646,7 @@ def trials_of(work: Work, name: str) -> list[Any]:
     folder = work.folder / "runs" / name
 
     def read() -> None:
-        from trainer.tuning.study import open_search
+        from trainer.tuning.search_file import open_search
         from trainer.tuning.table import trial_rows
 
         rows = trial_rows(open_search(folder))

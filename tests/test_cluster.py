@@ -24,9 +24,10 @@ from featstore.project import Project
 from featstore.ray_cluster import Actors
 from trainer.tuning import ray as on_ray
 from trainer.tuning.ray import TrialActor, run_on_ray
+from trainer.tuning.search_file import start_search
 from trainer.tuning.space import Space
 from trainer.tuning.space_file import read_space
-from trainer.tuning.study import Search, start_search
+from trainer.tuning.study import Search
 from trainer.tuning.table import trial_rows
 from trainer.tuning.workers import Watched, run_workers
 

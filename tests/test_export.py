@@ -30,7 +30,7 @@ from featstore.errors import RunError, UsageError
 from trainer.api import Run
 from trainer.commands.main import cli
 from trainer.config import TrainConfig
-from trainer.metrics import sigmoid
+from trainer.logits import sigmoid
 from trainer.model.end_to_end import build_end_to_end
 from trainer.model.head import HEAD_LAYERS
 from trainer.model.plain import build_plain, plain_weights, transfer_to_plain
@@ -231,7 +231,7 @@ def test_only_an_export_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="MB are free"):
+    with pytest.raises(RunError, match="B are free"):
         target_of(tmp_path / "m.keras").check_space(1 << 60)
 
 

@@ -605,7 +605,7 @@ def test_space_is_checked_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(photos)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(StoreError, match=r"need 0.00 GB and 0.00 GB are free; free some space"):
+    with pytest.raises(StoreError, match=r"need 41 kB and 1 kB are free; free some space"):
         extract(image_job(encoders, store, IDS, index_images(photos)))
     assert shards(vision_spec(encoders, store).folder(Path(store.root))) == {}
 

@@ -18,7 +18,7 @@ from tiny_presets import randomise
 from featstore.encoders.presets import resolve_preset
 from trainer.config import TrainConfig
 from trainer.model.cached import build_cached_model
-from trainer.model.fastpath import encoder_layer, first_token_layer
+from trainer.model.encoder_layers import encoder_layer, first_token_layer
 from trainer.run.optimizer import make_optimizer
 from trainer.run.step import cross_entropy, make_stepper
 

@@ -25,7 +25,7 @@ from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, extracted, tiny_config, with_train
 from unprivileged import forbidden
 
-from featstore.care import gc
+from featstore.care import runs as care_runs
 from featstore.care.dump import dump_features
 from featstore.care.gc import compact, delete, find_garbage
 from featstore.care.info import describe_store, open_folder
@@ -705,7 +705,7 @@ def test_gc_reads_each_run_once(own: Own, monkeypatch: pytest.MonkeyPatch) -> No
     record_use(own.project.root, user_of(runs / "one" / "config.toml"), [])
     read: list[str] = []
     monkeypatch.setattr(
-        gc, "read_json", lambda path: read.append(path.parent.name) or read_json(path)
+        care_runs, "read_json", lambda path: read.append(path.parent.name) or read_json(path)
     )
     assert collected(own) == ["state", "state"]
     assert sorted(read) == ["one", "two"]
@@ -971,7 +971,7 @@ def test_gc_shows_first(own: Own) -> None:
     runs = ("--runs", str(own.folder / "runs"))
     result = invoke(own, "gc", *runs)
     # Extracted by this process, with settings that no file has.
-    assert result.stdout == "0.0 MB can go; --yes deletes it\n"
+    assert result.stdout == "0 B can go; --yes deletes it\n"
     assert f"kept: text/{other.name}: used by settings without a file" in result.stderr
     runs = (*runs, "--forget", own.project.user.path)
     result = invoke(own, "gc", *runs)

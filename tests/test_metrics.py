@@ -13,18 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+from trainer.logits import confidence_of, predicted_labels, probabilities_of, sigmoid
 from trainer.metrics import (
     GRID,
     auc,
     binary_metrics,
     calibration_error,
-    confidence_of,
     decided,
     evaluate_logits,
     log_loss,
-    predicted_labels,
-    probabilities_of,
-    sigmoid,
     sweep_threshold,
 )
 

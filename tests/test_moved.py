@@ -86,7 +86,7 @@ def test_a_moved_project_goes_on(moved: Path) -> None:
     assert "trial-0000" in succeed("search", "show", "s")
     succeed("search", "best", "s", "--seeds", "1")
     succeed("search", "--name", "s", "--trials", "2")
-    assert "0.0 MB can go" in succeed("store", "gc")
+    assert "0 B can go" in succeed("store", "gc")
     assert 'rows = "../../data/rows.jsonl"' in (moved / "runs/first/config.toml").read_text()
 
 

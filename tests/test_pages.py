@@ -86,14 +86,6 @@ def test_figures_of_a_page_share_no_names_and_take_its_ink(written: Path) -> Non
     assert 'aria-label="Bars: &quot;two&quot; is the longest"' in text
 
 
-def test_numbers_are_said_as_people_do() -> None:
-    assert [page.share(value) for value in (0.5, None, float("nan"))] == ["50.0 %", "–", "–"]
-    assert [page.number(value) for value in (1200, 0.1234, None)] == ["1,200", "0.123", "–"]
-    said = [page.duration(seconds) for seconds in (0.44, 59.4, 60, 125, 7260, None)]
-    assert said == ["0.4 s", "59 s", "1 min", "2 min 5 s", "2 h 1 min", "–"]
-    assert [page.size(n) for n in (12, 1500, 2.5e9, 1e13)] == ["12 B", "1.5 kB", "2.5 GB", "10 TB"]
-
-
 def test_a_figure_is_also_a_file(tmp_path: Path) -> None:
     write_png(bars(["one", "two"], [1, 3], "rows"), tmp_path / "bars.png")
     with Image.open(tmp_path / "bars.png") as image:

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, prepared, tiny_config
 
-import trainer.results.parity
+import trainer.results.models
 from featstore.errors import RunError
 from featstore.store.folder import read_spec, reconcile_manifest, shard_paths, write_manifest
 from featstore.store.numbers import Numbers, feature_dtype
 from featstore.store.shard import open_shard
 from featstore.store.write import ShardRows, write_shard
 from trainer.commands.main import cli
-from trainer.metrics import sigmoid
+from trainer.logits import sigmoid
 from trainer.model.weights import trained_weights, transfer_weights
 from trainer.results.parity import check_parity
 from trainer.results.score import project_of
@@ -290,7 +290,7 @@ def test_models_that_differ_are_found(run: Run, monkeypatch: pytest.MonkeyPatch)
         bias = trained_weights(target)["logit/bias"]
         bias.assign(np.asarray(bias) + 3e-4)
 
-    monkeypatch.setattr(trainer.results.parity, "transfer_weights", transfer)
+    monkeypatch.setattr(trainer.results.models, "transfer_weights", transfer)
     result = measure(run, "test", 16)
     assert result["quantities"]["vision_features"]["met"]
     assert result["quantities"]["logits"]["largest"] == pytest.approx(3e-4, rel=0.1)

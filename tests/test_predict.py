@@ -34,7 +34,7 @@ from featstore.extract.held import Holder
 from featstore.progress import SILENT
 from trainer.batches import Batch
 from trainer.commands.main import cli
-from trainer.metrics import sigmoid
+from trainer.logits import sigmoid
 from trainer.results.score import Scorer
 from trainer.results.unseen import blocks_of, score_rows
 from trainer.run.training import Reporter

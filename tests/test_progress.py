@@ -18,6 +18,7 @@ from tiny_runs import prepared, tiny_config
 import trainer
 from featstore import progress
 from featstore.progress import SHOWN, SILENT, Show, print_line, showing, shows_work, working
+from featstore.publish import command_line
 from trainer.config import render_config
 from trainer.run.shown import epoch_bar, reporter_of
 
@@ -213,3 +214,35 @@ def test_a_command_shows_its_work(tmp_path: Path, tiny_vit: Path, tiny_text: Pat
     piped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "loading Keras: 0 s\n" in piped.stderr
     assert "\r" not in piped.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["/x/ipykernel_launcher.py", "-f", "/tmp/kernel.json"], "trainer.tried('vit', k_txt=3"),
+        (["-c"], "trainer.tried('vit', k_txt=3"),
+        (["cli.py", "train", "--name", "a b"], "python cli.py train --name 'a b'"),
+        (["/w/study.py"], "python study.py"),
+    ],
+)
+def test_the_command_of_a_notebook_is_the_call(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+
+    @shows_work
+    def inner(show: Show = SILENT) -> str:
+        return command_line()
+
+    def tried(kind: str, project: object, show: Show = SILENT, **settings: object) -> str:
+        return inner(show=show)
+
+    tried.__module__, tried.__qualname__ = "trainer.api", "tried"
+    settings = {"k_txt": 3, "runs": Path("r"), "storage": "postgresql://me:secret@host/d"}
+    found = shows_work(tried)("vit", object(), **settings)
+    if said.startswith("trainer"):
+        said = "trainer.tried('vit', project, k_txt=3, runs='r',"
+        assert found == f"{said} storage='postgresql://me:***@host/d')"
+        assert command_line() == "Python"
+    else:
+        assert found == command_line() == said

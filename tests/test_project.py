@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, write_data
 
+import featstore.configured
 import featstore.project
 from featstore.api import Project
 from featstore.config import FeatureConfig
@@ -190,12 +191,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a project read or made, by the name of what does it."""
     found: list[str] = []
 
-    def counted(name: str) -> Any:
-        own = getattr(featstore.project, name)
+    def counted(module: Any, name: str) -> Any:
+        own = getattr(module, name)
         return lambda *args, **named: (found.append(name), own(*args, **named))[1]
 
     for name in READERS:
-        monkeypatch.setattr(featstore.project, name, counted(name))
+        module = featstore.configured if hasattr(featstore.configured, name) else featstore.project
+        monkeypatch.setattr(module, name, counted(module, name))
     return found
 
 

@@ -201,7 +201,7 @@ def test_the_table_says_what_is_not_known() -> None:
         "seconds": 2.0,
         "end_to_end_seconds": None,
     }
-    assert "| a | presets | lr 0.001 | – | – | – | 2 s | – |" in as_markdown([row])
+    assert "| a | presets | lr 0.001 | – | – | – | 2.0 s | – |" in as_markdown([row])
     known = as_markdown([{**row, "end_to_end_seconds": 20.0}])
     assert "end to end at least 20 s, 10.0 × as long" in known
 

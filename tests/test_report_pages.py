@@ -28,8 +28,8 @@ from trainer.results.report.cost import cost_of
 from trainer.results.report.measured import Measured
 from trainer.run.training import Reporter
 from trainer.tuning.drive import SearchResults
+from trainer.tuning.search_file import start_search
 from trainer.tuning.space_file import read_space
-from trainer.tuning.study import start_search
 
 QUIET: dict[str, Any] = {"reporter": Reporter(), "show": SILENT}
 SPACE = {
@@ -304,7 +304,8 @@ def test_the_command_tells_runs_from_searches(
     runs = ["--runs", str(tmp_path / "runs")]
     done = typed("report", "first", *runs)
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith(f"run {run.folder}: {run.folder}/report.html (0.")
+    assert done.stdout.startswith(f"run {run.folder}: {run.folder}/report.html (")
+    assert done.stdout.endswith(" kB)\n")
     assert typed("report", "s", *runs).stdout.startswith(f"search {search.folder}: ")
     for line, said in (
         ("absent", "no such run or search"),

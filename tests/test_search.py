@@ -37,9 +37,10 @@ from trainer.run.training import Reporter
 from trainer.tuning import study as searching
 from trainer.tuning.again import retrain
 from trainer.tuning.plots import no_importance
+from trainer.tuning.search_file import known_search, open_search, start_search
 from trainer.tuning.space import SearchConfig
 from trainer.tuning.space_file import read_space
-from trainer.tuning.study import Search, known_search, open_search, start_search
+from trainer.tuning.study import Search
 from trainer.tuning.table import best_row, ranked, seconds_left, trial_rows, write_leaderboard
 from trainer.tuning.trials import count_attempt, work
 

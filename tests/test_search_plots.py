@@ -79,7 +79,7 @@ def test_ticks_are_round_and_the_best_trials_stand_out(
 
 @pytest.mark.parametrize(
     ("own", "peak", "said"),
-    [({0: 2_000_000_000}, 3_000_000_000, "memory 2.0 GB"), ({}, 3_000_000_000, "at most 3.0 GB")],
+    [({0: 2_000_000_000}, 3_000_000_000, "memory 2 GB"), ({}, 3_000_000_000, "at most 3 GB")],
 )
 def test_the_memory_of_workers_that_are_gone_is_not_0(
     tmp_path: Path, own: dict[int, int], peak: int, said: str

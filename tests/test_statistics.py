@@ -13,13 +13,13 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 from sklearn import metrics as sk
 
+from trainer.logits import sigmoid
 from trainer.metrics import (
     average_precision,
     brier,
     calibration_error,
     evaluate_logits,
     log_loss,
-    sigmoid,
     sweep_threshold,
 )
 from trainer.statistics import (

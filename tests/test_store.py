@@ -510,7 +510,7 @@ def test_what_a_store_shows(notebook: VisionStore, text: TextStore) -> None:
     boundary = notebook.spec["boundary"]
     for words in ("VisionStore tiny: 11 rows of 5 x 4 float16", f"boundary {boundary}"):
         assert words in shown
-    assert f"{13 * 40 / 1e6:.2f} MB in {notebook.folder}" in shown
+    assert f"{13 * 40} B in {notebook.folder}" in shown
     tokens = text.lengths(text.live()).sum()
     assert f"TextStore {TEXT.encoder}: 12 rows, {tokens} tokens x 4 float16" in repr(text)
 

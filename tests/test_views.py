@@ -38,6 +38,7 @@ from featstore.extract import encode
 from featstore.extract.actor import _spec_here
 from featstore.progress import SILENT
 from featstore.project import Project
+from featstore.quantities import size
 from featstore.store.folder import read_quarantine, shard_paths, write_quarantine
 from featstore.store.store import VisionStore
 from featstore.store.views import ViewedImages
@@ -49,8 +50,8 @@ from trainer.results.parity import check_parity
 from trainer.run.fit import train_together
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training
+from trainer.tuning.search_file import jobs_of
 from trainer.tuning.space_file import read_space
-from trainer.tuning.study import jobs_of
 
 VIEWS = 3
 LEVELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.float32)
@@ -380,7 +381,7 @@ def test_the_commands(place: Place, tmp_path: Path) -> None:
     assert [one["todo_bytes"] for one in planned["views"]] == [photos * row_bytes] * 3
     assert [one["view"] for one in planned["views"]] == [0, 1, 2]
     shown = invoke("extract-vit", "--views", 3, "--dry-run", *at).stdout
-    assert f"3 views: 168 rows to do, {168 * row_bytes / 1e6:.1f} MB of" in shown
+    assert f"3 views: 168 rows to do, {size(168 * row_bytes)} of" in shown
     assert not (tmp_path / "cache" / "vit").exists()
     assert "views" not in answered("extract-vit", *at)
     # What is missing is said with the command that brings it.

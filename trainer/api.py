@@ -1,4 +1,7 @@
-"""The public face: train, search, and what can be done with a run."""
+"""The public face: train, search, and what can be done with a run.
+
+Long, for what is asked of a run is said in one place, each of it a few lines under its docstring.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from trainer.run.resume import check_resumable
 from trainer.run.shown import reporter_of, threshold_line
 from trainer.run.tracking import check_trackers
 from trainer.run.training import Reporter, Training
+from trainer.unused import refuse_unused, unused
 
 if TYPE_CHECKING:
     import keras
@@ -357,6 +361,11 @@ def train(
     name = free_name(folders, f"k{config.train.k_txt}") if name is None else name
     run = Run(run_folder(folders, name))
     check_resumable(run, config)
+    without_effect = unused(config)
+    if not run.exists:
+        refuse_unused(without_effect, {"train": settings})
+    for one in without_effect:
+        show.note(one.line)
     project.forget_photos()
     if extract:
         extract_missing(project, config.train.k_txt, show, config.train.views)

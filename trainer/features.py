@@ -15,8 +15,9 @@ from featstore.encoders.spec import blocks_left, view_of
 from featstore.errors import Command, ConfigError, MissingFeaturesError, counted
 from featstore.extract.extract import estimate
 from featstore.extract.plan import Job, Plan
-from featstore.progress import SILENT, Show, duration, says
+from featstore.progress import SILENT, Show, says
 from featstore.project import Project, Split
+from featstore.quantities import duration, size
 from featstore.settings import suggest
 from featstore.store.store import VisionStore
 from featstore.store.views import ViewedImages
@@ -119,7 +120,7 @@ def plan_jobs(jobs: Sequence[Job], show: Show = SILENT) -> list[Plan]:
         show.note(
             f"to extract: {counted(len(plan.keys), job.unit.removesuffix('s'))}{boundary},"
             f" about {duration(seconds)},"
-            f" {plan.todo_bytes / 1e6:.1f} MB in {plan.folder}"
+            f" {size(plan.todo_bytes)} in {plan.folder}"
         )
         found.append(plan)
     if len(found) > 1:

@@ -43,6 +43,7 @@ from featstore.extract.plan import free_space
 from featstore.progress import SILENT, Show
 from featstore.project import Project
 from featstore.publish import command_line, package_versions, publish
+from featstore.quantities import size
 from featstore.store.folder import read_quarantine
 from featstore.store.store import IntArray, TextStore, VisionStore
 
@@ -211,7 +212,7 @@ def dump_features(
     array_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if array_bytes > free_space(out.absolute().parent):
         raise StoreError(
-            f"{out}: needs {array_bytes / 1e9:.2f} GB, more than is free there; choose another disk"
+            f"{out}: needs {size(array_bytes)}, more than is free there; choose another disk"
         )
     about = {
         "fingerprint": spec.fingerprint,

@@ -12,7 +12,6 @@ Features whose users were never recorded are garbage only to one who says so.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from featstore.care.info import disk_bytes, feature_folders, open_folder
-from featstore.config import RECORDS
+from featstore.care.runs import read_runs
 from featstore.encoders.presets import DIGESTS_FILE
 from featstore.errors import Advice, Command, RunError, StoreError, UsageError, counted
 from featstore.extract.claims import CLAIM, writing
@@ -34,7 +33,7 @@ from featstore.extract.plan import KINDS
 from featstore.extract.publisher import PLAN
 from featstore.extract.speed import SPEEDS_FILE
 from featstore.project import Project
-from featstore.publish import TEMPORARY, read_json
+from featstore.publish import TEMPORARY
 from featstore.store.folder import (
     listed,
     read_spec,
@@ -42,7 +41,7 @@ from featstore.store.folder import (
     shard_paths,
     write_manifest,
 )
-from featstore.store.shard import MAKE_READABLE, open_shard, shard_number
+from featstore.store.shard import open_shard, shard_number
 from featstore.store.users import (
     CONFIGURATION,
     FOLDER,
@@ -54,8 +53,6 @@ from featstore.store.users import (
 )
 from featstore.store.write import rewrite_shard
 
-STATE = "last.npz"  # of a run, beside its manifest
-DIGEST = re.compile(r"(?<![0-9a-zA-Z])[0-9a-f]{32}(?![0-9a-zA-Z])")
 # The manifest goes first: a folder that is deleted in part is refused until this goes on.
 LISTS = ("quarantine.json", "spec.json", LENGTHS, PLAN, ".lock")
 ROOT_ENTRIES = (
@@ -124,67 +121,6 @@ class Collection:
             "deleted": [item.to_dict() for item in self.deleted],
             "kept": self.kept,
         }
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """What a folder of runs needs, and what it has no use for.
-
-    Attributes:
-        digests: Every fingerprint and split digest that a run or a search names.
-        old_states: The optimizer states that finished runs of earlier versions left.
-    """
-
-    digests: set[str] = field(default_factory=set)
-    old_states: list[Path] = field(default_factory=list)
-
-
-def _read_runs(runs: Path) -> _Runs:
-    """Read what runs and searches below a folder wrote of themselves.
-
-    Raises:
-        RunError: One cannot be read: what it refers to is not known.
-    """
-    found = _Runs()
-    for path in _records(runs):
-        try:
-            record = read_json(path)
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{path}: cannot be read ({error}), so the features that the run needs are not"
-                " known; mend or delete that run first"
-            ) from error
-        found.digests.update(DIGEST.findall(json.dumps(record)))
-        state = path.with_name(STATE)
-        has_state = path.name == "manifest.json" and state.is_file()
-        if has_state and record.get("status") == "finished" and not record.get("keeps_state"):
-            found.old_states.append(state)
-    return found
-
-
-def _records(runs: Path) -> list[Path]:
-    """Return what runs and searches wrote of themselves; links to folders are followed.
-
-    A search names the features of its trials before it has any.
-
-    Raises:
-        RunError: A folder cannot be listed. Passed over, its runs would not count.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise RunError(
-            f"{error.filename}: cannot be listed ({error.strerror}), so the features that its"
-            f" runs need are not known",
-            MAKE_READABLE,
-        ) from error
-
-    found, seen = [], set[str]()
-    if runs.exists():
-        for folder, inner, names in os.walk(runs, onerror=refuse, followlinks=True):
-            seen.add(os.path.realpath(folder))
-            inner[:] = [name for name in inner if os.path.realpath(f"{folder}/{name}") not in seen]
-            found += [Path(folder, name) for name in names if name in RECORDS]
-    return sorted(found)
 
 
 def _is_ours(path: Path) -> bool:
@@ -292,7 +228,7 @@ def _needs_of(user: User, uses: Iterable[Use]) -> tuple[set[str], bool]:
     """
     if user.what == RUNS and user.is_here:
         with contextlib.suppress(RunError):
-            return _read_runs(Path(user.path)).digests, True
+            return read_runs(Path(user.path)).digests, True
     return {digest for use in uses for digest in use.digests}, user.is_here and user.what != RUNS
 
 
@@ -339,7 +275,7 @@ def find_garbage(
     uses = read_uses(project.root)
     gone = _forgotten(uses, forget)
     found.forgotten = [use for use in uses if use.path in gone and not use.forgotten]
-    read = _read_runs(runs)
+    read = read_runs(runs)
     own = read.digests | project.fingerprints
     here = User(RUNS, os.path.abspath(runs), "")
     of_user: dict[User, list[Use]] = {}

@@ -23,6 +23,7 @@ from featstore.errors import (
 )
 from featstore.extract.photos import PhotoDigests
 from featstore.progress import SILENT, Show, says
+from featstore.quantities import size
 from featstore.store.folder import read_quarantine, shard_paths
 from featstore.store.numbers import token_bytes
 from featstore.store.store import Store, VisionStore, open_store
@@ -141,7 +142,7 @@ class Plan:
     def __repr__(self) -> str:
         return (
             f"<Plan: {len(self.keys)} of {self.requested} {self.job.unit} to do,"
-            f" {self.todo_bytes / 1e6:.1f} MB, into {self.folder}>"
+            f" {size(self.todo_bytes)}, into {self.folder}>"
         )
 
     @property
@@ -189,8 +190,8 @@ def check_space(plans: Sequence[Plan]) -> None:
     needed = sum(plan.least_bytes for plan in plans)
     if needed > plans[0].free_bytes:
         raise StoreError(
-            f"{plans[0].folder}: the features need {needed / 1e9:.2f} GB and"
-            f" {plans[0].free_bytes / 1e9:.2f} GB are free; free some space, or set"
+            f"{plans[0].folder}: the features need {size(needed)} and"
+            f" {size(plans[0].free_bytes)} are free; free some space, or set"
             " [store] root to another disk"
         )
 
@@ -333,7 +334,7 @@ def _bytes_of(job: Job, rows: int) -> tuple[int, int]:
     if min(store.shard_rows, rows) * row_bytes > MAX_SHARD_BYTES:
         raise ConfigError(
             f"[store] shard_rows = {store.shard_rows}: one shard would take"
-            f" {store.shard_rows * row_bytes / 1e9:.1f} GB of memory; choose at most"
+            f" {size(store.shard_rows * row_bytes)} of memory; choose at most"
             f" {MAX_SHARD_BYTES // row_bytes}"
         )
     return rows * row_bytes, rows * row_bytes

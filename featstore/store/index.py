@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from featstore.encoders.spec import QUANTISED, extraction_of
 from featstore.errors import CorruptShardError, MissingKeyError, counted
+from featstore.quantities import size
 from featstore.store.folder import manifest_lines, read_names, read_quarantine
 from featstore.store.numbers import feature_dtype
 from featstore.store.shard import VERIFY, digest_keys, open_shard
@@ -116,13 +117,10 @@ class Store:
     def __repr__(self) -> str:
         what = ", ".join(read_names(self.folder)) or self.spec.get("encoder", "unnamed")
         layers = self.spec.get("architecture", {}).get("num_layers")
-        size = (
-            f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e9 else f"{self.nbytes / 1e6:.2f} MB"
-        )
         return (
             f"<{type(self).__name__} {what}: {self._extent()} {self.spec['dtype']}, boundary"
-            f" {self.spec.get('boundary')}{f' of {layers}' if layers else ''}, {size} in"
-            f" {self.folder}>"
+            f" {self.spec.get('boundary')}{f' of {layers}' if layers else ''},"
+            f" {size(self.nbytes)} in {self.folder}>"
         )
 
     def _extent(self) -> str:

@@ -13,6 +13,7 @@ from trainer.commands.console import (
     encoding_option,
     open_run,
     run_options,
+    seed_option,
     split_option,
 )
 from trainer.commands.help import PATH, command
@@ -29,13 +30,7 @@ SUFFIXES = (".md", ".json")
 @encoding_option
 @click.option("--buckets", type=PATH, help="Bucket file.  [default: the one that ships]")
 @draws_option
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Seed of the draws.",
-)
+@seed_option()
 @click.option("--out", type=PATH, help="Write a page (.md) or the figures (.json).")
 @run_options
 @json_option

@@ -19,14 +19,14 @@ from featstore.errors import (
     FeatstoreError,
     StoppedError,
     UsageError,
-    WriteError,
-    counted,
 )
 from featstore.progress import working
-from trainer.commands.answer import Answer, fail, warn
+from trainer.commands.answer import Answer, fail
 from trainer.commands.help import PATH, SectionedGroup, lone, setting_option
+from trainer.commands.printed import print_rows
 from trainer.commands.showing import note
 from trainer.config import SECTIONS, Config, load_config
+from trainer.unused import refuse_unused, unused
 
 if TYPE_CHECKING:
     from featstore.project import Project
@@ -261,13 +261,23 @@ def flag_sections(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
-    """Read the settings with the flags that were given."""
+def read_config(config_file: str | None, flags: dict[str, Any], check: bool = True) -> Config:
+    """Read the settings with the flags that were given.
+
+    Args:
+        config_file: The settings file.
+        flags: Settings as click gives them, `section__key`.
+        check: Refuse a flag that has no effect beside the other settings.
+    """
     given = [("--config", config_file)] if config_file is not None else []
     given += [(_flag(key), value) for key, value in _given(flags).items()]
     overrides = flag_sections(flags)
     remember_settings(*given)
     config = load_config(config_file, overrides)
+    if check:
+        # `extract-text` takes a seed of the views, but no --views that could give it an effect.
+        able = [one for one in unused(config) if all(f"train__{k}" in flags for k in one.beside)]
+        refuse_unused(able, overrides)
     if config.is_demo:
         note(
             "no [data] rows set: this is the built-in demo (rendered scenes, its own encoders);"
@@ -276,15 +286,18 @@ def read_config(config_file: str | None, flags: dict[str, Any]) -> Config:
     return config
 
 
-def open_project(config_file: str | None, flags: dict[str, Any], save: bool = True) -> Project:
+def open_project(
+    config_file: str | None, flags: dict[str, Any], save: bool = True, check: bool = True
+) -> Project:
     """Open what the settings mean, and say how many rows it has.
 
     Args:
         config_file: The settings file.
         flags: Settings as click gives them, `section__key`.
         save: Write the split and the report of the rows.
+        check: See `read_config`.
     """
-    config = read_config(config_file, flags)
+    config = read_config(config_file, flags, check)
     with working(LIBRARIES):
         from featstore.project import Project
 
@@ -313,6 +326,13 @@ def draws_option(command: Function) -> Function:
         show_default=True,
         help="Draws of the bootstrap over images.",
     )(command)
+
+
+def seed_option(help: str = "Seed of the draws.") -> Callable[[Function], Function]:
+    """Give a command `--seed`, of what it draws."""
+    return click.option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help=help
+    )
 
 
 def encoding_option(command: Function) -> Function:
@@ -395,28 +415,6 @@ def stop_request() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def print_rows(dataset: Any, named: bool = True) -> None:
-    """Print how many rows each split has, and which rows were left out.
-
-    Args:
-        dataset: The rows.
-        named: Whether its report was written.
-    """
-    counts = dataset.counts()
-    rows = ", ".join(f"{split} {n}" for split, n in counts["rows"].items())
-    note(f"rows: {rows}")
-    for title, reasons in (
-        ("left out", counts["dropped"]),
-        ("kept with a warning", counts["kept_with_warning"]),
-    ):
-        if reasons:
-            found = ", ".join(f"{n} {reason}" for reason, n in reasons.items())
-            where = f" (named in {dataset.report})" if named else ""
-            warn(f"rows {title}: {found}{where}")
-    for line in dataset.notes():
-        warn(line)
-
-
 def open_run(name: str, runs: str) -> Run:
     """Open a run; what is typed next is typed with its settings."""
     from trainer.run.folder import find_run
@@ -432,43 +430,3 @@ def open_run(name: str, runs: str) -> Run:
         from trainer.api import load_run
 
     return load_run(name, runs, **where)
-
-
-def check_kept(result: dict[str, Any], mend: Advice | None = None) -> None:
-    """End with an error where the report of figures that were printed could not be written."""
-    if result["not_kept"]:
-        raise WriteError(f"the figures are not kept: {result['not_kept']}", mend)
-
-
-def print_confusion(at: dict[str, Any]) -> None:
-    """Print what rows of each class are called, and how well it is told; see `class_metrics`."""
-    names = list(at["confusion"])
-    head = " ".join(f"{name:>14}" for name in names)
-    click.echo(f"{'truth':>16} {head}  called so; {'precision':>9} {'recall':>8} {'F1':>8}")
-    for name in names:
-        cells = " ".join(f"{at['confusion'][name][other]:14d}" for other in names)
-        figures = at[name]
-        click.echo(
-            f"{name:>16} {cells} {figures['precision']:10.2%} {figures['recall']:8.2%}"
-            f" {figures['f1']:8.2%}"
-        )
-
-
-def print_metrics(result: dict[str, Any]) -> None:
-    from trainer.results.summary import class_line
-
-    auc = "undefined" if result["auc"] is None else f"{result['auc']:.4f}"
-    click.echo(
-        f"{result['split']}: {counted(result['rows'], 'row')} ({class_line(result)}),"
-        f" loss {result['loss']:.4f}, AUC {auc}"
-    )
-    if result["threshold"] is None:
-        at = result["at_argmax"]
-        click.echo(f"accuracy {at['accuracy']:.2%}, macro-F1 {at['macro_f1']:.2%}")
-        print_confusion(at)
-        return
-    at, half = result["at_threshold"], result["at_half"]
-    click.echo(f"{'threshold':>16} {'accuracy':>9} {'macro-F1':>9}   tp    fp    fn    tn")
-    for name, found in ((f"τ = {result['threshold']:.2f}", at), ("0.50", half)):
-        counts = " ".join(f"{found[key]:5d}" for key in ("tp", "fp", "fn", "tn"))
-        click.echo(f"{name:>16} {found['accuracy']:9.2%} {found['macro_f1']:9.2%} {counts}")

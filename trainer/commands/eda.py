@@ -16,6 +16,7 @@ from trainer.commands.console import (
     draws_option,
     import_framework,
     open_project,
+    seed_option,
     settings,
 )
 from trainer.commands.help import PATH, command
@@ -87,13 +88,7 @@ def summary_of(found: dict[str, Any]) -> dict[str, Any]:
     help="Photos shown of each label.",
 )
 @draws_option
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Seed of the draws, and of the photos shown.",
-)
+@seed_option("Seed of the draws, and of the photos shown.")
 @json_option
 @settings("data", "encoders", "store")
 def eda(

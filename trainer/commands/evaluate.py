@@ -8,18 +8,18 @@ from typing import Any
 import click
 
 from featstore.errors import Advice, UsageError, counted
+from featstore.quantities import number
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
-    check_kept,
     encoding_option,
     open_run,
-    print_confusion,
     quoted,
     run_options,
     split_option,
     stop_request,
 )
 from trainer.commands.help import PATH, command
+from trainer.commands.printed import check_kept, print_confusion
 from trainer.commands.showing import note, show_of, shown_reporter
 from trainer.config import CONTROLS
 
@@ -29,7 +29,7 @@ SHOWN_BUCKET_ROWS = 20
 
 def _print_result(result: dict[str, Any]) -> None:
     """Print a screenful: figures, controls, calibration, buckets, errors."""
-    from trainer.results.summary import between, class_line, number, title
+    from trainer.results.summary import between, class_line, title
 
     if result["control"] != "none":
         click.echo(f"control: {result['control']}")
@@ -43,7 +43,7 @@ def _print_result(result: dict[str, Any]) -> None:
     else:
         _print_at_thresholds(result)
     figures = [
-        f"{name} {number(result[key])} ({between(result['intervals'][key], 1, 3)})"
+        f"{name} {number(result[key], 4)} ({between(result['intervals'][key], 1, 3)})"
         for name, key in (("AUC", "auc"), ("average precision", "average_precision"))
     ]
     click.echo(f"{', '.join(figures)}, loss {result['loss']:.4f}, Brier {result['brier']:.4f}")
@@ -117,7 +117,7 @@ def _warn(result: dict[str, Any]) -> None:
 
 
 def _print_controls(result: dict[str, Any]) -> None:
-    from trainer.results.summary import CONTROL_NAMES, between, gained, number
+    from trainer.results.summary import CONTROL_NAMES, between, gained
 
     if not any(result.get("controls", {}).values()):
         return
@@ -126,7 +126,7 @@ def _print_controls(result: dict[str, Any]) -> None:
         if found is not None:
             accuracy = f"{found['accuracy']:.2%} ({between(found['interval'])})"
             click.echo(
-                f"{CONTROL_NAMES[name]:>32} {accuracy:>23} {number(found['auc']):>7}  "
+                f"{CONTROL_NAMES[name]:>32} {accuracy:>23} {number(found['auc'], 4):>7}  "
                 f" {gained(found['difference'])}"
             )
     if blind := result["controls"]["hypothesis-only"]:

@@ -11,13 +11,14 @@ from featstore.errors import Advice, UsageError, counted
 from featstore.progress import working
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
-    check_kept,
     encoding_option,
     open_run,
     run_options,
+    seed_option,
     split_option,
 )
 from trainer.commands.help import PATH, command
+from trainer.commands.printed import check_kept
 from trainer.commands.showing import note, show_of
 
 COUNT = click.IntRange(min=1)
@@ -43,7 +44,7 @@ COUNT = click.IntRange(min=1)
     show_default=True,
     help="Rows over which the maps are held against hiding patches.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of both.")
+@seed_option("Of both.")
 @click.option("--out", type=PATH, help="Page to write.  [default: explain.html of the run]")
 @click.option("--png", type=PATH, help="Folder for a PNG of each row.")
 @click.option("--npz", type=PATH, help="File (.npz) for all arrays.")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from featstore.errors import counted
+from featstore.quantities import duration, size
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import open_run, run_options, split_option
 from trainer.commands.help import PATH, command
@@ -15,9 +16,8 @@ from trainer.commands.showing import show_of
 
 def _print_export(result: dict[str, Any]) -> None:
     check, times = result["check"], result["times"]
-    for name, size in result["files"].items():
-        shown = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
-        click.echo(f"{name}: {shown}")
+    for name, num_bytes in result["files"].items():
+        click.echo(f"{name}: {size(num_bytes)}")
     titles = {
         "cached": "from the stored features",
         "end_to_end": "from the end-to-end model",
@@ -38,7 +38,7 @@ def _print_export(result: dict[str, Any]) -> None:
         if "raw_single_seconds" in times:
             figures.append(f"one from its bytes {times['raw_single_seconds'] * 1e3:.0f} ms")
         click.echo(
-            f"loaded in {times['load_seconds']:.1f} s by a fresh process; {', '.join(figures)}"
+            f"loaded in {duration(times['load_seconds'])} by a fresh process; {', '.join(figures)}"
         )
 
 

@@ -10,7 +10,7 @@ import click
 
 from featstore.config import SPLITS
 from featstore.errors import DataError, UsageError, counted
-from featstore.progress import duration
+from featstore.quantities import duration, size
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     Function,
@@ -56,10 +56,9 @@ def _print_plans(plans: list[tuple[Any, float]], as_json: bool) -> None:
             click.echo(f"view {view}")
         _print_plan(found)
     if len(each) > 1:
-        megabytes, free = whole["todo_bytes"] / 1e6, whole["free_bytes"] / 1e9
         click.echo(
             f"{len(each)} views: {counted(whole['todo'], 'row')} to do,"
-            f" {megabytes:.1f} MB of {free:.1f} GB free"
+            f" {size(whole['todo_bytes'])} of {size(whole['free_bytes'])} free"
             + (f", about {duration(whole['estimated_seconds'])}" if whole["todo"] else "")
         )
 
@@ -73,8 +72,7 @@ def _print_plan(found: dict[str, Any]) -> None:
     click.echo(
         f"to do        {found['todo']}, {counted(found['planned_shards'], 'shard')}{changed}"
     )
-    free = found["free_bytes"] / 1e9
-    click.echo(f"disk         {found['todo_bytes'] / 1e6:.1f} MB of {free:.1f} GB free")
+    click.echo(f"disk         {size(found['todo_bytes'])} of {size(found['free_bytes'])} free")
     if found["todo"]:
         seconds, rate = found["estimated_seconds"], found["rows_per_second"]
         click.echo(f"time         about {duration(seconds)} at {rate:.1f} rows/s")
@@ -145,7 +143,9 @@ def _print_extracted(plan: Any, summary: Any) -> None:
     unit = plan.job.unit
     done = counted(summary.extracted, unit.removesuffix("s"))
     done = f"{done} extracted" if plan.keys else f"nothing to do: {unit}"
-    speed = f" in {summary.seconds:.1f} s ({summary.rows_per_second:.1f}/s)" if plan.keys else ""
+    speed = ""
+    if plan.keys:
+        speed = f" in {duration(summary.seconds)} ({summary.rows_per_second:.1f}/s)"
     click.echo(f"{done}{speed}, {plan.cached} were stored already; {plan.folder}")
     if summary.cut and (line := summary.cut.line()):
         warn(line)

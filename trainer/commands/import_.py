@@ -7,14 +7,9 @@ from typing import Any
 import click
 
 from trainer.commands.answer import answer, json_option
-from trainer.commands.console import (
-    import_framework,
-    open_project,
-    print_metrics,
-    runs_option,
-    settings,
-)
+from trainer.commands.console import import_framework, open_project, runs_option, settings
 from trainer.commands.help import PATH, command
+from trainer.commands.printed import print_metrics
 from trainer.commands.showing import show_of
 
 

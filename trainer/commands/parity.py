@@ -8,8 +8,9 @@ import click
 
 from featstore.errors import counted
 from trainer.commands.answer import answer, json_option
-from trainer.commands.console import check_kept, open_run, run_options, split_option
+from trainer.commands.console import open_run, run_options, seed_option, split_option
 from trainer.commands.help import command
+from trainer.commands.printed import check_kept
 from trainer.commands.showing import show_of
 
 
@@ -72,13 +73,7 @@ def _print_parity(result: dict[str, Any]) -> None:
     show_default=True,
     help="Rows drawn from the split.",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Seed that decides which rows.",
-)
+@seed_option("Seed that decides which rows.")
 @split_option("test", "val", "train")
 @run_options
 @json_option

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from featstore.errors import RunError, UsageError
+from featstore.quantities import size
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import elsewhere, import_framework, open_run, run_options
 from trainer.commands.help import PATH, command
@@ -70,9 +71,7 @@ def report(
     if as_json:
         answer(found)
     else:
-        click.echo(
-            f"{found['kind']} {found['of']}: {found['page']} ({found['bytes'] / 1e6:.1f} MB)"
-        )
+        click.echo(f"{found['kind']} {found['of']}: {found['page']} ({size(found['bytes'])})")
     for note in found["notes"]:
         warn(note)
     if opens:

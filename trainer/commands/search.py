@@ -11,13 +11,13 @@ import click
 
 from featstore.errors import Command, RunError, UsageError, counted
 from featstore.progress import working
+from featstore.quantities import size
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     Function,
     elsewhere,
     flag_sections,
     import_framework,
-    print_rows,
     quoted,
     read_config,
     run_options,
@@ -27,6 +27,7 @@ from trainer.commands.console import (
     stop_request,
 )
 from trainer.commands.help import PATH, SectionedGroup, setting_option
+from trainer.commands.printed import print_rows
 from trainer.commands.showing import note, show_of, shown_reporter
 from trainer.tuning.space import SearchConfig
 
@@ -96,8 +97,8 @@ def search_group(
     import_framework()
     from trainer.run.folder import free_name, run_folder
     from trainer.tuning import drive
+    from trainer.tuning.search_file import exists, start_search
     from trainer.tuning.storage import driver_url, masked
-    from trainer.tuning.study import exists, start_search
     from trainer.tuning.table import best_row, trial_rows
 
     started, show = time.time(), show_of(as_json)
@@ -109,13 +110,15 @@ def search_group(
     goes_on = goes_on and exists(folder)
     # `[search]` is of the space file, not of the settings'.
     own = {key: value for key, value in flags.items() if not key.startswith("search__")}
-    config = None if goes_on else read_config(config_file, own)
+    config = None if goes_on else read_config(config_file, own, check=False)
     if ray_address is not None:
         from featstore.ray_cluster import check_address
 
         check_address(ray_address)
     what = drive.meant(config, space_file, folder, init_from, searched, sections, dry_run)
     project, space = what.project, what.space
+    for line in what.notes:
+        note(line)
     if dry_run:
         print_rows(project.dataset, named=False)
         plans = drive.plan_features(project, space.feature_configs(what.base), show)
@@ -129,7 +132,7 @@ def search_group(
             click.echo(f"{counted(space.trials, 'trial')} of {', '.join(names)}")
             best = counted(min(space.search.kept, space.trials), "trial")
             click.echo(
-                f"kept: about {kept / 1e6:.1f} MB, the weights of the best {best}; of each other"
+                f"kept: about {size(kept)}, the weights of the best {best}; of each other"
                 " trial less than 0.2 MB"
             )
         return
@@ -159,7 +162,7 @@ def search_group(
         _print_leaderboard(search, rows)
         click.echo(f"{', '.join(str(path) for path in files)}")
         if watched.peak_bytes:
-            note(f"workers' memory at most {watched.peak_bytes / 1e9:.1f} GB")
+            note(f"workers' memory at most {size(watched.peak_bytes)}")
         place = masked(driver_url(storage)) if storage else search.folder / "study.journal"
         note(f"see it: optuna-dashboard {place}")
         note(f"        tensorboard --logdir {search.folder}")

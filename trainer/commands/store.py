@@ -10,6 +10,7 @@ import click
 from featstore.config import SPLITS
 from featstore.errors import StoreError, counted, shown
 from featstore.progress import working
+from featstore.quantities import size
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     LIBRARIES,
@@ -63,10 +64,6 @@ def _kinds(kind: str) -> tuple[str, ...]:
     return ("vit", "text") if kind == "all" else (kind,)
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
 def _print_keys(keys: list[str]) -> None:
     if keys:
         more = f" … and {len(keys) - 20} more (--json names all)" if len(keys) > 20 else ""
@@ -79,7 +76,7 @@ def _print_info(found: dict[str, Any]) -> None:
         names = ", ".join(entry["names"]) or "unknown preset"
         click.echo(f"{entry['kind']:4} {entry['fingerprint']}  {names}{mark}")
         if entry["shards"] is not None:
-            click.echo(f"     {_megabytes(entry['bytes'])} in {counted(entry['shards'], 'shard')}")
+            click.echo(f"     {size(entry['bytes'])} in {counted(entry['shards'], 'shard')}")
         if entry["damaged"]:
             click.echo(f"     damaged: {entry['damaged']}")
             continue
@@ -113,7 +110,7 @@ def _print_info(found: dict[str, Any]) -> None:
         click.echo(f"{split:5} with features: {', '.join(parts)}{more}")
     for name in ("splits", "reports"):
         files = counted(found[name]["files"], "file")
-        click.echo(f"{name}: {files}, {_megabytes(found[name]['bytes'])}")
+        click.echo(f"{name}: {files}, {size(found[name]['bytes'])}")
 
 
 @store_group.command("info")
@@ -253,12 +250,12 @@ def store_gc(
         answer(found.to_dict())
         return
     for item in found.garbage:
-        click.echo(f"{_megabytes(item.bytes):>12}  {item.what}: {item.path} ({item.detail})")
+        click.echo(f"{size(item.bytes):>12}  {item.what}: {item.path} ({item.detail})")
     for path in found.unknown:
         click.echo(f"{'unknown':>12}  {path}: not written by this program; never deleted")
     for line in (*(shown(reason, typed) for reason in found.notes), *found.kept):
         note(f"kept: {line}")
-    total = _megabytes(sum(item.bytes for item in (found.deleted if yes else found.garbage)))
+    total = size(sum(item.bytes for item in (found.deleted if yes else found.garbage)))
     click.echo(f"{total} deleted" if yes else f"{total} can go; --yes deletes it")
 
 
@@ -278,7 +275,7 @@ def store_export(
     shape = " × ".join(map(str, found["shape"]))
     click.echo(
         f"{', '.join(found['files'])}: {counted(found['rows'], 'row')}, {shape} {found['dtype']},"
-        f" {_megabytes(found['bytes'])}"
+        f" {size(found['bytes'])}"
     )
     if found["quarantined"]:
         warn(f"{counted(found['quarantined'], 'quarantined input')} left out")

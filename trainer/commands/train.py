@@ -11,13 +11,13 @@ from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     import_framework,
     open_project,
-    print_metrics,
     remember_settings,
     runs_option,
     settings,
     stop_request,
 )
 from trainer.commands.help import command
+from trainer.commands.printed import print_metrics
 from trainer.commands.showing import show_of, shown_reporter
 
 if TYPE_CHECKING:
@@ -69,17 +69,16 @@ def train(
     # With nothing else said, a run goes on with its own settings.
     alone = (config_file, init_from, given) == (None, None, {})
     project: Project | folder.Run
-    if (
-        name is not None
-        and alone
-        and (known := folder.Run(folder.run_folder(Path(runs), name), folder.places(**places)))
-        and known.exists
-    ):
+    known = None
+    if name is not None:
+        known = folder.Run(folder.run_folder(Path(runs), name), folder.places(**places))
+    begun = known is not None and known.exists
+    if known is not None and begun and alone:
         # What a message says to type next has them too.
         remember_settings(("--config", known.config_path))
         project = known
     else:
-        project, lengths = open_project(config_file, flags), {}
+        project, lengths = open_project(config_file, flags, check=not begun), {}
     import_framework()
     from trainer import api
 

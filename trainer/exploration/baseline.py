@@ -15,8 +15,10 @@ from featstore.config import SPLITS
 from featstore.data.dataset import Dataset
 from featstore.data.examples import Examples, class_counts
 from featstore.data.labels import labels_of
+from featstore.quantities import share
 from trainer.exploration.sentences import words_of
-from trainer.metrics import class_metrics, predicted_labels
+from trainer.logits import predicted_labels
+from trainer.metrics import class_metrics
 from trainer.statistics import Clustered, intervals, paired_difference
 
 MODEL = (
@@ -121,9 +123,9 @@ def sentence_of(found: dict[str, Any]) -> str:
         else ""
     )
     reached = (
-        f"A model that never sees the photo reaches {100 * at['accuracy']:.1f} %{between} on"
+        f"A model that never sees the photo reaches {share(at['accuracy'])}{between} on"
         f" {split}, where always answering {majority['class']} reaches"
-        f" {100 * majority['share']:.1f} %"
+        f" {share(majority['share'])}"
     )
     if gap["low"] > 0:
         return (

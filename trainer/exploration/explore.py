@@ -17,6 +17,7 @@ from featstore.extract.lengths import WARNING_SHARE
 from featstore.progress import SHOWN, Show, says, shows_work, working
 from featstore.project import Project
 from featstore.publish import command_line, may_write, package_versions
+from featstore.quantities import share
 from trainer.buckets import SHIPPED, load_buckets
 from trainer.exploration import baseline
 from trainer.exploration.duplicates import DISTANCE, has_features, near_duplicates
@@ -247,7 +248,7 @@ def warnings_of(found: dict[str, Any]) -> list[str]:
     for split, seen in found["repeats"]["seen"].items():
         if seen["share"] > WARNING_SHARE and seen["learnable"]:
             lines.append(
-                f"{100 * seen['share']:.1f} % of {split} rows have a sentence that train has too;"
+                f"{share(seen['share'])} of {split} rows have a sentence that train has too;"
                 f" {seen['agreeing']} of these {seen['rows']} have the label it mostly has there,"
                 " which can be learnt by heart"
             )
@@ -263,7 +264,7 @@ def warnings_of(found: dict[str, Any]) -> list[str]:
         lines.append(f"tokens are not counted: {tokens['reason']}")
     elif tokens["share"] > WARNING_SHARE:
         lines.append(
-            f"{100 * tokens['share']:.1f} % of the sentences are longer than sequence_length"
+            f"{share(tokens['share'])} of the sentences are longer than sequence_length"
             f" {tokens['sequence_length']} and are cut; a larger one keeps more"
         )
     for split in SPLITS:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -51,19 +52,15 @@ def text_layer_configs(text_config: Mapping[str, Any], k_txt: int) -> list[dict[
         ConfigError: `k_txt` is outside 0..number of layers.
         PresetError: The backbone is of no text family.
     """
-    import keras_hub
-
     name = str(text_config["class_name"])
     family = family_of(name, "text", name)
     settings = text_config["config"]
     num_layers, shared = int(settings["num_layers"]), family.shared(settings)
     check_k(k_txt, num_layers, "text", shared)
-    # keras-hub alone knows how its class sets up a layer: ask a backbone of that class, made small
-    # where size does not matter.
-    small = {"num_layers": 1, "vocabulary_size": 8, "max_sequence_length": 8}
+    # Small where size does not matter.
+    small = {"vocabulary_size": 8, "max_sequence_length": 8}
     small |= {"num_groups": 1} if "num_groups" in settings else {}
-    arguments = {**settings, "dtype": "float32", **small}
-    template = getattr(keras_hub.models, name).from_config(arguments)
+    template = short_backbone(text_config, 1, "float32", **small)
     block, *norm = Tower(template, "text").upper_layers(1)
     layers = range((num_layers - k_txt) // shared, num_layers // shared)
     configs = [_layer_config(block, _NUMBER.sub(rf"{i}\g<1>", block.name)) for i in layers]
@@ -245,47 +242,69 @@ def _read_last_blocks(preset: Preset, k: int) -> Any:
     None where its weights file has another form.
     """
     count = int(preset.config["config"]["num_layers"])
-    if [path.name for path in preset.weights_files] != [WEIGHTS_FILE]:
+    if not _has_own_file(preset):
         return None
-    (path,) = preset.weights_files
     with keras.name_scope(VISION_TAIL_NAME):
         backbone = short_backbone(preset.config, k, "float32")
     block = to_snake_case(type(Tower(backbone, "vision").blocks[0]).__name__)
     names = {block, *(f"{block}_{i}" for i in range(1, count))}
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            groups: list[str] = []
-            file.visit(groups.append)
+
+    def is_known(file: h5py.File) -> bool:
+        groups: list[str] = []
+        file.visit(groups.append)
         found = [name for group in groups if (name := group.rpartition("/")[2]) in names]
-        if sorted(found) != sorted(names):
-            return None
-        with contextlib.closing(_LastBlocks(path, block, count - k)) as store:
-            saving_lib._load_state(backbone, store, None, "", visited_saveables=set())
-    except (*HDF5_ERRORS, IndexError):
-        # What the file is, keras-hub's own loader will say.
-        return None
-    return backbone
+        return sorted(found) == sorted(names)
+
+    def store(path: Path) -> saving_lib.H5IOStore:
+        return _LastBlocks(path, block, count - k)
+
+    return backbone if _read(preset, is_known, store, {"": backbone}) else None
 
 
 def _read_layers(layers: list[Any], preset: Preset) -> bool:
     """Read a backbone's last layers from its weights file; False where it has another form."""
     count = int(preset.config["config"]["num_layers"])
     names = ["transformer_encoder", *(f"transformer_encoder_{i}" for i in range(1, count))]
-    if [path.name for path in preset.weights_files] != [WEIGHTS_FILE]:
+
+    def is_known(file: h5py.File) -> bool:
+        return {name for name in file["layers"] if name.startswith(names[0])} == {*names}
+
+    def store(path: Path) -> saving_lib.H5IOStore:
+        return saving_lib.H5IOStore(path, mode="r")
+
+    if len(layers) > count or not _has_own_file(preset):
         return False
+    own = (f"layers/{name}" for name in names[count - len(layers) :])
+    return _read(preset, is_known, store, dict(zip(own, layers, strict=True)))
+
+
+def _has_own_file(preset: Preset) -> bool:
+    """Tell whether a preset's weights are in one file of Keras's own."""
+    return [path.name for path in preset.weights_files] == [WEIGHTS_FILE]
+
+
+def _read(
+    preset: Preset,
+    is_known: Callable[[h5py.File], bool],
+    store: Callable[[Path], saving_lib.H5IOStore],
+    parts: Mapping[str, Any],
+) -> bool:
+    """Read some of a preset's weights from its file; False where it has another form.
+
+    Args:
+        preset: Its weights are in one file of Keras's own.
+        is_known: Tells of the file whether it has the form.
+        store: Opens it for Keras.
+        parts: Path in it to what is read from there.
+    """
     (path,) = preset.weights_files
     try:
         with h5py.File(path, "r", locking=False) as file:
-            found = {name for name in file["layers"] if name.startswith(names[0])}
-        if found != {*names}:
-            return False
-        store = saving_lib.H5IOStore(path, mode="r")
-        try:
-            for layer, name in zip(layers, names[count - len(layers) :], strict=True):
-                inner_path = f"layers/{name}"
-                saving_lib._load_state(layer, store, None, inner_path, visited_saveables=set())
-        finally:
-            store.close()
+            if not is_known(file):
+                return False
+        with contextlib.closing(store(path)) as opened:
+            for inner_path, part in parts.items():
+                saving_lib._load_state(part, opened, None, inner_path, visited_saveables=set())
     except (*HDF5_ERRORS, IndexError):
         # What the file is, keras-hub's own loader will say.
         return False

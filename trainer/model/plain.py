@@ -10,7 +10,7 @@ from keras import ops
 from featstore.encoders.framework import pinned_framework
 from featstore.encoders.tower import Tower
 from trainer.config import TrainConfig
-from trainer.model.fastpath import last_token
+from trainer.model.encoder_layers import last_token
 from trainer.model.head import TEXT_NAME, VISION_NAME, apply_head
 from trainer.model.weights import (
     copy_weights,

@@ -11,7 +11,7 @@ from keras import ops
 
 from featstore.encoders.tower import Tower, run_blocks
 from featstore.errors import PresetError
-from trainer.model.fastpath import (
+from trainer.model.encoder_layers import (
     encoder_layer,
     first_token_layer,
     last_token,
@@ -130,7 +130,7 @@ def _layer_of(config: dict[str, Any], policy: Any) -> Any:
     return keras.saving.deserialize_keras_object({**config, "config": inner})
 
 
-def short_backbone(encoder: Mapping[str, Any], num_layers: int, dtype: str) -> Any:
+def short_backbone(encoder: Mapping[str, Any], num_layers: int, dtype: str, **sizes: int) -> Any:
     """Return a backbone like a preset's, of fewer blocks and with random weights.
 
     keras-hub alone knows how its classes set up a block; so a backbone is asked for them.
@@ -139,6 +139,7 @@ def short_backbone(encoder: Mapping[str, Any], num_layers: int, dtype: str) -> A
         encoder: The preset's parsed `config.json`.
         num_layers: Its blocks.
         dtype: Dtype policy of its layers.
+        sizes: What else of its config is another.
 
     Raises:
         PresetError: Its blocks drop whole paths, with draws that no seed decides.
@@ -152,7 +153,7 @@ def short_backbone(encoder: Mapping[str, Any], num_layers: int, dtype: str) -> A
             " keras-hub draws from no seed of its own; expected 0 where vision blocks train: set it"
             " to 0 in the preset's config.json, or train with --k-vit 0"
         )
-    settings = {**config, "num_layers": num_layers, "dtype": dtype}
+    settings = {**config, "num_layers": num_layers, "dtype": dtype, **sizes}
     return getattr(keras_hub.models, name).from_config(settings)
 
 

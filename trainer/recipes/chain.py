@@ -32,8 +32,8 @@ from trainer.results.predictions_file import format_of, opened_for
 from trainer.results.score import check_same_data
 from trainer.run.training import Reporter
 from trainer.tuning.drive import SearchResults, load_search, plan_features, search
+from trainer.tuning.search_file import exists
 from trainer.tuning.space_file import read_space
-from trainer.tuning.study import exists
 
 
 @dataclass

@@ -7,18 +7,18 @@ from typing import Any
 
 from featstore.errors import RunError
 from featstore.extract.speed import recorded_speed
-from featstore.progress import duration
 from featstore.publish import read_json
+from featstore.quantities import MISSING, duration, number, share
 from trainer.api import Run
 from trainer.metrics import decided
 from trainer.recipes.recipe import Stage
 from trainer.results.controls import BLIND
-from trainer.results.summary import between, gained, number, percent, table
+from trainer.results.summary import between, gained, table
 from trainer.tuning.drive import SearchResults
 
 HEADER = (
     *("stage", "from", "settings", "val accuracy", "test accuracy"),
-    *("over the sentence alone", "seconds", "end to end, at least"),
+    *("over the sentence alone", "training", "end to end, at least"),
 )
 SHOWN_SETTINGS = ("k_txt", "lr", "weight_decay", "dropout")
 
@@ -97,15 +97,12 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
 
     def measured(figures: dict[str, Any] | None) -> str:
         if figures is None:
-            return "–"
-        return f"{percent(figures['accuracy'])} ({between(figures['interval'])})"
+            return MISSING
+        return f"{share(figures['accuracy'])} ({between(figures['interval'])})"
 
     def settings(row: dict[str, Any]) -> str:
         shown = ", ".join(f"{name} {value:.3g}" for name, value in row["settings"].items())
         return shown if row["trials"] is None else f"best of {row['trials']}: {shown}"
-
-    def took(seconds: float | None) -> str:
-        return "–" if seconds is None else duration(seconds)
 
     lines = [
         (
@@ -114,16 +111,16 @@ def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
             settings(row),
             measured(row["val"]),
             measured(row["test"]),
-            "–" if row["gain"] is None else gained(row["gain"]),
-            took(row["seconds"]),
-            took(row["end_to_end_seconds"]),
+            MISSING if row["gain"] is None else gained(row["gain"]),
+            duration(row["seconds"]),
+            duration(row["end_to_end_seconds"]),
         )
         for row in rows
     ]
     seconds = sum(row["seconds"] for row in rows)
     known = [row["end_to_end_seconds"] for row in rows if row["end_to_end_seconds"] is not None]
     if rows and len(known) == len(rows):
-        ratio = number(sum(known) / seconds, 1) if seconds else "–"
+        ratio = number(sum(known) / seconds, 1) if seconds else MISSING
         whole = f"All stages: {duration(seconds)} of training and validation; end to end at least"
         note = f"\n\n{whole} {duration(sum(known))}, {ratio} × as long."
     else:

@@ -15,12 +15,8 @@ from featstore.errors import UsageError, counted
 from featstore.progress import SILENT, Show, says
 from featstore.publish import command_line, package_versions
 from trainer.buckets import bucket_rows, load_buckets
-from trainer.metrics import (
-    decided,
-    evaluate_logits,
-    predicted_labels,
-    probabilities_of,
-)
+from trainer.logits import predicted_labels, probabilities_of
+from trainer.metrics import decided, evaluate_logits
 from trainer.results.judged import Judged, check_same_classes, check_same_rows, judge
 from trainer.run.folder import Run
 from trainer.statistics import (

@@ -24,13 +24,8 @@ from featstore.errors import DataError, FeatstoreError, MissingFeaturesError
 from featstore.progress import SILENT, Show, says
 from featstore.publish import command_line, package_versions, why_not_kept, write_json, write_text
 from trainer.buckets import load_buckets
-from trainer.metrics import (
-    by_class,
-    confidence_of,
-    predicted_labels,
-    probabilities_of,
-    threshold_of,
-)
+from trainer.logits import by_class, confidence_of, predicted_labels, probabilities_of
+from trainer.metrics import threshold_of
 from trainer.results.controls import compare_controls
 from trainer.results.labelled import Labelled, Scored, SplitRows, UnseenRows, seen_photos
 from trainer.results.measure import measure

@@ -25,6 +25,7 @@ from featstore.encoders.spec import vision_row_shape
 from featstore.encoders.tower import Tower, load_backbone
 from featstore.errors import Advice, RunError, UsageError, counted
 from featstore.project import Project
+from featstore.quantities import size
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config
 from trainer.model.description import differences, foreign_classes
@@ -140,7 +141,7 @@ def read_model(
         except HDF5_ERRORS as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise RunError(
-                f"{folder}: {num_bytes / 1e6:.0f} MB cannot be written ({reason}); free some"
+                f"{folder}: {size(num_bytes)} cannot be written ({reason}); free some"
                 " space, or name another temporary folder with TMPDIR"
             ) from error
         preset = stack.enter_context(open_weights(pattern, "weights", num_bytes))

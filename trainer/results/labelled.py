@@ -19,7 +19,7 @@ from featstore.errors import Advice, Command, DataError, RunError, counted
 from featstore.progress import Show
 from featstore.project import Project
 from trainer.config import CONTROLS
-from trainer.metrics import finite_rows
+from trainer.logits import finite_rows
 from trainer.results.score import Scorer, Scores
 from trainer.results.unseen import score_dataset
 from trainer.run.folder import Run

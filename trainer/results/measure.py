@@ -12,18 +12,14 @@ from numpy.typing import NDArray
 
 from featstore.data.labels import LABEL_NAMES, LABELS
 from trainer.buckets import bucket_rows
+from trainer.logits import by_class, confidence_of, predicted_labels, probabilities_of, sigmoid
 from trainer.metrics import (
     GRID,
     binary_metrics,
     brier,
-    by_class,
     calibration_error,
-    confidence_of,
     evaluate_logits,
     log_loss,
-    predicted_labels,
-    probabilities_of,
-    sigmoid,
 )
 from trainer.results.labelled import Scored
 from trainer.statistics import (

@@ -11,19 +11,16 @@ that what was written is right.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.images import decode_image, read_bytes
 from featstore.encoders.framework import pinned_framework
 from featstore.encoders.spec import QUANTISED
-from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import Advice, Command, ImageError, RunError, counted
 from featstore.progress import SILENT, Show, says
 from featstore.publish import command_line, package_versions, why_not_kept, write_json
@@ -32,22 +29,13 @@ from featstore.store.shard import digest_bytes
 from trainer.batches import CachedRows, IntArray
 from trainer.config import Config
 from trainer.features import prepare
-from trainer.metrics import (
-    binary_metrics,
-    class_metrics,
-    log_loss,
-    predicted_labels,
-    sigmoid,
-    threshold_of,
-)
-from trainer.model.end_to_end import build_end_to_end
-from trainer.model.head import VISION_NAME
-from trainer.model.weights import transfer_weights
+from trainer.logits import predicted_labels, sigmoid
+from trainer.metrics import binary_metrics, class_metrics, log_loss, threshold_of
+from trainer.results.models import Models, load_models
 from trainer.results.score import Scorer, project_of, some
 from trainer.results.tolerance import Floats, arithmetic_noise, feature_tolerance, logit_tolerance
-from trainer.run.checkpoint import build_model
 from trainer.run.folder import Run
-from trainer.run.step import Predictor, flat, make_predictor
+from trainer.run.step import flat
 
 BATCH_ROWS = 8
 
@@ -120,39 +108,6 @@ def _measured(
 
 def _shown(value: float | None) -> str:
     return "a number that is not finite" if value is None else f"{value:.6g}"
-
-
-@dataclasses.dataclass
-class Models:
-    """Both models, with one run's weights, in float32."""
-
-    cached: Predictor
-    end_to_end: keras.Model
-    vision: VisionEncoder
-    text: TextEncoder
-
-
-def load_models(scorer: Scorer) -> Models:
-    """Build both models with the weights of a run."""
-    config, best = scorer.run.config, scorer.model
-    train = dataclasses.replace(config.train, dtype_policy="float32")
-    predictor = scorer.predictor
-    if config.train != train:
-        row_shape = scorer.project.images().row_shape
-        cached = build_model(dataclasses.replace(config, train=train), row_shape)
-        transfer_weights(best, cached)
-        predictor = make_predictor([cached])
-    encoders, store = config.encoders, config.store
-    vision = VisionEncoder(encoders.vit, scorer.project.vision_spec.tokens)
-    text = TextEncoder(encoders.text, encoders.sequence_length)
-    model = build_end_to_end(
-        vision.backbone, text.backbone, train, store.tokens, config.data.classes
-    )
-    transfer_weights(best, model)
-    outputs = {"features": model.get_layer(VISION_NAME).output, "logits": model.output}
-    both = keras.Model(model.input, outputs)
-    both.compile(jit_compile=False)
-    return Models(predictor, both, vision, text)
 
 
 class _Comparison:

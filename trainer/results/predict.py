@@ -25,15 +25,8 @@ from featstore.extract.encode import encoding_of
 from featstore.extract.held import HeldImages, HeldSentences
 from featstore.progress import SILENT, Show, says
 from trainer.batches import CachedRows
-from trainer.metrics import (
-    by_class,
-    confidence_of,
-    evaluate_logits,
-    finite_rows,
-    predicted_labels,
-    probabilities_of,
-    threshold_of,
-)
+from trainer.logits import by_class, confidence_of, finite_rows, predicted_labels, probabilities_of
+from trainer.metrics import evaluate_logits, threshold_of
 from trainer.results.score import Scorer, Scores
 from trainer.results.unseen import score_rows
 from trainer.run.step import predict_logits

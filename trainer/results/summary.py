@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.errors import Command, counted
+from featstore.quantities import MISSING, number, share
 from featstore.settings import paths_in
 from trainer.config import Config
 from trainer.metrics import confusion_matrix, decided
@@ -41,15 +42,10 @@ def class_line(result: dict[str, Any], form: str = "") -> str:
     return ", ".join(f"{result[name]:{form}} {name}" for name in names)
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    """Return a share in percent, "–" where there is none."""
-    return "–" if share is None else f"{100 * share:.{digits}f} %"
-
-
 def between(interval: dict[str, Any] | None, scale: float = 100, digits: int = 1) -> str:
-    """Return an interval's ends, "–" where there is none."""
+    """Return an interval's ends, a dash where there is none."""
     if interval is None:
-        return "–"
+        return MISSING
     low, high = (f"{scale * interval[end]:.{digits}f}" for end in ("low", "high"))
     return f"{low} to {high}".replace("-", "−")
 
@@ -57,11 +53,6 @@ def between(interval: dict[str, Any] | None, scale: float = 100, digits: int = 1
 def gained(gap: dict[str, Any]) -> str:
     """Return a paired difference of shares in points, with its interval."""
     return f"{100 * gap['difference']:+.1f} ({between(gap)})".replace("-", "−")
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """Return a number with some digits, "–" where there is none."""
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
@@ -110,9 +101,9 @@ def _headline(result: dict[str, Any], manifest: dict[str, Any]) -> str:
     rows: list[Sequence[str]] = [
         (
             "**this run**",
-            f"**{percent(at['accuracy'])}**",
+            f"**{share(at['accuracy'])}**",
             between(sure["accuracy"]),
-            percent(at["macro_f1"]),
+            share(at["macro_f1"]),
             number(result["auc"], 3),
             "",
         )
@@ -120,16 +111,16 @@ def _headline(result: dict[str, Any], manifest: dict[str, Any]) -> str:
     for name, found in result.get("controls", {}).items():
         words = CONTROL_NAMES[name]
         if found is None:
-            rows.append((f"{words}: not measured", *["–"] * 5))
+            rows.append((f"{words}: not measured", *[MISSING] * 5))
             continue
         if name == "hypothesis-only":
             words += f" (`{found['run']}`)"
         rows.append(
             (
                 words,
-                percent(found["accuracy"]),
+                share(found["accuracy"]),
                 between(found["interval"]),
-                percent(found["macro_f1"]),
+                share(found["macro_f1"]),
                 number(found["auc"], 3),
                 gained(found["difference"]),
             )
@@ -214,7 +205,7 @@ def _figures(result: dict[str, Any]) -> str:
     sure = result["intervals"]
     of_three = result["threshold"] is None
     scores = [
-        (name, number(result[key]), between(sure[key], 1, 4))
+        (name, number(result[key], 4), between(sure[key], 1, 4))
         for name, key in (
             ("AUC, mean of each class against the rest" if of_three else "AUC", "auc"),
             ("average precision", "average_precision"),
@@ -225,7 +216,7 @@ def _figures(result: dict[str, Any]) -> str:
     ]
     if of_three:
         shares = [
-            (name, percent(result["at_argmax"][key]), between(sure[key]))
+            (name, share(result["at_argmax"][key]), between(sure[key]))
             for name, key in (("accuracy", "accuracy"), ("macro-F1", "macro_f1"))
         ]
         rows = [*shares, *scores]
@@ -246,8 +237,8 @@ def _at_thresholds(result: dict[str, Any]) -> str:
     rows = [
         (
             name,
-            f"{percent(found['accuracy'])} ({between(sure[f'accuracy{suffix}'])})",
-            f"{percent(found['macro_f1'])} ({between(sure[f'macro_f1{suffix}'])})",
+            f"{share(found['accuracy'])} ({between(sure[f'accuracy{suffix}'])})",
+            f"{share(found['macro_f1'])} ({between(sure[f'macro_f1{suffix}'])})",
             *(f"{found[key]:,}" for key in ("tp", "fp", "fn", "tn")),
         )
         for name, found, suffix in (
@@ -267,7 +258,7 @@ def _classes(result: dict[str, Any]) -> str:
     classes = [
         (
             name,
-            *(percent(at[name][key]) for key in ("precision", "recall", "f1")),
+            *(share(at[name][key]) for key in ("precision", "recall", "f1")),
             f"{at[name]['rows']:,}",
         )
         for name in names
@@ -300,7 +291,7 @@ def _calibration(result: dict[str, Any]) -> str:
         )
     names = (("ECE", "calibration_error"), ("Brier score", "brier"), ("loss", "loss"))
     effect = [
-        (label, *(number(found[when][key]) for _, key in names))
+        (label, *(number(found[when][key], 4) for _, key in names))
         for label, when in (("as it is", "before"), ("with the temperature", "after"))
         if when in found
     ]
@@ -308,8 +299,8 @@ def _calibration(result: dict[str, Any]) -> str:
         (
             f"{line['low']:.2f}–{line['high']:.2f}",
             f"{line['rows']:,}",
-            percent(line["confidence"]),
-            percent(line["accuracy"]),
+            share(line["confidence"]),
+            share(line["accuracy"]),
         )
         for line in found["reliability"]
     ]
@@ -329,9 +320,9 @@ def _buckets(result: dict[str, Any]) -> str:
         (
             escaped(name),
             f"{found['rows']:,}",
-            percent(found["share"]),
-            percent(found["entailment"]),
-            percent(found["accuracy"]),
+            share(found["share"]),
+            share(found["entailment"]),
+            share(found["accuracy"]),
             between(found["interval"]),
         )
         for name, found in (
@@ -358,7 +349,7 @@ def _errors(result: dict[str, Any]) -> str:
             escaped(line["Hypothesis"]),
             line["Label"],
             *([line["predicted"]] if of_three else []),
-            percent(line["confidence"]),
+            share(line["confidence"]),
         )
         for line in found["most_confident"]
     ]
@@ -367,7 +358,7 @@ def _errors(result: dict[str, Any]) -> str:
         [
             "## The most confident errors",
             f"{found['rows_above']:,} of {found['rows']:,} errors"
-            f" ({percent(found['share_above'])}) have a confidence above {found['confident']}.",
+            f" ({share(found['share_above'])}) have a confidence above {found['confident']}.",
             table(("photo", "sentence", "truth", *said), rows, left=2 + len(said)),
         ]
     )

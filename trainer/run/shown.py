@@ -16,6 +16,7 @@ from featstore.progress import (
     print_line,
     redrawn,
 )
+from featstore.quantities import duration
 from trainer.run.training import Reporter
 
 
@@ -72,7 +73,7 @@ def print_epoch(record: dict[str, Any]) -> None:
     print_line(
         f"epoch {record['epoch']}: loss {record['loss']:.4f}, val loss {record['val_loss']:.4f},"
         f" accuracy {record['val_accuracy']:.2%}, macro-F1 {record['val_macro_f1']:.2%}{at};"
-        f" {record['seconds']:.1f} s"
+        f" {duration(record['seconds'])}"
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import brentq
 
+from trainer.logits import Values, probabilities_of
 from trainer.metrics import (
     CALIBRATION_BINS,
     Labels,
-    Values,
     check_probabilities,
     check_rows,
     confidence_bins,
-    probabilities_of,
 )
 
 TEMPERATURES = (0.01, 100.0)

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from trainer.metrics import FloatArray, IntArray
+from trainer.logits import FloatArray
+from trainer.metrics import IntArray
 
 LEVEL = 0.95
 CHUNK_VALUES = 2**20

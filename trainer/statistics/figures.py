@@ -9,20 +9,16 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from trainer.logits import FloatArray, Values, predicted_labels, probabilities_of, sigmoid
 from trainer.metrics import (
     CALIBRATION_BINS,
     GRID,
-    FloatArray,
     Labels,
-    Values,
     best_thresholds,
     brier_rows,
     check_rows,
     confidence_bins,
-    predicted_labels,
-    probabilities_of,
     row_losses,
-    sigmoid,
 )
 from trainer.statistics.clustered import LEVEL, Clustered, Interval, check_length, percentiles
 

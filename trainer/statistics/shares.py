@@ -9,7 +9,7 @@ import numpy.typing as npt
 from scipy import sparse
 from scipy.stats import binomtest, chi2, permutation_test
 
-from trainer.metrics import FloatArray
+from trainer.logits import FloatArray
 from trainer.statistics.clustered import (
     CHUNK_VALUES,
     LEVEL,

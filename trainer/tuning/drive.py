@@ -29,11 +29,14 @@ from trainer.run.folder import find_run, free_name, places, run_folder
 from trainer.run.tracking import check_trackers
 from trainer.tuning.live import live_view, no_view
 from trainer.tuning.plots import no_importance
+from trainer.tuning.search_file import exists, jobs_of, known_search, open_search, start_search
 from trainer.tuning.space import SearchConfig, Space, shown
 from trainer.tuning.space_file import read_space
-from trainer.tuning.study import Search, exists, jobs_of, known_search, open_search, start_search
+from trainer.tuning.study import Search
 from trainer.tuning.table import best_row, ranked, trial_rows, write_leaderboard
+from trainer.tuning.unused import unused_in_space
 from trainer.tuning.workers import Watched, run_workers
+from trainer.unused import refuse_unused
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -291,12 +294,14 @@ class Meant:
         base: The settings that all trials share.
         space: What is varied.
         init_from: The run that each trial starts from.
+        notes: What has no effect in any trial, said where a search begins.
     """
 
     project: Project
     base: Config
     space: Space
     init_from: folder_of_run.Run | None
+    notes: tuple[str, ...] = ()
 
 
 @says("reading the search")
@@ -321,19 +326,24 @@ def meant(
         dry_run: See `Project`.
 
     Raises:
-        ConfigError: The space or a setting is wrong.
+        ConfigError: The space or a setting is wrong, or has no effect in any trial.
         RunError: There is no such search, or no such run.
     """
     source = find_run(folder.parent, init_from) if init_from else None
+    notes: list[str] = []
     if config is None:
         base, varied, source = known_search(folder, search_settings)
     else:
         file = Path(space) if isinstance(space, str | os.PathLike) else space
         varied = read_space(file, search_settings, settings, config.is_demo)
         base = varied.base(config)
+        if not exists(folder):
+            found = unused_in_space(varied, base)
+            refuse_unused(found, {**settings, "search": search_settings})
+            notes = [one.line for one in found]
     project = Project(base, dry_run=dry_run, file=folder / "config.toml")
     check_trackers(base.track)
-    return Meant(project, base, varied, source)
+    return Meant(project, base, varied, source, tuple(notes))
 
 
 @shows_work
@@ -393,6 +403,8 @@ def search(
     name = free_name(folders, "search") if name is None else name
     folder = run_folder(folders, name)
     what = meant(config, space, folder, init_from, searched, {"train": fixed})
+    for line in what.notes:
+        show.note(line)
     own = what.project if project is None else project.with_config(what.base)
     found = start_search(folder, what.base, what.space, what.init_from, storage, own)
     own.save_dataset(folder)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from featstore.errors import counted
+from featstore.quantities import duration, size
 from trainer.tuning.space import shown
 from trainer.tuning.study import Search
 from trainer.tuning.table import best_row, epochs_of, seconds_left, trial_rows
@@ -20,31 +21,20 @@ SHOWN_ROWS = 20
 FRAME_LINES = 10
 
 
-def _minutes(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-        if minutes >= 60
-        else (f"{minutes}:{rest:02d}")
-    )
-
-
 def _summary(search: Search, rows: list[dict[str, Any]], watched: Watched, started: float) -> str:
     best = best_row(search, rows)
     ended = sum(row["state"] != "running" for row in rows)
     parts = [f"{ended} of {counted(search.space.trials, 'trial')} ended"]
     if best is not None:
         parts.append(f"best {search.space.search.metric} {best['value']:.4f} ({best['run']})")
-    parts.append(f"{_minutes(time.time() - started)} gone")
+    parts.append(f"{duration(round(time.time() - started))} gone")
     left = seconds_left(search, rows, watched.workers)
     if left is not None:
-        parts.append(f"about {_minutes(left)} left")
+        parts.append(f"about {duration(round(left))} left")
     if now := sum(watched.own_bytes.values()):
-        parts.append(f"workers' memory {now / 1e9:.1f} GB")
+        parts.append(f"workers' memory {size(now)}")
     elif watched.peak_bytes:
-        parts.append(f"workers' memory at most {watched.peak_bytes / 1e9:.1f} GB")
+        parts.append(f"workers' memory at most {size(watched.peak_bytes)}")
     return ", ".join(parts)
 
 
@@ -79,7 +69,7 @@ def _table(search: Search, rows: list[dict[str, Any]], caption: str, most: int) 
             *(shown(row["params"].get(name, "")) for name in names),
             f"{row['epoch']}/{epochs_of(search, row)}",
             "" if row["value"] is None else f"{row['value']:.4f}",
-            _minutes(row["seconds"]),
+            duration(row["seconds"]),
             style="bold" if best is not None and row["trial"] == best["trial"] else None,
         )
     return table

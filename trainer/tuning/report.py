@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from featstore.errors import Command, FeatstoreError, RunError, counted
 from featstore.project import Project
 from featstore.publish import read_json
+from featstore.quantities import MISSING, duration, number, size
 from trainer.pages.drawing import svg
-from trainer.pages.page import MISSING, duration, number, size, write_page
+from trainer.pages.page import write_page
 from trainer.results.report.cost import cost_of
 from trainer.results.report.place import page_path, typed
 from trainer.run.folder import SEARCH_FILE, Run
@@ -269,7 +270,7 @@ def _cost(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     facts = [
         (
             "A trial",
-            duration(float(np.median(took))) if took else MISSING,
+            duration(float(np.median(took)) if took else None),
             "median, its share of a pass",
         ),
         ("All trials", duration(sum(took)), "of a worker's time"),
@@ -319,7 +320,7 @@ def _repeat(search: Search, best: dict[str, Any] | None) -> dict[str, Any]:
     about = read_json(search.folder / SEARCH_FILE)
     storage: dict[str, Any] = {"storage": about["storage"]} if about["storage"] else {}
     folder = str(search.folder)
-    commands = [("the search, as it was typed", about["command"])]
+    commands = [("the search, as it was started", about["command"])]
     if search.unfinished:
         runs: dict[str, Any] = (
             {} if search.folder.parent.name == "runs" else {"runs": str(search.folder.parent)}

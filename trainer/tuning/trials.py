@@ -18,7 +18,8 @@ from featstore.publish import check_space
 from featstore.settings import toml_value
 from trainer.config import DECIDE_BATCHES
 from trainer.run.folder import Run
-from trainer.tuning.study import Claim, Search, open_search
+from trainer.tuning.search_file import open_search
+from trainer.tuning.study import Claim, Search
 
 if TYPE_CHECKING:
     from featstore.project import Project

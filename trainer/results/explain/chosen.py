@@ -13,7 +13,7 @@ from featstore.data.dataset import Dataset
 from featstore.data.labels import UNLABELLED
 from featstore.errors import DataError, UsageError
 from featstore.settings import suggest
-from trainer.metrics import confidence_of, finite_rows, predicted_labels
+from trainer.logits import confidence_of, finite_rows, predicted_labels
 from trainer.results.score import Scores, some
 
 IntArray = NDArray[np.int64]

@@ -15,7 +15,8 @@ from PIL import Image
 
 from featstore.data.labels import LABEL_NAMES, UNLABELLED
 from featstore.errors import counted
-from trainer.metrics import sigmoid
+from featstore.quantities import MISSING, number, share
+from trainer.logits import sigmoid
 from trainer.pages.drawing import (
     CLASS_COLORS,
     COLORS,
@@ -26,7 +27,7 @@ from trainer.pages.drawing import (
     svg,
     write_png,
 )
-from trainer.pages.page import MISSING, number, share, write_page
+from trainer.pages.page import write_page
 from trainer.results.explain.patches import WINDOWS
 from trainer.results.explain.row import Explained, ShownPhoto
 

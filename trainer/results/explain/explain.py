@@ -23,7 +23,8 @@ from featstore.progress import SILENT, Show, says
 from featstore.project import Project
 from featstore.publish import publish
 from trainer.batches import CachedRows
-from trainer.metrics import by_class, probabilities_of, threshold_of
+from trainer.logits import by_class, probabilities_of
+from trainer.metrics import threshold_of
 from trainer.model.apart import Entering
 from trainer.results.explain.agreement import agreement, correlations, deletion
 from trainer.results.explain.chosen import Called, IntArray

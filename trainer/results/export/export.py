@@ -29,6 +29,7 @@ from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import RunError, UsageError, counted
 from featstore.progress import SILENT, Show, says, working
 from featstore.publish import command_line, package_versions
+from featstore.quantities import size
 from trainer.features import prepare
 from trainer.metrics import decided, threshold_of
 from trainer.model.head import attention_dropout, head_heads
@@ -39,7 +40,7 @@ from trainer.results.export.graph import check_onnx_packages, save_onnx, save_sa
 from trainer.results.export.sample import Sample, draw_sample
 from trainer.results.export.target import Target, target_of
 from trainer.results.export.weights import read_weights_back, save_weights
-from trainer.results.parity import load_models
+from trainer.results.models import load_models
 from trainer.results.score import Scorer
 from trainer.results.tolerance import EXACT_LOGITS, logit_tolerance
 
@@ -125,7 +126,7 @@ def export(
     num_bytes = 4 * exported.model.count_params()
     target.check_space(num_bytes + num_bytes // 8)
     with target.staged() as stage:
-        show.note(f"writing {target.path} ({num_bytes / 1e6:.0f} MB of weights)")
+        show.note(f"writing {target.path} ({size(num_bytes)} of weights)")
         started = time.perf_counter()
         _write(exported, target, stage, threshold_of(run.metrics))
         times = {"write_seconds": time.perf_counter() - started}

@@ -17,7 +17,8 @@ from featstore.data.images import decode_image, read_bytes
 from featstore.errors import ImageError, RunError
 from featstore.progress import Show
 from featstore.store.shard import digest_bytes
-from trainer.results.parity import BATCH_ROWS, Models
+from trainer.results.models import Models
+from trainer.results.parity import BATCH_ROWS
 from trainer.results.score import Scorer, some
 from trainer.run.step import flat
 

@@ -14,6 +14,7 @@ import filelock
 from featstore.errors import RunError, UsageError
 from featstore.extract.plan import free_space
 from featstore.publish import TEMPORARY
+from featstore.quantities import size
 
 FORMATS = ("keras", "saved_model", "onnx", "weights")
 _SUFFIXES = {
@@ -81,8 +82,8 @@ class Target:
         free = free_space(self.folder.absolute())
         if num_bytes > free:
             raise RunError(
-                f"{self.folder}: the export takes about {num_bytes / 1e6:.0f} MB and"
-                f" {free / 1e6:.0f} MB are free; free some space, or name a file on another disk"
+                f"{self.folder}: the export takes about {size(num_bytes)} and"
+                f" {size(free)} are free; free some space, or name a file on another disk"
             )
 
     @contextlib.contextmanager

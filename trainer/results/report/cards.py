@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from featstore.data.labels import LABEL_NAMES, UNLABELLED
 from featstore.errors import FeatstoreError
+from featstore.quantities import share
 from trainer.pages.drawing import photo_uri
-from trainer.pages.page import share
 from trainer.results.explain.drawn import overlay_uri
 from trainer.results.explain.patches import Patches
 from trainer.results.explain.row import ShownPhoto, shown_photo

@@ -8,10 +8,11 @@ from typing import Any
 
 from featstore.errors import Command, counted
 from featstore.progress import SILENT, Show
+from featstore.quantities import duration, share
 from trainer.config import TrainConfig
 from trainer.metrics import decided
 from trainer.pages.drawing import svg
-from trainer.pages.page import duration, share, write_page
+from trainer.pages.page import write_page
 from trainer.results.compare import compare
 from trainer.results.compare_tables import Table, tables, verdicts
 from trainer.results.report import drawings

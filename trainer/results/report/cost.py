@@ -9,7 +9,7 @@ from typing import Any
 from featstore.errors import FeatstoreError, counted
 from featstore.extract.speed import recorded_speed
 from featstore.project import Project
-from trainer.pages.page import duration, share
+from featstore.quantities import duration, share
 from trainer.run.folder import Run
 
 

@@ -17,7 +17,8 @@ from featstore.data.labels import ALL_LABELS
 from featstore.errors import FeatstoreError, RunError
 from featstore.progress import Show
 from featstore.publish import may_write, read_json
-from trainer.metrics import confidence_of, log_loss, predicted_labels, threshold_of
+from trainer.logits import confidence_of, predicted_labels
+from trainer.metrics import log_loss, threshold_of
 from trainer.results.controls import BLIND, NO_BLIND, find_blind
 from trainer.results.evaluate import evaluate
 from trainer.results.score import Scorer

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from featstore.quantities import number, share
 from trainer.metrics import confusion_matrix, decided
 from trainer.pages.drawing import svg
-from trainer.pages.page import number, share
 from trainer.results.controls import NO_BLIND
 from trainer.results.report import drawings
 from trainer.results.summary import CONTROL_NAMES, between, gained

@@ -39,7 +39,7 @@ def typed(command: Command) -> str:
 
 
 def trained_by(run: Run) -> str:
-    """Return the command that makes a run: as it was typed, or of a trial the one that repeats it.
+    """Return what made a run, as it was typed or called; of a trial the command that repeats it.
 
     A search's trials are drawn in its workers, whose own command says nothing.
     """

@@ -13,11 +13,12 @@ from featstore.data.dataset import Dataset
 from featstore.errors import Command, FeatstoreError, counted
 from featstore.progress import SILENT, Show
 from featstore.project import Project
+from featstore.quantities import number, share
 from featstore.settings import paths_in
 from trainer.config import TrainConfig
 from trainer.metrics import decided
 from trainer.pages.drawing import svg
-from trainer.pages.page import number, share, write_page
+from trainer.pages.page import write_page
 from trainer.results.report import drawings, embedding, parts
 from trainer.results.report.cards import CARDS, cards
 from trainer.results.report.cost import cost_content, cost_of, epochs_of

@@ -1,0 +1,32 @@
+"""Times, shares, numbers and sizes as people read them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from featstore.quantities import duration, number, share, size
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_numbers_are_said_as_people_do() -> None:
+    assert [share(value) for value in (0.5, None, float("nan"))] == ["50.0 %", "–", "–"]
+    assert [number(value) for value in (1200, 0.1234, None)] == ["1,200", "0.123", "–"]
+    said = [duration(seconds) for seconds in (3, 0.44, 9.96, 59.4, 59.7, 125, 3599.6, 7260, None)]
+    assert said[:5] == ["3 s", "0.4 s", "10 s", "59 s", "1 min"]
+    assert said[5:] == ["2 min 5 s", "1 h", "2 h 1 min", "–"]
+    sizes = [size(num_bytes) for num_bytes in (12, 999, 1500, 999_700, 2.5e9, 1e13, 2e16)]
+    assert sizes == ["12 B", "999 B", "1.5 kB", "1 MB", "2.5 GB", "10 TB", "20,000 TB"]
+
+
+def test_they_are_said_in_one_place() -> None:
+    """No message divides bytes into units or seconds into minutes of its own."""
+    own = re.compile(r"1e[69](:[^}]*)?\} [MG]B|/ 60(:[^}]*)?\} min|/ 3600(:[^}]*)?\} h")
+    found = []
+    for path in sorted([*ROOT.glob("featstore/**/*.py"), *ROOT.glob("trainer/**/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr) and own.search(ast.unparse(node)):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []
