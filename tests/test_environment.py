@@ -320,28 +320,81 @@ def test_jax_has_the_same_pixels_and_ignores_what_its_caller_configured(
     assert {path.name for path in compiled.glob("*-cache")} == kept
 
 
-def test_what_xla_is_told_is_the_users_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_xla_is_told_is_the_users_to_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=there")
     import_framework()
     import_framework()
     given = "--xla_dump_to=there --xla_gpu_deterministic_ops=true"
     assert os.environ["XLA_FLAGS"] == given
-    theirs = "--xla_gpu_deterministic_ops=false"
-    monkeypatch.setenv("XLA_FLAGS", theirs)
+    # What is no flag is the name of a file that has them.
+    file = tmp_path / "flags"
+    file.write_text("--xla_dump_to=there\n")
+    monkeypatch.setenv("XLA_FLAGS", str(file))
     import_framework()
-    assert os.environ["XLA_FLAGS"] == theirs
+    assert os.environ["XLA_FLAGS"] == given
+    file.unlink()
+    for theirs in ("--xla_gpu_deterministic_ops=false", str(file)):
+        monkeypatch.setenv("XLA_FLAGS", theirs)
+        import_framework()
+        assert os.environ["XLA_FLAGS"] == theirs
+
+
+COMPILED = """
+import os, sys, warnings
+from pathlib import Path
+from featstore.encoders import framework
+warnings.simplefilter("error")
+framework.COMPILED_SECONDS = 0.0
+framework.import_framework()
+import jax
+from jax._src import xla_bridge
+# A search's driver computes nothing, and must not keep a GPU's memory.
+assert not xla_bridge._backends
+assert jax.jit(lambda x: 3 * x + 1)(2.0) == 7
+print(jax.config.jax_compilation_cache_dir)
+"""
 
 
 @pytest.mark.slow
-def test_a_device_that_jax_has_not_is_one_line() -> None:
+def test_jax_keeps_what_it_compiles_where_it_can(tmp_path: Path) -> None:
+    environment = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+    def folder(home: Path) -> str:
+        done = python("-c", COMPILED, **environment, XDG_CACHE_HOME=str(home))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.strip()
+
+    # A home that cannot be written.
+    (tmp_path / "file").touch()
+    assert folder(tmp_path / "file") == "None"
+    compiled = Path(folder(tmp_path))
+    (of_lambda,) = compiled.glob("*lambda*-cache")
+    size = of_lambda.stat().st_size
+    # A process that ended while it wrote.
+    of_lambda.write_bytes(of_lambda.read_bytes()[:100])
+    Path(f"{str(of_lambda).removesuffix('-cache')}-atime").unlink()
+    folder(tmp_path)
+    assert of_lambda.stat().st_size == size
+
+
+@pytest.mark.slow
+def test_a_device_that_jax_has_not_is_one_line(tiny_vit: Path) -> None:
     code = (
-        "from featstore.encoders.framework import import_framework\n"
-        "try: import_framework()\nexcept Exception as e: print(type(e).__name__, e)"
+        "import sys\nfrom featstore.encoders.tower import VisionEncoder\n"
+        "from featstore.encoders.framework import pinned_framework\n"
+        "try: VisionEncoder(sys.argv[1])\nexcept Exception as e: print(type(e).__name__, e)\n"
+        "import jax\ntry:\n    with pinned_framework(): jax.numpy.zeros(2)\n"
+        "except Exception as e: print(type(e).__name__, e)"
     )
-    done = python("-c", code, KERAS_BACKEND="jax", JAX_PLATFORMS="tpu", PYTHONPATH=str(ROOT))
-    (line,) = done.stdout.splitlines()
-    assert line.startswith(f"{UsageError.__name__} JAX finds no device (")
-    assert "set JAX_PLATFORMS=cpu" in line
+    environment = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "tpu", "PYTHONPATH": str(ROOT)}
+    done = python("-c", code, str(tiny_vit), **environment)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr[-3000:]
+    for line in lines:
+        assert line.startswith(f"{UsageError.__name__} JAX finds no device (")
+        assert "set JAX_PLATFORMS=cpu" in line
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ BACKENDS = ("tensorflow", "jax")
 DETERMINISTIC = "xla_gpu_deterministic_ops"
 COMPILED_BYTES, COMPILED_SECONDS = 1 << 30, 0.2
 """Most bytes of compiled programs that are kept, and from how long a compilation on."""
+# Earlier ones print an error for each program that they read on a processor with AVX-512, though it
+# is as good (https://github.com/openxla/xla/issues/44565).
+SILENT_JAXLIB = (0, 10, 2)
 _CHOOSE = "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=jax"
 
 
@@ -77,40 +81,69 @@ def import_framework() -> str:
 
 
 def _have_same_bits() -> None:
-    """Have XLA use deterministic kernels, unless the user's `XLA_FLAGS` say about it."""
+    """Have XLA use deterministic kernels, unless the user's `XLA_FLAGS` say about it.
+
+    XLA takes what does not begin with a dash for the name of a file that has the flags.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
+    if flags.strip() and not flags.lstrip().startswith("-"):
+        try:
+            with open(flags, encoding="utf-8") as file:
+                flags = file.read().strip()
+        except (OSError, ValueError):
+            # XLA says what is wrong with it.
+            return
     if DETERMINISTIC not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{DETERMINISTIC}=true".lstrip()
 
 
 @functools.cache
 def _keep_compiled() -> None:
-    """Have JAX keep what it compiles in the user's cache folder.
+    """Have JAX keep what it compiles in the user's cache folder, if that can be written.
 
-    The next process, a search's worker say, reads it in place of compiling for seconds. What was
-    compiled for a CPU is kept by the kind of processor, for homes that several machines share.
+    The next process, a search's worker say, reads it in place of compiling for seconds. It is kept
+    by the kind of processor, for homes that several machines share.
     `JAX_COMPILATION_CACHE_DIR` is the user's choice of another folder.
 
-    Raises:
-        UsageError: JAX cannot use the device that it is to use.
+    No device is asked for: a process that computes nothing, such as a search's driver, would
+    keep most of a GPU's memory from those that do.
     """
     import jax
+    import jaxlib.version
 
-    try:
-        device = jax.default_backend()
-    except RuntimeError as error:
-        raise UsageError(
-            f"JAX finds no device ({_first_line(error)}); set JAX_PLATFORMS=cpu, or install JAX for"
-            " your accelerator"
-        ) from error
-    if device == "cpu":
-        device = _processor()
-    folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"))
-    if not device or not os.path.isabs(folder) or jax.config.jax_compilation_cache_dir:
+    processor = _processor()
+    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"))
+    if not processor or not os.path.isabs(home) or jax.config.jax_compilation_cache_dir:
         return
-    jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "featstore", "jax", device))
-    jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
+    release = tuple(int(part) for part in re.findall(r"\d+", jaxlib.version.__version__)[:3])
+    if release < SILENT_JAXLIB and os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") < "3":
+        return
+    folder = os.path.join(home, "featstore", "jax", processor)
+    if _takes_files(folder):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
+
+
+def _takes_files(folder: str) -> bool:
+    """Make JAX's cache folder; say whether files can be written there, else JAX warns each time.
+
+    Of a program whose writing was cut off there is no second file, with the time of its use. JAX
+    would warn of it for ever, and never replace it.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        # Which JAX locks by, and may be another user's.
+        with open(os.path.join(folder, ".lockfile"), "ab"), tempfile.TemporaryFile(dir=folder):
+            pass
+        names = set(os.listdir(folder))
+        for name in names:
+            if name.endswith("-cache") and f"{name.removesuffix('-cache')}-atime" not in names:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(folder, name))
+    except OSError:
+        return False
+    return True
 
 
 def _processor() -> str:
@@ -123,7 +156,21 @@ def _processor() -> str:
     return f"cpu-{xxhash.xxh3_64_hexdigest(''.join(sorted(about)).encode())}" if about else ""
 
 
-def _first_line(error: Exception) -> str:
+def no_device(error: BaseException) -> UsageError | None:
+    """Return the error that JAX cannot use the device that it is to use, if that is what it says.
+
+    Args:
+        error: Of the first computation.
+    """
+    said = _first_line(error)
+    if not isinstance(error, RuntimeError) or "nable to initialize backend" not in said:
+        return None
+    return UsageError(
+        f"JAX finds no device ({said}); set JAX_PLATFORMS=cpu, or install JAX for your accelerator"
+    )
+
+
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
@@ -200,12 +247,17 @@ def pinned_framework() -> Iterator[None]:
     Also a decorator: `@pinned_framework()`. Cheap enough for each batch.
 
     Raises:
-        UsageError: As `import_framework`.
+        UsageError: As `import_framework`; or JAX cannot use the device that it is to use.
     """
     import_framework()
     # The policy first: where none is set, Keras reads it from `floatx`.
     with _OF_THREAD, _OF_PROCESS:
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if refused := no_device(error):
+                raise refused from error
+            raise
 
 
 def _of_thread() -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from featstore.encoders.compiled import compile_forward
 from featstore.encoders.families import Family, check_k, family_of, num_patches
-from featstore.encoders.framework import pinned_framework
+from featstore.encoders.framework import no_device, pinned_framework
 from featstore.encoders.pixels import Change, compile_converter
 from featstore.encoders.presets import (
     IMAGE_CONVERTER_FILE,
@@ -413,7 +413,7 @@ def load_backbone(preset: Preset, precision: str) -> Any:
         backbone = keras_hub.models.Backbone.from_preset(preset.location, dtype=precision)
         return _tower_of(backbone, preset.part, precision) if preset.part else backbone
     except Exception as error:
-        raise load_failure(preset, "backbone", error) from error
+        raise no_device(error) or load_failure(preset, "backbone", error) from error
 
 
 def _tower_of(backbone: Any, part: str, precision: str) -> Any:
