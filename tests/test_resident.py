@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from on_jax import run_on_jax
+from PIL import Image, ImageOps
 from test_fit import assert_same_run
 from tiny_runs import tiny_config, with_train
 
@@ -90,11 +92,31 @@ def test_runs_of_a_process_share_what_is_on_the_device(
     run(config, project, tmp_path / "plain", features_on="device", views=1, epochs=1)
     assert len(there) == 2
     assert not {*there} & {*first}
-    monkeypatch.setattr(OnDevice, "has", lambda self, positions: False)
+    monkeypatch.setattr(OnDevice, "has", lambda self, vision, positions: False)
     last = dict(there)
     run(config, project, tmp_path / "fewer", features_on="device", views=1, epochs=1)
     assert there.keys() == last.keys()
     assert there != last
+
+
+def test_features_that_were_extracted_anew_are_put_there_anew(
+    config: Config, tmp_path: Path
+) -> None:
+    images = shutil.copytree(config.data.images, tmp_path / "images")
+    data = dataclasses.replace(config.data, images=str(images))
+    store = dataclasses.replace(config.store, root=str(tmp_path / "cache"))
+    project = Project(dataclasses.replace(config, data=data, store=store))
+    project.extract("vit", show=SILENT)
+    settings = {"epochs": 1, "views": 1}
+    run(project.config, project, tmp_path / "before", features_on="device", **settings)
+    for photo in images.iterdir():
+        ImageOps.invert(Image.open(photo)).save(photo)
+    shutil.rmtree(project.images().folder)
+    project.forget_photos()
+    project.extract("vit", show=SILENT)
+    host = run(project.config, project, tmp_path / "host", features_on="host", **settings)
+    device = run(project.config, project, tmp_path / "device", features_on="device", **settings)
+    assert_same_run(host, device)
 
 
 def test_auto_asks_for_twice_the_room(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +145,10 @@ def test_features_that_do_not_fit_are_one_line(
     monkeypatch.setattr(resident, "_tensorflow_tables", full)
     with pytest.raises(RunError, match=r"64 images do not fit .* set \[train\] features_on ="):
         run(config, Project(config), tmp_path / "big", features_on="device")
+    # What nobody asked for ends no run: another process may have taken the memory meanwhile.
+    monkeypatch.setattr(resident, "free_bytes", lambda: 1 << 40)
+    done = run(config, Project(config), tmp_path / "auto", features_on="auto", epochs=1)
+    assert done.manifest["features_on"] == "host"
 
 
 def test_without_the_picture_one_row_of_zeros_is_enough(config: Config) -> None:

@@ -18,6 +18,7 @@ from featstore.errors import RunError, counted
 from featstore.extract.encode import is_out_of_memory
 from featstore.progress import working
 from featstore.project import Project
+from featstore.quantities import size
 from featstore.store.numbers import Numbers
 from trainer.batches import CachedRows, ImageFeatures, IntArray, NoPhotos
 
@@ -42,7 +43,7 @@ class OnDevice:
 
     def __init__(self, vision: ImageFeatures, positions: IntArray) -> None:
         self.spec, self.row_shape = vision.spec, vision.row_shape
-        self._blank = _blank(vision)
+        self._blank, self._stores = _blank(vision), _stores(vision)
         self._positions = _distinct(vision, positions)
         try:
             with working("putting the features on the device"):
@@ -52,13 +53,13 @@ class OnDevice:
                 raise
             raise RunError(
                 f"the features of {counted(len(self._positions), 'image')} do not fit on the device"
-                f" ({device_bytes(vision, positions) / 1e9:.1f} GB); set [train] features_on ="
-                ' "host"'
+                f' ({size(device_bytes(vision, positions))}); set [train] features_on = "host"'
             ) from error
 
-    def has(self, positions: IntArray) -> bool:
-        """Tell whether rows are there."""
-        return self._blank or bool(np.isin(positions, self._positions).all())
+    def has(self, vision: ImageFeatures, positions: IntArray) -> bool:
+        """Tell whether rows are there, as the store has them since it was last opened."""
+        same = [*map(id, _stores(vision))] == [*map(id, self._stores)]
+        return same and (self._blank or bool(np.isin(positions, self._positions).all()))
 
     def gather_stored(self, positions: IntArray) -> Numbers:
         """Return rows on the device, in the order of `positions`."""
@@ -73,6 +74,11 @@ class OnDevice:
 
 def _blank(vision: ImageFeatures) -> bool:
     return isinstance(vision, NoPhotos)
+
+
+def _stores(vision: ImageFeatures) -> list[Any]:
+    """Return what rows are read from: a store, those of several views, or nothing."""
+    return [] if _blank(vision) else list(getattr(vision, "stores", [vision]))
 
 
 def _distinct(vision: ImageFeatures, positions: IntArray) -> IntArray:
@@ -109,7 +115,8 @@ def put_features(project: Project, features_on: str, splits: Mapping[str, Cached
 
     Args:
         project: Whose rows they are.
-        features_on: `[train] features_on`. "auto": where an accelerator has twice the room.
+        features_on: `[train] features_on`. "auto": where an accelerator has twice the room, and
+            takes them.
         splits: By their names: the rows that a run reads.
 
     Returns:
@@ -123,16 +130,24 @@ def put_features(project: Project, features_on: str, splits: Mapping[str, Cached
     features = [project.view_spec(view).fingerprint for view in range(views)]
     keys = {split: f"{split} {features} {_blank(rows.vision)}" for split, rows in splits.items()}
     shared = all(
-        keys[split] in there and there[keys[split]].has(rows.image_positions)
+        keys[split] in there and there[keys[split]].has(rows.vision, rows.image_positions)
         for split, rows in splits.items()
     )
-    if features_on == "host" or (features_on == "auto" and not shared and not _fit(splits)):
+    if features_on == "host":
         return "host"
     if not shared:
         # Those of other settings make room, once the runs that read them end.
         there.clear()
-        for split, rows in splits.items():
-            there[keys[split]] = OnDevice(rows.vision, rows.image_positions)
+        if features_on == "auto" and not _fit(splits):
+            return "host"
+        try:
+            for split, rows in splits.items():
+                there[keys[split]] = OnDevice(rows.vision, rows.image_positions)
+        except RunError:
+            there.clear()
+            if features_on == "device":
+                raise
+            return "host"
     for split, rows in splits.items():
         rows.vision = there[keys[split]]
     return "device"
