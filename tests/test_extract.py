@@ -28,6 +28,7 @@ from featstore.encoders.spec import FeatureSpec, VisionSpec, text_spec, vision_s
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ConfigError, FeatstoreError, StoreError
 from featstore.extract.claims import writing
+from featstore.extract.encode import Batched
 from featstore.extract.extract import Summary, estimate, extract, extract_alone
 from featstore.extract.plan import Job, Plan, make_plan
 from featstore.progress import Show
@@ -288,6 +289,19 @@ class Small:
                 return TooMuch()
             raise tf.errors.ResourceExhaustedError(None, None, "failed to allocate memory")
         return self.inner.encode(*inputs)
+
+
+def test_a_halved_batch_has_no_shape_of_its_own() -> None:
+    shapes: list[int] = []
+
+    def encode(rows: np.ndarray) -> np.ndarray:
+        shapes.append(len(rows))
+        return rows
+
+    # Gathered while the size was 16.
+    rows = np.arange(11)
+    assert (Batched(encode, 4).begin(rows)() == rows).all()
+    assert shapes == [4, 4, 4]
 
 
 @pytest.mark.parametrize("late", [False, True])

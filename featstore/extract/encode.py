@@ -85,13 +85,17 @@ class Batched:
             self._halve(size)
 
     def begin(self, *inputs: NDArray[Any]) -> Callable[[], NDArray[Any]]:
-        """Begin to encode rows, no more than `batch_size`.
+        """Begin to encode rows; more than `batch_size` only when they are waited for.
 
         Returns:
             Waits for their features; may be called in another thread.
         """
+        size = self.batch_size
+        if len(inputs[0]) > size:
+            # Gathered before it was halved: another shape would be compiled for them alone.
+            return lambda: self(*inputs)
         try:
-            begun = self.encode(*filled(inputs, self.batch_size))
+            begun = self.encode(*filled(inputs, size))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -212,9 +216,11 @@ class PhotoEncoding:
 
     def rows(self, keys: Sequence[str], paths: Sequence[Photo]) -> Iterator[Encoded]:
         """Encode photos; see `Encoding`."""
-        with closing(self._decoded(zip(keys, paths, strict=True))) as decoded:
-            for batch in self._encoded(self._batches(decoded)):
-                yield from batch
+        with (
+            closing(self._decoded(zip(keys, paths, strict=True))) as decoded,
+            closing(self._encoded(self._batches(decoded))) as encoded,
+        ):
+            yield from chain.from_iterable(encoded)
 
     def shards(
         self, planned: Iterable[PlannedShard], progress: Progress
