@@ -35,8 +35,8 @@ def one_side(size: Size, layers: Sequence[int], steps: int, photos: int) -> dict
         photos: Of one forward pass; four are timed. 0: none.
 
     Returns:
-        Seconds of a step, and of everything until the first one was taken (building, tracing or
-        compiling), by k_txt; photos a second.
+        Seconds of a step, and of everything until one of each padded length was taken (building,
+        tracing or compiling), by k_txt; photos a second.
     """
     import numpy as np
 
@@ -151,7 +151,9 @@ def report(figures: dict[str, Any]) -> str:
         for k_txt, pair in found["steps"].items():
             rows.append([f"step, {size}'s size, k_txt {k_txt}", *_cells(pair, " ms", 1, 1e3)])
         for k_txt, pair in found["first_step"].items():
-            rows.append([f"until the first, k_txt {k_txt}", *_cells(pair, " s", 1, 1.0)])
+            rows.append(
+                [f"until the first of each length, k_txt {k_txt}", *_cells(pair, " s", 1, 1.0)]
+            )
         if "photos_per_second" in found:
             pair = found["photos_per_second"]
             rows.append(["ViT, photos a second", *_cells(pair, "", 1, 1.0)])
