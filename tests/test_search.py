@@ -27,6 +27,7 @@ from tiny_runs import tiny_config
 import trainer
 import trainer.run.fit
 from featstore.config import usable_cores
+from featstore.encoders import framework
 from featstore.errors import ConfigError, RunError, StoppedError, UsageError
 from featstore.progress import SILENT
 from featstore.project import Project
@@ -35,6 +36,7 @@ from trainer.run.checkpoint import load_best
 from trainer.run.folder import Run
 from trainer.run.training import Reporter
 from trainer.tuning import study as searching
+from trainer.tuning import trials as working
 from trainer.tuning.again import retrain
 from trainer.tuning.plots import no_importance
 from trainer.tuning.search_file import known_search, open_search, start_search
@@ -632,3 +634,16 @@ def test_another_search_of_the_name_is_refused(place: Place, whole: list[Any]) -
     with pytest.raises(UsageError, match="a search, not a run"):
         Run(run.folder.parent).check_free_or_same(place.config)
     assert math.isfinite(whole[0][3])
+
+
+def test_a_worker_without_a_device_takes_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise UsageError("JAX finds no device")
+
+    # No search: whoever goes on has nothing to read from it.
+    monkeypatch.setattr(working, "open_search", lambda *given: None)
+    monkeypatch.setattr(framework, "open_device", refuse)
+    with pytest.raises(UsageError, match="no device"):
+        working.work_in(tmp_path, None, lambda: False, 0.0)

@@ -260,6 +260,19 @@ def pinned_framework() -> Iterator[None]:
             raise
 
 
+def open_device() -> None:
+    """Have JAX open its device now, for a process that will compute.
+
+    Raises:
+        UsageError: As `pinned_framework`.
+    """
+    with pinned_framework():
+        if import_framework() == "jax":
+            import jax
+
+            jax.default_backend()
+
+
 def _of_thread() -> AbstractContextManager[Any]:
     import keras
 

@@ -294,12 +294,15 @@ def work_in(
     """Open a search and run its trials, see `work`: what a worker process does.
 
     Raises:
-        RunError, UsageError: The search cannot be opened.
+        RunError, UsageError: The search cannot be opened, or there is no device to compute on.
         StoppedError: `stopping` said so.
     """
+    from featstore.encoders.framework import open_device
     from featstore.project import Project
 
     search = open_search(folder, url)
+    # What this machine lacks must not end one trial after the other.
+    open_device()
     project = Project(search.base, file=folder / "config.toml")
     project.save_dataset(folder)
     return work(search, project, stopping, deadline, growth)
