@@ -10,6 +10,7 @@ computed, and round it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections import deque
@@ -181,6 +182,8 @@ class Encoding(Protocol):
 
 @dataclass(frozen=True)
 class _Decoded:
+    """A photo's pixels, or the reason why it has none."""
+
     key: str
     digest: PhotoDigest | None
     pixels: NDArray[np.float32] | None
@@ -300,7 +303,10 @@ class PhotoEncoding:
                 for batch in batches:
                     pixels = [item.pixels for item in batch if item.pixels is not None]
                     features = self.batched.begin(np.stack(pixels)) if pixels else None
-                    unfinished.append(pool.submit(self._finished, batch, features))
+                    # Stacked they are there once more: a batch's own would wait with its features.
+                    done = [dataclasses.replace(item, pixels=None) for item in batch]
+                    batch.clear()
+                    unfinished.append(pool.submit(self._finished, done, features))
                     if len(unfinished) > UNFINISHED:
                         yield unfinished.popleft().result()
                 while unfinished:
@@ -320,7 +326,7 @@ class PhotoEncoding:
             rows = ((row, "") if whole else _fitting(row, self.dtype) for row in each)
         return [
             Encoded(item.key, None, item.reason, item.digest)
-            if item.pixels is None
+            if item.reason
             else Encoded(item.key, *next(rows), item.digest)
             for item in batch
         ]
