@@ -1,4 +1,7 @@
-"""`python -m benchmarks NAME`: measure, print, and keep the figures of this machine."""
+"""`python -m benchmarks NAME`: measure, print, and keep the figures of this machine.
+
+One file, as it is a list: a command a benchmark, which says its options and calls its module.
+"""
 
 from __future__ import annotations
 
@@ -388,17 +391,51 @@ def trials(
         finish("trials", measure(Path(folder), searches, SIZES[size_name]), kept)
 
 
+@benchmarks.command(name="first-step")
+@click.option("--k-txt", "layers", multiple=True, type=int, default=(0, 3), show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Settings of rows of yours, whose features are stored, beside the made ones.",
+)
+@size_option
+@scratch_option
+@kept_option
+def first_step(
+    layers: tuple[int, ...],
+    rounds: int,
+    config_file: Path | None,
+    size_name: str,
+    scratch: str | None,
+    kept: bool,
+) -> None:
+    """Seconds from the command `train` to the end of its first step, features present."""
+    import tempfile
+
+    from benchmarks.first_step import measure
+    from benchmarks.sizes import SIZES
+
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        figures = measure(Path(folder), config_file, layers, rounds, SIZES[size_name])
+    finish("first_step", figures, kept)
+
+
 @benchmarks.command(name="search-quality")
 @click.option("--seeds", default=3, show_default=True, help="Searches of each kind.")
-@click.option("--trials", default=20, show_default=True, help="Trials of a random search.")
-@click.option("--epochs", default=3, show_default=True, help="Most epochs of a trial.")
+@click.option("--seconds", default=120.0, show_default=True, help="Of all trials of a search.")
+@click.option("--epochs", default=4, show_default=True, help="Most epochs of a trial.")
+@click.option("--trials", default=1000, show_default=True, help="Most trials of a search.")
 @config_option
 @kept_option
-def search_quality(seeds: int, trials: int, epochs: int, config_file: Path, kept: bool) -> None:
-    """Best value against budget on your rows: TPE with pruning, and random search."""
+def search_quality(
+    seeds: int, seconds: float, epochs: int, trials: int, config_file: Path, kept: bool
+) -> None:
+    """Best value for equal wall time on your rows: random, TPE with pruning, halving."""
     from benchmarks.search_quality import measure
 
-    finish("search_quality", measure(config_file, seeds, trials, epochs), kept)
+    finish("search_quality", measure(config_file, seeds, seconds, epochs, trials), kept)
 
 
 @benchmarks.command(name="named-objects")

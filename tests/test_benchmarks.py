@@ -19,7 +19,16 @@ from click.testing import CliRunner
 from on_jax import run_on_jax
 from tiny_runs import tiny_config
 
-from benchmarks import accelerator, growth, loop, number_formats, search, together
+from benchmarks import (
+    accelerator,
+    first_step,
+    growth,
+    loop,
+    number_formats,
+    search,
+    search_quality,
+    together,
+)
 from benchmarks.__main__ import benchmarks
 from benchmarks.arithmetic import bytes_moved, operations, parameters
 from benchmarks.loader import OURS, OURS_FIRST, WARM_HEADER, best_peer, measure, report
@@ -27,10 +36,11 @@ from benchmarks.loader_cold import COLD_HEADER
 from benchmarks.loader_peers import PEERS, Peer, RandomReader, StreamReader, numpy_memmap
 from benchmarks.measuring import in_child, memory_bytes, ratios, spread, written
 from benchmarks.results_file import RESULTS
-from benchmarks.search_quality import best_after
 from benchmarks.sizes import TINY
 from benchmarks.steps import cached_stepper, random_batch
 from benchmarks.tables import table
+from featstore.progress import SILENT
+from featstore.project import Project
 from trainer.config import render_config
 from trainer.run.folder import Run
 from trainer.run.training import Training
@@ -229,6 +239,8 @@ def test_the_study_search_runs_on_a_users_rows(tmp_path: Path, real_config: Path
     assert found["trials"] == 6
     assert found["workers"].keys() == {"1"}
     assert 0 < found["workers"]["1"]["best"] <= 1
+    wall = found["workers"]["1"]["wall_seconds"]
+    assert 0 < found["workers"]["1"]["work_seconds"] < wall < found["from_nothing_seconds"]
     # Two epochs of 128 rows in steps of 32 and of 48 validation rows, for each trial.
     steps = {k: found["end_to_end"][k]["plain"] for k in ("2", "3")}
     low, high = (
@@ -241,27 +253,59 @@ def test_the_study_search_runs_on_a_users_rows(tmp_path: Path, real_config: Path
     assert low - 0.1 <= found["end_to_end_plain_seconds"] <= high + 0.1
     assert "on 128 training and 48 validation rows" in shown
     assert "cached, 1 worker" in shown
+    assert "From nothing to the best of 6 trials on 224 rows" in shown
 
 
 @pytest.mark.slow
-def test_search_quality_compares_for_one_budget(tmp_path: Path, real_config: Path) -> None:
+def test_search_quality_tests_what_each_search_found(tmp_path: Path, real_config: Path) -> None:
     shown = run(
         tmp_path,
         *("search-quality", "--config", str(real_config)),
-        *("--seeds", "1", "--trials", "2", "--epochs", "2"),
+        *("--seeds", "1", "--trials", "2", "--epochs", "1"),
     )
     (file,) = tmp_path.glob("*.json")
-    found = json.loads(file.read_text())["search_quality"]["searches"]
-    assert {name: len(curve) for name, (curve,) in found.items()} == {"random": 2, "tpe": 3}
-    for (curve,) in found.values():
-        assert curve == sorted(curve)
-    assert "| TPE, median pruning" in shown
+    kinds = json.loads(file.read_text())["search_quality"]["kinds"]
+    counts = {name: len(kind["searches"][0]["trials"]) for name, kind in kinds.items()}
+    assert counts == {"random": 2, "tpe": 2, "halving": 2, "defaults": 1}
+    for kind in kinds.values():
+        (found,) = kind["searches"]
+        best = next(trial for trial in found["trials"] if trial[0] == found["best"])
+        assert best[2] == max(trial[2] for trial in found["trials"] if trial[2] is not None)
+        assert found["interval"][0] <= found["test"] <= found["interval"][1]
+    assert "| random, successive halving, 2 epochs |" in shown
+    assert "48 validation and 48 test rows" in shown
 
 
-def test_a_budget_counts_trials_that_ended_within_it() -> None:
-    curve = [[2, 0.5], [3, 0.6], [5, 0.6], [7, 0.9]]
-    assert [best_after(curve, budget) for budget in (2, 4, 6, 7)] == [0.5, 0.6, 0.6, 0.9]
-    assert np.isnan(best_after(curve, 1))
+def test_a_budget_counts_trials_that_completed_within_it() -> None:
+    trials = [[0, 2.0, 0.5, 4], [2, 3.0, None, 1], [1, 5.0, 0.4, 4], [3, 7.0, 0.9, 4]]
+    best = [search_quality.best_after(trials, seconds) for seconds in (1, 2, 6, 7)]
+    assert [trial and trial[0] for trial in best] == [None, 0, 0, 3]
+    assert [trial[0] for trial in search_quality.within(trials, 5)] == [0, 2, 1]
+
+
+def test_a_search_that_has_nothing_yet_is_no_part_of_a_mean() -> None:
+    late, early = [[0, 3.0, 0.5, 4]], [[0, 1.0, 0.7, 4], [1, 2.0, None, 4]]
+    about = {"best": 0, "test": 0.6, "interval": [0.5, 0.8]}
+    searches = [{"trials": late, **about}, {"trials": early, **about}]
+    kinds = {"random": {"title": "random", "epochs": 4, "searches": searches}}
+    rows = {"val": 10, "test": 20}
+    shown = search_quality.report({"seconds": 4, "kinds": kinds, "rows": rows})
+    cells = [cell.strip() for cell in shown.splitlines()[-1].split("|")[2:-1]]
+    one, test = "0.6000 (0.5000–0.7000)", "0.6000 (0.6000–0.6000)"
+    assert cells == ["none yet", "none yet", one, one, "2", "1", "6", test]
+    assert "±0.150" in shown
+
+
+@pytest.mark.slow
+def test_a_command_is_timed_to_the_end_of_its_first_step(tmp_path: Path, real_config: Path) -> None:
+    project = Project.load(real_config)
+    project.extract("vit", show=SILENT)
+    found = first_step.timed(real_config, tmp_path, (0,), rounds=1)
+    assert 0 < found["0"]["less_keras"]["median"] < found["0"]["whole"]["median"]
+    (last,) = tmp_path.glob("*-0-1")
+    assert not (last / "history.csv").exists()
+    figures = {"rounds": 1, "projects": {"your own": {"train_rows": 128, "k_txt": found}}}
+    assert "| your own, 128 rows |" in first_step.report(figures)
 
 
 @pytest.mark.slow
@@ -293,7 +337,6 @@ def test_number_formats_are_compared_under_the_same_weights(
 def test_the_compiler_counts_the_same_operations() -> None:
     program = """
 import dataclasses, json, jax
-from benchmarks.search_quality import best_after
 from benchmarks.sizes import TINY
 from benchmarks.steps import cached_stepper, random_batch
 size = dataclasses.replace(TINY, width=128, mlp_dim=128)
