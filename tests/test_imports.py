@@ -29,7 +29,8 @@ def test_imports_run_downward() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["featstore", "trainer", "featstore.store.store", "featstore.features"]
+    "module",
+    ["featstore", "trainer", "featstore.store.store", "featstore.features", "trainer.tuning.drive"],
 )
 def test_importing_it_imports_no_framework(module: str) -> None:
     script = (

@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing import data_provider, plugin_event_mul
 from tensorboard.context import RequestContext
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
-from tiny_runs import extracted, tiny_config
+from tiny_runs import extracted, prepared, tiny_config
 
 from featstore.errors import UsageError
 from trainer.commands.main import cli
@@ -442,3 +442,35 @@ def test_a_run_and_a_search_do_not_share_a_name(project: Project, whole: list[An
     done = project.call("train", "--name", "whole", *project.settings, code=2)
     assert "a search, not a run; choose another --name" in done.stderr
     assert whole
+
+
+ALONE = """
+import sys
+from click.testing import CliRunner
+from trainer.commands.main import cli
+if __name__ == "__main__":
+    done = CliRunner().invoke(cli, sys.argv[1:])
+    assert done.exit_code == 0, done.output
+    print("trial-0000  complete" in done.stdout, "keras" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_who_starts_the_workers_does_not_import_keras(
+    tmp_path: Path, tiny_vit: Path, tiny_text: Path
+) -> None:
+    """It takes seconds, and each worker does it anyway."""
+    config = tiny_config(tmp_path / "data", tiny_vit, tiny_text, epochs=1)
+    prepared(config)
+    (tmp_path / "featstore.toml").write_text(render_config(config))
+    (tmp_path / "space.toml").write_text("[search]\ntrials = 1\n[train]\nlr = {choice = [0.001]}\n")
+    (tmp_path / "alone.py").write_text(ALONE)
+    typed = ["search", "--config", "featstore.toml", "--space", "space.toml", "--runs", "runs"]
+    done = subprocess.run(
+        [sys.executable, "alone.py", *typed],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["True", "False"], done.stdout + done.stderr

@@ -94,7 +94,6 @@ def search_group(
         return
     if ray_address is None and (num_gpus, num_cpus) != (None, None):
         raise UsageError("--num-gpus and --num-cpus are of the workers on Ray; give --ray ADDRESS")
-    import_framework()
     from trainer.run.folder import free_name, run_folder
     from trainer.tuning import drive
     from trainer.tuning.search_file import exists, start_search

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from trainer.api import Run
-from trainer.run.training import Reporter
+    from trainer.run.training import Reporter
 
 View = Callable[[Search], AbstractContextManager[Callable[[Watched], None]]]
 

@@ -31,8 +31,9 @@ from featstore.ray_cluster import (
     one_line,
     resources_of,
 )
+from trainer.tuning.memory import anonymous_bytes
 from trainer.tuning.study import Search
-from trainer.tuning.trials import anonymous_bytes, work_in
+from trainer.tuning.trials import work_in
 from trainer.tuning.workers import MEMORY_GROWTH, MOST_DEATHS, STOP_SECONDS, Watched, position
 
 POLL_SECONDS = 1.0

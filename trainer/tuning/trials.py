@@ -18,6 +18,7 @@ from featstore.publish import check_space
 from featstore.settings import toml_value
 from trainer.config import DECIDE_BATCHES
 from trainer.run.folder import Run
+from trainer.tuning.memory import anonymous_bytes
 from trainer.tuning.search_file import open_search
 from trainer.tuning.study import Claim, Search
 
@@ -273,15 +274,6 @@ def _reason(error: Exception) -> str:
 def _set_status(run: Run, status: str) -> None:
     if run.exists:
         run.write_manifest({**run.manifest, "status": status})
-
-
-def anonymous_bytes(pid: int | str = "self") -> int:
-    """Return the memory of a process that is its own, without mapped files; 0 where unknown."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def work_in(

@@ -18,10 +18,18 @@ from typing import Any
 
 from featstore.config import usable_cores
 from featstore.encoders.framework import import_framework
-from featstore.errors import Advice, Command, FeatstoreError, RunError, StoppedError, WriteError
+from featstore.errors import (
+    Advice,
+    Command,
+    FeatstoreError,
+    RunError,
+    StoppedError,
+    UsageError,
+    WriteError,
+)
 from featstore.ray_cluster import limit_threads
+from trainer.tuning.memory import anonymous_bytes, machine_bytes
 from trainer.tuning.study import Search
-from trainer.tuning.trials import anonymous_bytes, work_in
 
 POLL_SECONDS = 0.5
 # Workers that die one after the other while no trial gets on.
@@ -91,6 +99,7 @@ def run_workers(
     Raises:
         StoppedError: `stopping` said so; the running trials are saved.
         RunError: Workers die without getting anywhere.
+        UsageError: Keras cannot be imported, or has no device.
         WriteError: A worker could not write a file; the running trials are saved.
     """
     context = multiprocessing.get_context("spawn")
@@ -114,7 +123,11 @@ def run_workers(
                 if process.exitcode == RENEW:
                     alive[slot] = _start(context, search, slot, deadline, threads)
                     continue
-                if isinstance(error := worker.error(), WriteError):
+                error = worker.error()
+                if isinstance(error, UsageError):
+                    # Of the machine or its settings: the next worker would say the same.
+                    raise error
+                if isinstance(error, WriteError):
                     raise WriteError(
                         f"{search.folder}: a worker could not go on: {error.message}",
                         Advice(
@@ -170,18 +183,8 @@ def _measure(watched: Watched, alive: dict[int, _Worker]) -> None:
     pids = {slot: worker.process.pid for slot, worker in alive.items()}
     watched.own_bytes = {slot: anonymous_bytes(pid) for slot, pid in pids.items() if pid}
     watched.peak_bytes = max(watched.peak_bytes, sum(watched.own_bytes.values()))
-    total, available = memory_bytes()
+    total, available = machine_bytes()
     watched.low_memory |= bool(total) and available < total // 20
-
-
-def memory_bytes() -> tuple[int, int]:
-    """Return the machine's memory, and what of it is available; zeros where unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0, 0
-    found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
-    return found.get("MemTotal", 0), found.get("MemAvailable", 0)
 
 
 def _stop(alive: dict[int, _Worker]) -> None:
@@ -242,6 +245,9 @@ def work_in_process(
         threading.Thread(target=_follow, args=(parent, asked), daemon=True).start()
     try:
         import_framework()
+        # Here, not above: who starts workers has no need of Keras, which takes seconds to import.
+        from trainer.tuning.trials import work_in
+
         limit_threads(threads)
         if work_in(Path(folder), url, asked.is_set, deadline, MEMORY_GROWTH):
             sys.exit(RENEW)
