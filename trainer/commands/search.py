@@ -206,7 +206,6 @@ def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
 @json_option
 def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> None:
     """Print a search's leaderboard, also while it runs; write its plots."""
-    import_framework()
     from trainer.tuning.drive import load_search
     from trainer.tuning.plots import no_importance
     from trainer.tuning.table import ranked, trial_rows, write_leaderboard
@@ -248,7 +247,6 @@ def search_best(
     as_json: bool,
 ) -> None:
     """Show the best trial; train it again with more epochs or seeds."""
-    import_framework()
     from trainer.tuning.drive import load_search
     from trainer.tuning.space import shown
 
@@ -268,6 +266,7 @@ def search_best(
             f" accuracy {best['val_accuracy']:.2%}{tau}"
         )
         return
+    import_framework()
     with stop_request() as stopping:
         reporter = shown_reporter(stopping)
         found = results.retrain(epochs, seeds or 1, split, reporter, show_of(as_json))
