@@ -19,7 +19,7 @@ from featstore.extract.encode import is_out_of_memory
 from featstore.progress import working
 from featstore.project import Project
 from featstore.quantities import size
-from featstore.store.numbers import Numbers
+from featstore.store.numbers import Numbers, token_bytes
 from trainer.batches import CachedRows, ImageFeatures, IntArray, NoPhotos
 
 CHUNK_BYTES = 1 << 28
@@ -88,8 +88,12 @@ def _distinct(vision: ImageFeatures, positions: IntArray) -> IntArray:
 
 def device_bytes(vision: ImageFeatures, positions: IntArray) -> int:
     """Return the bytes that some rows take on the device, each once."""
-    one = Numbers.empty((1, *vision.row_shape), vision.spec["dtype"]).nbytes
-    return len(_distinct(vision, positions)) * one
+    return len(_distinct(vision, positions)) * _row_bytes(vision)
+
+
+def _row_bytes(vision: ImageFeatures) -> int:
+    tokens, width = vision.row_shape
+    return tokens * token_bytes(vision.spec["dtype"], width)
 
 
 def free_bytes() -> int | None:
@@ -169,8 +173,7 @@ def _put(vision: ImageFeatures, positions: IntArray) -> Gather:
     dtypes = [array.dtype for array in empty.arrays]
     make = _jax_tables if keras.backend.backend() == "jax" else _tensorflow_tables
     write, gather = make(shapes, dtypes)
-    row_bytes = max(1, device_bytes(vision, positions) // max(1, len(positions)))
-    step = max(1, min(len(positions), CHUNK_BYTES // row_bytes))
+    step = max(1, min(len(positions), CHUNK_BYTES // _row_bytes(vision)))
     for chunk in range(0, len(positions), step):
         # The last one begins earlier, so that all have one shape.
         first = min(chunk, len(positions) - step)

@@ -26,7 +26,7 @@ from featstore.progress import bars, working
 
 BACKENDS = ("tensorflow", "jax")
 # On a GPU: kernels that give the same bits each time. XLA then chooses them by rule instead of by
-# trying some out, which is most of the time that it compiles (docs/BENCHMARKS.md).
+# trying some out, which is most of the time that it compiles (docs/ACCELERATOR.md).
 DETERMINISTIC = "xla_gpu_deterministic_ops"
 COMPILED_BYTES, COMPILED_SECONDS = 1 << 30, 0.2
 """Most bytes of compiled programs that are kept, and from how long a compilation on."""
