@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ Failed = Mapping[str, tuple[str, PhotoDigest | None]]
 # A planned shard's rows, and why the others of it failed.
 Made = tuple[PlannedShard, ShardRows, Failed]
 Encoder = VisionEncoder | TextEncoder
+Result = TypeVar("Result")
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -123,6 +124,29 @@ class Batched:
         for start in range(0, len(inputs[0]), size):
             part = [array[start : start + size] for array in inputs]
             yield np.asarray(self.encode(*filled(part, size)))[: len(part[0])]
+
+
+def in_order(
+    calls: Iterable[Callable[[], Result]], threads: int, ahead: int
+) -> Generator[Result, None, None]:
+    """Run calls in threads and yield what they return, in order.
+
+    Args:
+        calls: Taken by the reader's thread.
+        threads: How many run at once.
+        ahead: So many are begun when the first is yielded.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque[Future[Result]] = deque()
+        try:
+            for call in calls:
+                begun.append(pool.submit(call))
+                if len(begun) >= ahead:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def filled(inputs: Sequence[NDArray[Any]], rows: int) -> list[NDArray[Any]]:
@@ -254,19 +278,9 @@ class PhotoEncoding:
                 yield self._made(shard, chain([first], islice(rows, len(shard.keys) - 1)), progress)
 
     def _decoded(self, photos: Iterable[tuple[str, Photo]]) -> Generator[_Decoded, None, None]:
-        """Yield photos in order, decoded some batches ahead of the reader by threads."""
-        ahead = 3 * self.store.encode_batch_size
-        with ThreadPoolExecutor(self.store.threads) as pool:
-            waiting: deque[Future[_Decoded]] = deque()
-            try:
-                for key, path in photos:
-                    waiting.append(pool.submit(self._decode, key, path))
-                    if len(waiting) >= ahead:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        """Return photos in order, decoded some batches ahead of the reader by threads."""
+        calls = (functools.partial(self._decode, key, path) for key, path in photos)
+        return in_order(calls, self.store.threads, 3 * self.store.encode_batch_size)
 
     def _decode(self, key: str, path: Photo) -> _Decoded:
         digest = None
@@ -296,23 +310,18 @@ class PhotoEncoding:
             yield batch
 
     def _encoded(self, batches: Iterable[list[_Decoded]]) -> Generator[list[Encoded], None, None]:
-        """Yield what became of each batch, in order; the encoder is some batches ahead."""
-        with ThreadPoolExecutor(FINISHING_THREADS) as pool:
-            unfinished: deque[Future[list[Encoded]]] = deque()
-            try:
-                for batch in batches:
-                    pixels = [item.pixels for item in batch if item.pixels is not None]
-                    features = self.batched.begin(np.stack(pixels)) if pixels else None
-                    # Stacked they are there once more: a batch's own would wait with its features.
-                    done = [dataclasses.replace(item, pixels=None) for item in batch]
-                    batch.clear()
-                    unfinished.append(pool.submit(self._finished, done, features))
-                    if len(unfinished) > UNFINISHED:
-                        yield unfinished.popleft().result()
-                while unfinished:
-                    yield unfinished.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        """Return what became of each batch, in order; the encoder is some batches ahead."""
+
+        def begun() -> Iterator[Callable[[], list[Encoded]]]:
+            for batch in batches:
+                pixels = [item.pixels for item in batch if item.pixels is not None]
+                features = self.batched.begin(np.stack(pixels)) if pixels else None
+                # Stacked they are there once more: a batch's own would wait with its features.
+                done = [dataclasses.replace(item, pixels=None) for item in batch]
+                batch.clear()
+                yield functools.partial(self._finished, done, features)
+
+        return in_order(begun(), FINISHING_THREADS, UNFINISHED + 1)
 
     def _finished(
         self, batch: Sequence[_Decoded], features: Callable[[], NDArray[Any]] | None
@@ -321,9 +330,7 @@ class PhotoEncoding:
         rows: Iterator[tuple[Numbers | None, str]] = iter(())
         if features is not None:
             stored = Numbers.rounded(features(), self.dtype)
-            whole = stored.is_finite()
-            each = (stored[i] for i in range(len(stored)))
-            rows = ((row, "") if whole else _fitting(row, self.dtype) for row in each)
+            rows = (_fitting(stored[i], self.dtype) for i in range(len(stored)))
         return [
             Encoded(item.key, None, item.reason, item.digest)
             if item.reason
