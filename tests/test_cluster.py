@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TWO = Actors(count=2, num_gpus=0, num_cpus=1)
 TRIALS = 4
 FOREVER = float("inf")
-# Long enough that an actor can be met in the middle of a trial.
-EPOCHS = 8
+# Long enough that every actor can be met in the middle of a trial, one that starts last too.
+EPOCHS = 20
 
 
 def space_of(folder: Path, epochs: int = EPOCHS) -> Space:
@@ -82,17 +82,32 @@ def actors() -> list[psutil.Process]:
     return ray_processes("TrialActor")
 
 
-class At:
-    """Calls a function once, in the middle of a trial: after a number of epochs of all trials."""
+Rows = list[dict[str, Any]]
 
-    def __init__(self, search: Search, epochs: int, call: Callable[[], None]) -> None:
-        self.search, self.epochs, self.call, self.called = search, epochs, call, False
+
+class At:
+    """Calls a function once, as soon as the trials are as far as it needs them."""
+
+    def __init__(
+        self, search: Search, far: Callable[[Rows], bool], call: Callable[[], object]
+    ) -> None:
+        self.search, self.far, self.call, self.called = search, far, call, False
 
     def __call__(self, watched: Watched) -> None:
-        done = sum(row["epoch"] for row in trial_rows(self.search))
-        if not self.called and done >= self.epochs:
+        if not self.called and self.far(trial_rows(self.search)):
             self.called = True
             self.call()
+
+
+def begun(rows: Rows) -> bool:
+    """Tell whether a trial is somewhere in its middle."""
+    return sum(row["epoch"] for row in rows) >= EPOCHS // 2
+
+
+def busy(rows: Rows) -> set[int]:
+    """Return the processes that are in a trial, after its first epoch."""
+    running = [row for row in rows if row["state"] == "running" and row["epoch"]]
+    return {int(row["worker"].split()[-1]) for row in running}
 
 
 @pytest.mark.slow
@@ -118,7 +133,7 @@ def test_killed_workers_lose_nothing(cluster: Any, work: Any, alone: list[Any]) 
         for process in actors():
             process.kill()
 
-    watch = At(search, EPOCHS // 2, kill)
+    watch = At(search, lambda rows: len(busy(rows)) == 2, kill)
     watched = run_on_ray(cluster.address, search, TWO, FOREVER, lambda: False, watch)
     assert watch.called
     assert watched.deaths >= 2
@@ -130,7 +145,13 @@ def test_a_lost_node_loses_nothing(cluster: Any, work: Any, alone: list[Any]) ->
     search = searches(work, "lost")
     node = cluster.add_node(num_cpus=1)
     three = dataclasses.replace(TWO, count=3)
-    watch = At(search, EPOCHS, lambda: cluster.remove_node(node, allow_graceful=False))
+    (raylet,) = node.all_processes["raylet"]
+    own = psutil.Process(raylet.process.pid).children
+    watch = At(
+        search,
+        lambda rows: bool(busy(rows) & {child.pid for child in own()}),
+        lambda: cluster.remove_node(node, allow_graceful=False),
+    )
     watched = run_on_ray(
         # Two nodes have no room for the third actor: it waits, and the search ends without it.
         cluster.address,
@@ -148,7 +169,7 @@ def test_a_lost_node_loses_nothing(cluster: Any, work: Any, alone: list[Any]) ->
 @pytest.mark.slow
 def test_a_stopped_search_goes_on(cluster: Any, work: Any, alone: list[Any]) -> None:
     search, asked = searches(work, "stopped"), []
-    watch = At(search, EPOCHS // 2, lambda: asked.append(True))
+    watch = At(search, begun, lambda: asked.append(True))
     with pytest.raises(StoppedError, match="--name stopped goes on"):
         run_on_ray(cluster.address, search, TWO, FOREVER, lambda: bool(asked), watch)
     assert none_left("TrialActor")

@@ -358,7 +358,8 @@ def verdicts(values: list[float], **settings: Any) -> list[tuple[bool, bool, int
     found = []
     for epoch, value in enumerate(values):
         progress.epoch = epoch
-        found.append((*judge(train, progress, value), progress.waited))
+        cut = judge(train, progress, value)
+        found.append((progress.best_epoch == epoch, cut, progress.waited))
     return found
 
 

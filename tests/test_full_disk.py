@@ -153,6 +153,27 @@ def test_weights_on_a_full_disk_leave_the_old_ones(
     assert all((a == b).all() for a, b in zip(loaded, done.model.get_weights(), strict=True))
 
 
+def test_an_epoch_whose_weights_have_no_space_is_not_the_best(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, run = Run(tmp_path / "whole"), Run(tmp_path / "run")
+    fit(train(project, whole, epochs=3))
+
+    def full(folder: Path, num_bytes: int) -> None:
+        raise WriteError(f"{folder}: needs {num_bytes} bytes")
+
+    def fill(record: dict[str, Any]) -> None:
+        monkeypatch.setattr(checkpoint, "check_space", full)
+
+    # Of the epochs, each is better than the one before.
+    with pytest.raises(WriteError, match="needs"):
+        fit(train(project, run, Reporter(epoch=fill), epochs=3))
+    assert (run.metrics["epoch"], run.manifest["status"]) == (1, "stopped")
+    monkeypatch.undo()
+    fit(train(project, run, epochs=3))
+    assert run.metrics == whole.metrics
+
+
 @pytest.mark.parametrize("left", [0, 20_000])
 def test_a_run_goes_on_once_there_is_space(
     project: Project, disk: Disk, tmp_path: Path, unchecked: None, left: int

@@ -203,6 +203,10 @@ class Progress:
     waited_lr: int = 0
     best_metrics: dict[str, Any] = field(default_factory=dict)
 
+    def improves(self, value: float) -> bool:
+        """Return whether a monitored value, higher is better, is the best so far."""
+        return self.best is None or value > self.best
+
     def ended(self, train: TrainConfig) -> str:
         """Return why no epoch is left to run, "early stop" or "all epochs"; "" where one is."""
         if self.waited >= train.early_stop_patience:

@@ -99,7 +99,7 @@ def monitored(train: TrainConfig, record: dict[str, Any]) -> float:
     return -float(value) if train.monitor in LOWER_IS_BETTER else float(value)
 
 
-def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, bool]:
+def judge(train: TrainConfig, progress: Progress, value: float) -> bool:
     """Update the plateau counters with an epoch's value.
 
     Args:
@@ -108,20 +108,18 @@ def judge(train: TrainConfig, progress: Progress, value: float) -> tuple[bool, b
         value: Monitored value, higher is better.
 
     Returns:
-        Whether the epoch is the best so far, and whether the learning rate is
-        to be cut.
+        Whether the learning rate is to be cut.
     """
-    best = progress.best is None or value > progress.best
-    if best:
+    if progress.improves(value):
         progress.best, progress.best_epoch = value, progress.epoch
         progress.waited = progress.waited_lr = 0
-        return True, False
+        return False
     progress.waited += 1
     progress.waited_lr += 1
     cut = progress.waited_lr >= train.reduce_lr_patience
     if cut:
         progress.waited_lr = 0
-    return False, cut
+    return cut
 
 
 class Training:
@@ -347,11 +345,13 @@ class Training:
             "wait_share": round(wait_seconds / progress.seconds, 4) if progress.seconds else 0.0,
             "val_seconds": round(val_seconds, 3),
         }
-        best, cut = judge(train, progress, monitored(train, record))
-        if best:
+        value = monitored(train, record)
+        if progress.improves(value):
+            # First: where they cannot be written, the best epoch is still the one before.
             with averaged(self.model, self.optimizer):
                 save_weights(self.run, self.model)
             progress.best_metrics = metrics | self._threshold_interval(logits)
+        cut = judge(train, progress, value)
         if cut and train.lr_schedule == "plateau":
             cut_learning_rate(self.optimizer, train.reduce_lr_factor, train.min_lr)
         progress.history.append(record)
