@@ -29,11 +29,12 @@ def new_training(
     project: Project,
     train: TrainConfig,
     engines: Engines | None = None,
+    hparams: dict[str, Any] | None = None,
 ) -> Training:
-    """Return a training that starts anew under a name of its own."""
+    """Return a training that starts anew under a name of its own; with `hparams`, a trial's."""
     folder = folder / "runs" / name
     folder.mkdir(parents=True)
-    return Training(Run(folder), project, train, engines=engines)
+    return Training(Run(folder), project, train, hparams=hparams, engines=engines)
 
 
 def patient(size: Size, k_txt: int, epochs: int, **settings: Any) -> TrainConfig:

@@ -22,6 +22,7 @@ from trainer.run.engine import Engines
 from trainer.run.fit import fit, train_together
 from trainer.run.optimizer import make_optimizer
 from trainer.run.step import Stepper, make_stepper
+from trainer.run.training import wait_for_pictures
 
 HEADS = (2, 4, 8, 16, 52)
 """Heads of one step; 52 linear probes are searched over DINOv2 (Oquab et al. 2023, appendix)."""
@@ -72,8 +73,10 @@ def measure(
             for first in range(0, runs, at_once):
                 made = []
                 for number in range(first, first + at_once):
-                    train = patient(size, 0, epochs, lr=1e-4 * (1 + number))
-                    made.append(new_training(root, f"{name}-{number}", project, train, engines))
+                    drawn = {"lr": 1e-4 * (1 + number)}
+                    train = patient(size, 0, epochs, **drawn)
+                    own = f"{name}-{number}"
+                    made.append(new_training(root, own, project, train, engines, drawn))
                 if at_once == 1:
                     fit(made[0])
                 elif failed := [failure for failure in train_together(made) if failure]:
@@ -98,6 +101,7 @@ def measure(
                 ) -> None:
                     for group in range(groups):
                         taken.append(one_group(f"{way}-{number}-{group}", engines, at_once))
+                    wait_for_pictures()
 
                 whole[way].append(seconds_of(all_groups))
                 steps[way].append(float(np.median(taken)))

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.tokens import token_counts
 from featstore.errors import FeatstoreError, counted, short
@@ -94,10 +96,10 @@ def _listed(folder: Path, sequence_length: int) -> dict[str, int]:
 def _filling(opened: TextStore, sentences: Sequence[str]) -> list[str]:
     """Return the sentences that fill every place of their row."""
     positions = opened.lookup(sentences)
-    there = [(key, at) for key, at in zip(sentences, positions, strict=True) if at >= 0]
-    lengths = opened.lengths(positions[positions >= 0]).tolist()
-    limit = int(opened.spec["sequence_length"])
-    return [key for (key, _), length in zip(there, lengths, strict=True) if length >= limit]
+    there = np.flatnonzero(positions >= 0)
+    lengths = opened.lengths(positions[there])
+    filling = there[lengths >= int(opened.spec["sequence_length"])]
+    return [sentences[i] for i in filling.tolist()]
 
 
 def _cut(

@@ -436,3 +436,8 @@ class Training:
 def _drawing() -> ThreadPoolExecutor:
     """Return the thread that draws; the process ends when it has drawn all."""
     return ThreadPoolExecutor(1, "drawing")
+
+
+def wait_for_pictures() -> None:
+    """Return once the pictures of all trials that have ended are drawn."""
+    _drawing().submit(lambda: None).result()

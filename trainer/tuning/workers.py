@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def run_workers(
         for slot in range(workers):
             alive[slot] = _start(context, search, slot, deadline, threads)
         while alive:
-            time.sleep(POLL_SECONDS)
+            wait([worker.process.sentinel for worker in alive.values()], POLL_SECONDS)
             for slot, worker in list(alive.items()):
                 process = worker.process
                 if process.is_alive():
@@ -261,6 +262,9 @@ def work_in_process(
             # Its log is on the full disk too, and what is left of it to write would be tried again.
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
+    finally:
+        # As at the end of a command.
+        gc.freeze()
 
 
 def _follow(parent: Any, asked: threading.Event) -> None:
