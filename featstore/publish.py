@@ -73,11 +73,23 @@ def interactive() -> bool:
     return kernel or path.name in ("", "-c", "ipython", "ipython3")
 
 
+_asked_by = ""
+
+
+def work_for(command: str) -> None:
+    """Have outputs of this process, a worker's, record the command of who started it."""
+    global _asked_by
+    _asked_by = command
+
+
 def command_line() -> str:
     """Return the command that is running, as it could be typed again; a URL's password is not.
 
     Where Python is typed at, it is the call of this package's that is running, or "Python".
+    A worker's is that of who started it, see `work_for`.
     """
+    if _asked_by:
+        return _asked_by
     if interactive():
         line = running_call() or "Python"
     else:

@@ -351,7 +351,7 @@ SPACE = {"train": {"lr": {"log_uniform": [1e-3, 1e-2]}, "epochs": 1}}
 
 
 @pytest.mark.slow
-def test_a_search_and_going_on_by_its_name(place: Place) -> None:
+def test_a_search_and_going_on_by_its_name(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"name": "lr", "runs": place.runs, "show": SILENT}
     found = trainer.search(place.project, SPACE, trials=3, metric="val_loss", seed=2, **given)
     assert isinstance(found, trainer.SearchResults)
@@ -366,7 +366,12 @@ def test_a_search_and_going_on_by_its_name(place: Place) -> None:
     assert best.metrics["loss"] == pytest.approx(found.trials["value"][0])
     assert repr(found).startswith(f"<Search {str(place.runs / 'lr')!r}: 3 of 3 trials, best val_")
     lr = found.trials.set_index("trial")["lr"].sort_index()
-    more = trainer.search(None, trials=4, **given)
+    with monkeypatch.context() as patch:
+        # As in a notebook or at a prompt.
+        patch.setattr(sys, "argv", [""])
+        more = trainer.search(None, trials=4, **given)
+    last = trainer.load_run(found.folder / "trial-0003")
+    assert last.manifest["command"].startswith("trainer.search(None, name='lr', runs=")
     assert len(more.trials) == 4
     assert more.trials.set_index("trial")["lr"].sort_index()[:3].tolist() == lr.tolist()
     again = trainer.load_search("lr", place.runs)

@@ -196,7 +196,7 @@ def test_workers_that_cannot_live_are_given_up(
 
 def test_a_worker_elsewhere_says_what_it_does_not_see(tmp_path: Path) -> None:
     def job(folder: Path, token: str = "of this search") -> Any:
-        return on_ray._Job(folder, "marker", token, None, FOREVER, ".", 0, {}, tuple(sys.argv))
+        return on_ray._Job(folder, "marker", token, None, FOREVER, ".", 0, {}, tuple(sys.argv), "")
 
     (tmp_path / "marker").write_text("of another search")
     for wrong in (job(tmp_path / "nowhere"), job(tmp_path)):

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,13 @@ from tiny_runs import tiny_config, with_train
 
 import trainer.run.fit
 import trainer.run.training
-from featstore.errors import ConfigError, RunError, StoppedError, UsageError
+from featstore.errors import (
+    ConfigError,
+    MissingFeaturesError,
+    RunError,
+    StoppedError,
+    UsageError,
+)
 from featstore.progress import SILENT
 from featstore.project import Project
 from trainer.batches import CachedRows
@@ -339,6 +346,15 @@ def test_a_damaged_checkpoint_is_one_line(work: Workspace) -> None:
         with pytest.raises(RunError, match="delete it to start again") as caught:
             work.training(run=run)
         assert "\n" not in str(caught.value)
+
+
+def test_features_at_one_place_are_not_those_of_another(work: Workspace, tmp_path: Path) -> None:
+    project = Project(work.config)
+    prepare(project, 0)
+    store = dataclasses.replace(work.config.store, root=str(tmp_path))
+    elsewhere = project.with_config(dataclasses.replace(work.config, store=store))
+    with pytest.raises(MissingFeaturesError, match=re.escape(str(tmp_path))):
+        prepare(elsewhere, 0)
 
 
 def test_two_trainings_of_one_run_exclude_each_other(work: Workspace) -> None:

@@ -51,7 +51,7 @@ def prepare(
     """
     fingerprint = project.text_spec(k_txt).fingerprint
     vision = [project.view_spec(view).fingerprint for view in range(views)]
-    key = f"prepared {fingerprint} {vision} {project.config.data!r}"
+    key = f"prepared {project.root} {fingerprint} {vision} {project.config.data!r}"
     project.once(key, lambda: _prepare(project, k_txt, show, compare, views))
     if compare:
         # Where the project was prepared long ago, and its photos were forgotten since.

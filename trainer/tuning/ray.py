@@ -22,7 +22,7 @@ from typing import Any
 
 from featstore.encoders.framework import import_framework
 from featstore.errors import FeatstoreError, RunError, StoppedError
-from featstore.publish import TEMPORARY, write_text
+from featstore.publish import TEMPORARY, command_line, work_for, write_text
 from featstore.ray_cluster import (
     ENVIRONMENT,
     Actors,
@@ -50,6 +50,9 @@ class _Job:
         deadline: No trial is drawn after this `time.time()`.
         here: The driver's working folder, which relative paths start from.
         threads: Of a step; 0: as many as TensorFlow takes.
+        environment: Variables of the driver's that count.
+        arguments: The driver's `sys.argv`.
+        command: That outputs record.
     """
 
     folder: Path
@@ -60,7 +63,8 @@ class _Job:
     here: str
     threads: int
     environment: dict[str, str]
-    command: tuple[str, ...]
+    arguments: tuple[str, ...]
+    command: str
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,9 @@ class TrialActor:
     def work(self, job: _Job) -> _Ended:
         """Run trials until none is left, or until asked to stop."""
         os.environ.update(job.environment)
-        # Outputs record the command of the one who asked.
-        sys.argv[:] = job.command
+        # Lines name the program of the one who asked, outputs record its command.
+        sys.argv[:] = job.arguments
+        work_for(job.command)
         with contextlib.suppress(OSError):
             os.chdir(job.here)
         try:
@@ -278,7 +283,8 @@ def run_on_ray(
             here=os.getcwd(),
             threads=0 if resources[1] else int(resources[2]),
             environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-            command=tuple(sys.argv),
+            arguments=tuple(sys.argv),
+            command=command_line(),
         )
         driver = _Driver(ray, search, job, resources)
         write_text(marker, token)

@@ -28,6 +28,7 @@ from featstore.errors import (
     UsageError,
     WriteError,
 )
+from featstore.publish import command_line, work_for
 from featstore.ray_cluster import limit_threads
 from trainer.tuning.memory import anonymous_bytes, machine_bytes
 from trainer.tuning.study import Search
@@ -165,7 +166,7 @@ def _start(context: Any, search: Search, slot: int, deadline: float, threads: in
     receiver, sender = context.Pipe(duplex=False)
     process: SpawnProcess = context.Process(
         target=work_in_process,
-        args=(str(search.folder), search.url, deadline, slot, threads, sender),
+        args=(str(search.folder), search.url, deadline, slot, threads, sender, command_line()),
         name=f"worker-{slot}",
     )
     process.start()
@@ -221,7 +222,13 @@ def _last_line(log: Path) -> str:
 
 
 def work_in_process(
-    folder: str, url: str | None, deadline: float, slot: int, threads: int, errors: Connection
+    folder: str,
+    url: str | None,
+    deadline: float,
+    slot: int,
+    threads: int,
+    errors: Connection,
+    command: str,
 ) -> None:
     """Be a worker: run trials until none is left, or until asked to stop.
 
@@ -235,7 +242,9 @@ def work_in_process(
         slot: The worker's number; names its log.
         threads: Threads of a step; 0: as many as there are cores.
         errors: Is sent the error that ends it, if one does.
+        command: That its trials record as theirs.
     """
+    work_for(command)
     # Its own group: Ctrl-C goes to the one that started it, who asks properly.
     os.setsid()
     _print_to(Path(folder) / f"worker-{slot}.log")
