@@ -676,9 +676,11 @@ def test_gc_keeps_what_a_run_refers_to(own: Own) -> None:
         json.dumps({"features": {"text": {"fingerprint": other.name}}})
     )
     assert collected(own) == []
-    (run / "manifest.json").write_text("{")
-    with pytest.raises(RunError, match=r"manifest.json: cannot be read"):
-        collected(own)
+    # Nor is a record that says nothing one of a run that needs nothing.
+    for damaged in ("{", "{}", "[1]", '["' + other.name + '"]'):
+        (run / "manifest.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"manifest.json: cannot be read"):
+            collected(own)
 
 
 def test_gc_keeps_what_a_search_refers_to(own: Own) -> None:

@@ -90,7 +90,10 @@ def _read(folder: Path) -> dict[str, Any]:
             Advice("start one with ", Command("search", name=folder.name)),
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: cannot be read ({error})") from error
+        raise RunError(
+            f"{path}: cannot be read ({error})",
+            Advice("restore it, or start a search of another --name"),
+        ) from error
     return dict(content)
 
 
