@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from tiny_runs import prepared, tiny_config, with_train
 
+import trainer
 from featstore import publish as publishing
 from featstore.errors import WriteError
+from featstore.progress import SILENT
 from featstore.project import Project
 from trainer.config import render_config
 from trainer.run import checkpoint, training
@@ -227,6 +229,26 @@ def test_a_search_goes_on_once_there_is_space(
         assert {row["state"] for row in trial_rows(search)} == {"running"}
     work(search, project)
     assert results(search) == whole
+
+
+def test_a_page_says_why_its_figures_are_missing(project: Project, disk: Disk) -> None:
+    fit(train(project, Run(disk.folder / "run")))
+    run = trainer.load_run(disk.folder / "run")
+    page = disk.folder.parent / "page.html"
+    disk.fill()
+    with pytest.raises(
+        WriteError, match=r"run: measured, but .*\.csv: cannot be written .No space"
+    ):
+        run.report(page, show=SILENT)
+    disk.empty()
+    run.report(page, show=SILENT)
+    # Nor are those of earlier weights shown in their place as if they were of these.
+    changed = json.loads((run.folder / "evaluate-test.json").read_text())
+    changed["weights_digest"] = "another"
+    (run.folder / "evaluate-test.json").write_text(json.dumps(changed))
+    disk.fill()
+    with pytest.raises(WriteError, match="measured, but"):
+        run.report(page, show=SILENT)
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ class Run:
     def source(self) -> str | None:
         """The folder of the run that this one started from, also where both were moved."""
         recorded = self.manifest["init_from"]
-        return None if recorded is None else moved_run(recorded, runs_of(self.folder))
+        return None if recorded is None else moved_run(recorded, self.folder, self._trained_in)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class Run:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             recorded = read_json(self.manifest_path)["init_from"]
             if recorded is not None:
-                start = {"init_from": moved_run(recorded, runs_of(self.folder))}
+                start = {"init_from": moved_run(recorded, self.folder, self._trained_in)}
         parent = Path(os.path.abspath(self.folder)).parent
         in_search = (parent / SEARCH_FILE).exists()
         name = f"{parent.name}-{self.name}" if in_search else f"{self.name}-again"
@@ -353,15 +353,21 @@ def run_folder(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def moved_run(recorded: str, runs: Path) -> str:
+def moved_run(recorded: str, folder: Path, before: str) -> str:
     """Return the folder of a run that was recorded by its folder, also where it was moved since.
 
     Args:
         recorded: Its folder then.
-        runs: The folder of runs in which the record is now.
+        folder: Of the run or search that has the record.
+        before: Where that was then, "" where it is not known. Of runs that lay beside each
+            other, a copy of both has its own.
     """
-    beside = runs / Path(recorded).name
-    found = next((path for path in (Path(recorded), beside) if path.is_dir()), None)
+    runs, here = runs_of(folder), os.path.abspath(folder)
+    places = [Path(recorded), runs / Path(recorded).name]
+    runs_then = os.path.normpath(os.path.join(before, os.path.relpath(runs, here)))
+    if before not in ("", here) and Path(recorded).parent == Path(os.path.realpath(runs_then)):
+        places.reverse()
+    found = next((path for path in places if path.is_dir()), None)
     return recorded if found is None else str(found.resolve())
 
 
