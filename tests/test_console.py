@@ -7,8 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +250,47 @@ def test_the_settings_of_a_run_are_those_of_its_advice(folder: Path, elsewhere: 
     (line,) = advised(missing)
     assert follow(line).exit_code == 0
     assert invoke("evaluate", "a", *place).exit_code == 0
+
+
+class Finalised:
+    """Is interrupted while it is taken apart, where Python drops what is raised."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def stop(context: click.Context, option: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        raise KeyboardInterrupt
+
+
+@click.group(cls=console.Commands)
+@click.option("--stopped", callback=stop, expose_value=False)
+def group() -> None:
+    """Stand for the program."""
+
+
+@group.command()
+def interrupted() -> None:
+    """Go on for long."""
+    made = Finalised()
+    del made
+    for _ in range(1000):
+        time.sleep(0.01)
+    click.echo("heard nothing")
+
+
+def test_an_interrupt_that_python_drops_comes_again() -> None:
+    earlier = sys.unraisablehook
+    done = CliRunner().invoke(group, ["interrupted"], prog_name="python cli.py")
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert done.stderr.splitlines() == [
+        "stopped; what was published is kept, the same command goes on"
+    ]
+    assert sys.unraisablehook is earlier
+
+
+def test_an_interrupt_while_the_command_line_is_read_is_one_line() -> None:
+    done = CliRunner().invoke(group, ["--stopped", "x", "interrupted"], prog_name="python cli.py")
+    assert done.exit_code == 130
+    assert done.stderr.splitlines() == ["stopped; nothing was begun"]

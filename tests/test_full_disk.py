@@ -25,11 +25,13 @@ from trainer.run.checkpoint import load_best, save_weights
 from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training
+from trainer.tuning import live
 from trainer.tuning.search_file import known_search, start_search
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search
 from trainer.tuning.table import trial_rows
 from trainer.tuning.trials import work
+from trainer.tuning.workers import Watched
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = {
@@ -174,6 +176,55 @@ def test_an_epoch_whose_weights_have_no_space_is_not_the_best(
     monkeypatch.undo()
     fit(train(project, run, epochs=3))
     assert run.metrics == whole.metrics
+
+
+@pytest.mark.parametrize("later", [IndexError("later"), OSError("later"), WriteError("later")])
+def test_the_first_error_is_the_one_that_is_read(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: Exception
+) -> None:
+    def first(record: dict[str, Any]) -> None:
+        raise WriteError("first")
+
+    def end(training: Training, status: str) -> None:
+        raise later
+
+    monkeypatch.setattr(Training, "end", end)
+    with pytest.raises(WriteError, match="first"):
+        fit(train(project, Run(tmp_path / "run"), Reporter(epoch=first), epochs=1))
+
+
+def test_the_first_error_of_a_search_is_the_one_that_is_read(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = start(project, tmp_path / "search")
+
+    def gone(search: Search) -> list[dict[str, Any]]:
+        raise IndexError("later")
+
+    def run() -> None:
+        with live.live_view(search) as watch:
+            watch(Watched(1))
+            monkeypatch.setattr(live, "trial_rows", gone)
+            raise WriteError("first")
+
+    with pytest.raises(WriteError, match="first"):
+        run()
+
+
+def test_a_trial_whose_record_is_damaged_says_why_it_failed(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(trainings: list[Training]) -> list[Exception]:
+        for one in trainings:
+            one.begin()
+            one.run.manifest_path.write_text("{")
+        return [RuntimeError("lost") for _ in trainings]
+
+    monkeypatch.setattr("trainer.run.fit.train_together", lost)
+    search = start(project, tmp_path / "search")
+    work(search, project)
+    found = [(row["state"], row["reason"]) for row in trial_rows(search)]
+    assert found == [("fail", "RuntimeError: lost")] * 3
 
 
 @pytest.mark.parametrize("left", [0, 20_000])

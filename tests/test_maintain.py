@@ -700,9 +700,10 @@ def test_gc_keeps_what_a_search_refers_to(own: Own) -> None:
 def test_gc_reads_each_run_once(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the runs are recorded as a user of the store."""
     runs = own.folder / "runs"
+    record = {"status": "finished", "features": own.features().name}
     for name in ("one", "two"):
         (runs / name).mkdir(parents=True)
-        (runs / name / "manifest.json").write_text(json.dumps({"status": "finished"}))
+        (runs / name / "manifest.json").write_text(json.dumps(record))
         (runs / name / "last.npz").write_text("state")
     record_use(own.project.root, user_of(runs / "one" / "config.toml"), [])
     read: list[str] = []

@@ -235,6 +235,10 @@ def test_a_second_user_trains_from_a_store_that_he_may_not_write(
         succeed("evaluate", "mine")
         succeed("parity", "mine", "--rows", "2")
         succeed("predict", "mine", "--rows", "data/rows.jsonl", "--out", "p.csv")
+        # Nor is what others may not write needed for rows that are new to it.
+        Path("new.csv").write_text("Image_ID,Hypothesis\nphoto001,a new sentence\n")
+        assert "`--no-cache`" in refused("predict", "mine", "--rows", "new.csv")
+        succeed("predict", "mine", "--rows", "new.csv", "--no-cache")
         succeed("store", "info")
         succeed("store", "verify", "--source")
         assert "nothing to do" in succeed("extract-vit", "--split", "all")
@@ -264,6 +268,7 @@ def test_what_was_measured_is_shown_where_it_cannot_be_kept(
         done = invoke("parity", "first", "--rows", "2")
         assert done.exit_code == 1
         assert "parity-test.json" in done.stderr
+        assert "then run the command again" in done.stderr
         assert "end to end" in done.stdout
         done = invoke("search", "show", "s")
         assert done.exit_code == 1
