@@ -204,7 +204,13 @@ class Commands(SectionedGroup):
             raise
         finally:
             signal.signal(signal.SIGTERM, earlier)
-        ctx.obj.print()
+        try:
+            ctx.obj.print()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            print_error(FeatstoreError(f"standard output: {error.strerror or error}"))
+            return code or FeatstoreError.exit_code
         return code
 
     def _reported(self, ctx: click.Context) -> int:
@@ -231,10 +237,17 @@ class Commands(SectionedGroup):
             print_error(FeatstoreError(f"{where}{error.strerror or error}"))
             return FeatstoreError.exit_code
         except (KeyboardInterrupt, click.Abort):
-            return _stopped(
-                StoppedError("stopped; what was published is kept, the same command goes on")
-            )
+            return _stopped(_interrupted())
+        except SystemError as error:
+            # Compiled code, such as h5py's, that an interrupt ends.
+            if not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+                raise
+            return _stopped(_interrupted())
         return 0
+
+
+def _interrupted() -> StoppedError:
+    return StoppedError("stopped; what was published is kept, the same command goes on")
 
 
 def _stopped(error: StoppedError) -> int:
