@@ -105,10 +105,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def nearest(folder: Path) -> Path:
+    """Return a folder, or where it is not there yet the nearest above it that is."""
+    above = (folder, *folder.absolute().parents)
+    return next((path for path in above if path.exists()), folder)
+
+
 def may_write(folder: Path) -> bool:
-    """Tell whether a folder can be written; one that is not there yet is made."""
+    """Tell whether a folder can be written, or made where it is not there yet."""
     effective = os.access in os.supports_effective_ids
-    return os.access(folder, os.W_OK, effective_ids=effective) or not folder.exists()
+    return os.access(nearest(folder), os.W_OK, effective_ids=effective)
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
@@ -121,9 +127,8 @@ def check_space(folder: Path, num_bytes: int) -> None:
     Raises:
         WriteError: The disk has less than that free.
     """
-    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
     try:
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(nearest(folder)).free
     except OSError:
         # A file system that does not say: the write itself will.
         return

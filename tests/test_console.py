@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import trainer.tuning.drive
 from featstore.errors import Command, UsageError
 from featstore.store.folder import shard_paths
 from trainer.commands import console
+from trainer.commands.answer import Answer, answer, json_option
 from trainer.commands.main import cli
 from trainer.config import render_config
 from trainer.tuning.workers import Watched
@@ -248,3 +252,81 @@ def test_the_settings_of_a_run_are_those_of_its_advice(folder: Path, elsewhere: 
     (line,) = advised(missing)
     assert follow(line).exit_code == 0
     assert invoke("evaluate", "a", *place).exit_code == 0
+
+
+class Finalised:
+    """Is interrupted while it is taken apart, where Python drops what is raised."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def stop(context: click.Context, option: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        raise KeyboardInterrupt
+
+
+@click.group(cls=console.Commands)
+@click.option("--stopped", callback=stop, expose_value=False)
+def group() -> None:
+    """Stand for the program."""
+
+
+@group.command()
+def interrupted() -> None:
+    """Go on for long."""
+    made = Finalised()
+    del made
+    for _ in range(1000):
+        time.sleep(0.01)
+    click.echo("heard nothing")
+
+
+def test_an_interrupt_that_python_drops_comes_again() -> None:
+    earlier = sys.unraisablehook
+    done = CliRunner().invoke(group, ["interrupted"], prog_name="python cli.py")
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert done.stderr.splitlines() == [
+        "stopped; what was published is kept, the same command goes on"
+    ]
+    assert sys.unraisablehook is earlier
+
+
+def test_an_interrupt_while_the_command_line_is_read_is_one_line() -> None:
+    done = CliRunner().invoke(group, ["--stopped", "x", "interrupted"], prog_name="python cli.py")
+    assert done.exit_code == 130
+    # click ends the line on which a terminal shows ^C.
+    assert done.stderr.split("\n", 1)[1] == "stopped; nothing was begun\n"
+
+
+@group.command()
+def compiled() -> None:
+    """Be interrupted in compiled code, which says it in its own way."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise SystemError("returned a result with an exception set") from error
+
+
+def test_an_interrupt_in_compiled_code_is_one_line() -> None:
+    done = CliRunner().invoke(group, ["compiled"], prog_name="python cli.py")
+    assert done.exit_code == 130
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("stopped; ")
+
+
+@group.command()
+@json_option
+def told(as_json: bool) -> None:
+    """Answer."""
+    answer({"found": 1})
+
+
+def test_an_object_that_cannot_be_printed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Answer) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Answer, "print", full)
+    done = CliRunner().invoke(group, ["told", "--json"], prog_name="python cli.py")
+    assert done.exit_code == 1
+    assert done.stderr == "error: standard output: No space left on device\n"

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from tiny_runs import prepared, tiny_config, with_train
 
+import trainer
 from featstore import publish as publishing
 from featstore.errors import WriteError
+from featstore.progress import SILENT
 from featstore.project import Project
 from trainer.config import render_config
 from trainer.run import checkpoint, training
@@ -23,11 +25,13 @@ from trainer.run.checkpoint import load_best, save_weights
 from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training
+from trainer.tuning import live
 from trainer.tuning.search_file import known_search, start_search
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search
 from trainer.tuning.table import trial_rows
 from trainer.tuning.trials import work
+from trainer.tuning.workers import Watched
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = {
@@ -174,6 +178,55 @@ def test_an_epoch_whose_weights_have_no_space_is_not_the_best(
     assert run.metrics == whole.metrics
 
 
+@pytest.mark.parametrize("later", [IndexError("later"), OSError("later"), WriteError("later")])
+def test_the_first_error_is_the_one_that_is_read(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: Exception
+) -> None:
+    def first(record: dict[str, Any]) -> None:
+        raise WriteError("first")
+
+    def end(training: Training, status: str) -> None:
+        raise later
+
+    monkeypatch.setattr(Training, "end", end)
+    with pytest.raises(WriteError, match="first"):
+        fit(train(project, Run(tmp_path / "run"), Reporter(epoch=first), epochs=1))
+
+
+def test_the_first_error_of_a_search_is_the_one_that_is_read(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = start(project, tmp_path / "search")
+
+    def gone(search: Search) -> list[dict[str, Any]]:
+        raise IndexError("later")
+
+    def run() -> None:
+        with live.live_view(search) as watch:
+            watch(Watched(1))
+            monkeypatch.setattr(live, "trial_rows", gone)
+            raise WriteError("first")
+
+    with pytest.raises(WriteError, match="first"):
+        run()
+
+
+def test_a_trial_whose_record_is_damaged_says_why_it_failed(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(trainings: list[Training]) -> list[Exception]:
+        for one in trainings:
+            one.begin()
+            one.run.manifest_path.write_text("{")
+        return [RuntimeError("lost") for _ in trainings]
+
+    monkeypatch.setattr("trainer.run.fit.train_together", lost)
+    search = start(project, tmp_path / "search")
+    work(search, project)
+    found = [(row["state"], row["reason"]) for row in trial_rows(search)]
+    assert found == [("fail", "RuntimeError: lost")] * 3
+
+
 @pytest.mark.parametrize("left", [0, 20_000])
 def test_a_run_goes_on_once_there_is_space(
     project: Project, disk: Disk, tmp_path: Path, unchecked: None, left: int
@@ -227,6 +280,26 @@ def test_a_search_goes_on_once_there_is_space(
         assert {row["state"] for row in trial_rows(search)} == {"running"}
     work(search, project)
     assert results(search) == whole
+
+
+def test_a_page_says_why_its_figures_are_missing(project: Project, disk: Disk) -> None:
+    fit(train(project, Run(disk.folder / "run")))
+    run = trainer.load_run(disk.folder / "run")
+    page = disk.folder.parent / "page.html"
+    disk.fill()
+    with pytest.raises(
+        WriteError, match=r"run: measured, but .*\.csv: cannot be written .No space"
+    ):
+        run.report(page, show=SILENT)
+    disk.empty()
+    run.report(page, show=SILENT)
+    # Nor are those of earlier weights shown in their place as if they were of these.
+    changed = json.loads((run.folder / "evaluate-test.json").read_text())
+    changed["weights_digest"] = "another"
+    (run.folder / "evaluate-test.json").write_text(json.dumps(changed))
+    disk.fill()
+    with pytest.raises(WriteError, match="measured, but"):
+        run.report(page, show=SILENT)
 
 
 @pytest.mark.slow

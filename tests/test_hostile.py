@@ -22,6 +22,7 @@ from test_fit import Workspace
 from test_golden import SPECS, golden_folder
 from tiny_runs import prepared, tiny_config
 
+import trainer
 from featstore.care.info import describe_folder, open_folder
 from featstore.care.repair import repair_folder
 from featstore.care.verify import sample_folder, verify_folder
@@ -38,6 +39,7 @@ from featstore.store.folder import (
 )
 from featstore.store.shard import INDEX_DATASETS, index_checksum, shard_name
 from trainer.config import load_config
+from trainer.results.score import Scorer
 from trainer.run.checkpoint import load_best, load_state
 from trainer.run.folder import Run, find_run
 
@@ -549,6 +551,97 @@ def test_a_hostile_manifest_of_a_run_is_refused(finished: Any, run: Run, body: s
     assert find_run(run.folder.parent, run.name).folder == run.folder
 
 
+def changed_json(path: Path, *keys: str, value: Any = None) -> None:
+    """Give a field of a JSON file another value, or take it away."""
+    content = json.loads(path.read_text())
+    *above, last = keys
+    inner = content
+    for key in above:
+        inner = inner[key]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    path.write_text(json.dumps(content))
+
+
+METRICS: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda path: path.write_text(""),
+    "half of it": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "nothing in it": lambda path: path.write_text("{}"),
+    "a list": lambda path: path.write_text("[1]"),
+    "no threshold": lambda path: changed_json(path, "threshold"),
+    "a threshold of text": lambda path: changed_json(path, "threshold", value="0.5"),
+    "no loss": lambda path: changed_json(path, "loss"),
+    "no epoch": lambda path: changed_json(path, "epoch"),
+    "no figures at the threshold": lambda path: changed_json(path, "at_threshold"),
+    "no accuracy": lambda path: changed_json(path, "at_threshold", "accuracy"),
+}
+HISTORIES: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda path: path.write_text(""),
+    "a line cut off": lambda path: path.write_text(path.read_text().rstrip()[:-1]),
+    "a line less": lambda path: path.write_text(
+        "".join(line for line in path.read_text().splitlines(True) if line[:2] != "1,")
+        + "2,1,0.1\n"
+    ),
+    "text for a number": lambda path: path.write_text(path.read_text().replace("\n1,", "\n1,x")),
+    "another column for the epoch": lambda path: path.write_text("x" + path.read_text()),
+    "no text": lambda path: path.write_bytes(b"\x00\xff\n"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("metrics", change) for change in METRICS.values()]
+    + [("history", change) for change in HISTORIES.values()],
+    ids=[*METRICS, *HISTORIES],
+)
+def test_damaged_figures_of_a_run_are_refused(
+    run: Run, name: str, change: Callable[[Path], Any]
+) -> None:
+    path = getattr(run, f"{name}_path")
+    assert len(getattr(run, name))
+    change(path)
+    with pytest.raises(RunError) as caught:
+        getattr(run, name)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    # What to type next trains the same run.
+    assert f"`featstore train --config {run.config_path} --name run-again`" in str(caught.value)
+
+
+def test_a_damaged_run_that_was_imported_cannot_be_trained_again(run: Run) -> None:
+    changed_json(run.manifest_path, "imported", value={"file": "x"})
+    run.metrics_path.write_text("")
+    with pytest.raises(RunError, match="or import the run again"):
+        _ = run.metrics
+
+
+def test_figures_that_are_damaged_are_found_before_the_work(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be computed is not thrown away at the end."""
+    opened = trainer.load_run(run.folder)
+    other = trainer.load_run(shutil.copytree(run.folder, run.folder.with_name("other")))
+    config = opened.config.data
+
+    def never(*args: Any, **options: Any) -> Any:
+        raise AssertionError("rows were scored")
+
+    monkeypatch.setattr(Scorer, "predictor", property(never))
+    run.metrics_path.write_text("{}")
+    for use in (
+        lambda: opened.predict(config.rows, config.images),
+        lambda: opened.predict_pair(next(Path(config.images).iterdir()), "a dog"),
+        lambda: opened.explain(rows=2),
+        lambda: opened.evaluate("val"),
+        lambda: opened.compare(other),
+    ):
+        with pytest.raises(RunError, match=r"metrics\.json: no epoch"):
+            use()
+    assert "run': damaged: " in repr(opened)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -579,11 +672,9 @@ def test_settings_of_a_run_that_are_no_file_are_refused(
 ) -> None:
     run.config_path.unlink()
     place(run.config_path)
-    if place is Path.touch:
-        assert run.config == load_config(run.config_path)
-    else:
-        with pytest.raises(RunError, match=r"config\.toml"):
-            _ = run.config
+    # One that is empty would be all defaults: another run's.
+    with pytest.raises(RunError, match=r"config\.toml"):
+        _ = run.config
 
 
 def test_the_readers_never_unpickle() -> None:

@@ -676,9 +676,11 @@ def test_gc_keeps_what_a_run_refers_to(own: Own) -> None:
         json.dumps({"features": {"text": {"fingerprint": other.name}}})
     )
     assert collected(own) == []
-    (run / "manifest.json").write_text("{")
-    with pytest.raises(RunError, match=r"manifest.json: cannot be read"):
-        collected(own)
+    # Nor is a record that says nothing one of a run that needs nothing.
+    for damaged in ("{", "{}", "[1]", '["' + other.name + '"]'):
+        (run / "manifest.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"manifest.json: cannot be read"):
+            collected(own)
 
 
 def test_gc_keeps_what_a_search_refers_to(own: Own) -> None:
@@ -698,9 +700,10 @@ def test_gc_keeps_what_a_search_refers_to(own: Own) -> None:
 def test_gc_reads_each_run_once(own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the runs are recorded as a user of the store."""
     runs = own.folder / "runs"
+    record = {"status": "finished", "features": own.features().name}
     for name in ("one", "two"):
         (runs / name).mkdir(parents=True)
-        (runs / name / "manifest.json").write_text(json.dumps({"status": "finished"}))
+        (runs / name / "manifest.json").write_text(json.dumps(record))
         (runs / name / "last.npz").write_text("state")
     record_use(own.project.root, user_of(runs / "one" / "config.toml"), [])
     read: list[str] = []

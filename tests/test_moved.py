@@ -59,7 +59,8 @@ def left(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path, tiny_text: Pa
     succeed("extract-vit", "--split", "all", *config)
     succeed("train", "--name", "first", "--lr", "0.002", "--keep-state", *config)
     succeed("train", "--name", "next", "--init-from", "first", "--keep-state", *config)
-    succeed("search", "--name", "s", "--space", home / "space.toml", *config)
+    start = ("--init-from", "first")
+    succeed("search", "--name", "s", "--space", home / "space.toml", *start, *config)
     return home.rename(home.with_name("left"))
 
 
@@ -147,6 +148,25 @@ def test_a_run_that_was_copied_reads_what_it_was_trained_on(
     succeed("evaluate", Path(shutil.copytree(home / "runs" / "here", tmp_path / "elsewhere")))
 
 
+def test_a_copied_project_starts_from_its_own_runs(left: Path, moved: Path) -> None:
+    """Though those that it was copied from are still where they were."""
+    home = Path(shutil.copytree(left, left.with_name("home")))
+    try:
+        own = (moved / "runs" / "first").resolve()
+        assert trainer.load_run("next").source == str(own)
+        succeed("train", "--name", "next", "--init-from", "first", "--epochs", "2")
+        space = ("--space", "space.toml", "--init-from", "first")
+        succeed("search", "--name", "s", *space, "--trials", "2")
+        assert json.loads((moved / "runs/s/search.json").read_text())["init_from"] == str(own)
+        # What was copied alone has none beside it.
+        alone = shutil.copytree(moved / "runs" / "next", moved / "elsewhere" / "next")
+        assert trainer.load_run(alone).source == str(own)
+        shutil.rmtree(moved / "runs" / "first")
+        assert trainer.load_run("next").source == str(own)
+    finally:
+        shutil.rmtree(home)
+
+
 def test_runs_have_a_folder_of_their_own(
     moved: Path, tiny_vit: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +235,10 @@ def test_a_second_user_trains_from_a_store_that_he_may_not_write(
         succeed("evaluate", "mine")
         succeed("parity", "mine", "--rows", "2")
         succeed("predict", "mine", "--rows", "data/rows.jsonl", "--out", "p.csv")
+        # Nor is what others may not write needed for rows that are new to it.
+        Path("new.csv").write_text("Image_ID,Hypothesis\nphoto001,a new sentence\n")
+        assert "`--no-cache`" in refused("predict", "mine", "--rows", "new.csv")
+        succeed("predict", "mine", "--rows", "new.csv", "--no-cache")
         succeed("store", "info")
         succeed("store", "verify", "--source")
         assert "nothing to do" in succeed("extract-vit", "--split", "all")
@@ -244,6 +268,7 @@ def test_what_was_measured_is_shown_where_it_cannot_be_kept(
         done = invoke("parity", "first", "--rows", "2")
         assert done.exit_code == 1
         assert "parity-test.json" in done.stderr
+        assert "then run the command again" in done.stderr
         assert "end to end" in done.stdout
         done = invoke("search", "show", "s")
         assert done.exit_code == 1
@@ -251,6 +276,21 @@ def test_what_was_measured_is_shown_where_it_cannot_be_kept(
         succeed("search", "best", "s")
     kept = json.loads((out / "evaluate-test.json").read_text())
     assert kept["at_threshold"] == found["at_threshold"]
+
+
+def test_what_could_not_be_kept_is_said_before_the_work(
+    moved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr("trainer.results.export.export.load_models", never)
+    monkeypatch.setattr("trainer.exploration.explore._looks", never)
+    with read_only(moved):
+        for command in (("export", "first", "m.keras"), ("export", "first", "new/m.keras")):
+            assert "m.keras: cannot be written (no right to write into" in refused(*command)
+        assert "--out" in refused("eda")
+        assert "--out FILE.html" in refused("report", "first", "--out", "new/page.html")
 
 
 # --- dry runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from tiny_runs import tiny_config
 
 import trainer
-from featstore.errors import ConfigError, StoppedError, UsageError
+from featstore.errors import ConfigError, StoppedError, UsageError, WriteError
 from featstore.progress import SILENT
 from trainer.config import load_config, render_config
 from trainer.recipes.chain import Outcome, plan
@@ -116,6 +117,32 @@ def test_a_recipe_is_run_once_and_a_line_each(home: Path) -> None:
         run(home, STAGES.replace("0.01", "0.02"))
     with pytest.raises(UsageError, match=r"finished, but started from .*warm-up, not from none"):
         run(home, STAGES.replace('init_from = "warm-up"\nsettings_from', "settings_from"))
+
+
+def test_a_stage_whose_figures_are_not_kept_is_not_done(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = STAGES[: STAGES.index('[[stage]]\nname = "search"')]
+
+    def full(*args: Any, **options: Any) -> None:
+        raise WriteError("full; there is no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trainer.results.evaluate.write_text", full)
+        with pytest.raises(WriteError, match="warm-up: measured on val, but full; free space"):
+            run(home, stages)
+    assert run(home, stages).rows[0]["val"]["rows"] == 48
+
+
+def test_a_table_that_is_not_kept_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise WriteError("full; there is no space")
+
+    monkeypatch.setattr("trainer.recipes.chain.write_json", full)
+    notes: list[str] = []
+    show = dataclasses.replace(SILENT, note=notes.append)
+    run(home, STAGES[: STAGES.index('[[stage]]\nname = "search"')], show=show)
+    assert "the table is not kept: full" in notes
 
 
 @pytest.mark.slow

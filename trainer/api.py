@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featstore.config import runs_folder
-from featstore.errors import StoppedError, UsageError
+from featstore.errors import RunError, StoppedError, UsageError
 from featstore.progress import SHOWN, Show, says, showing, shows_work, working
 from featstore.project import Project
 from trainer.config import config_of
@@ -43,11 +43,15 @@ class Run(folder.Run):
     def __repr__(self) -> str:
         if not self.exists:
             return f"<Run {str(self.folder)!r}: nothing there yet>"
-        manifest = self.manifest
+        try:
+            manifest, metrics = self.manifest, self.metrics if self.metrics_path.exists() else None
+        except RunError as error:
+            # A debugger shows it too: it must not raise.
+            return f"<Run {str(self.folder)!r}: damaged: {error.message}>"
         figures = ""
-        if self.metrics_path.exists():
-            at = decided(self.metrics)
-            epoch = "imported" if "imported" in manifest else f"epoch {self.metrics['epoch']}"
+        if metrics is not None:
+            at = decided(metrics)
+            epoch = "imported" if "imported" in manifest else f"epoch {metrics['epoch']}"
             figures = f", {epoch}: val accuracy {at['accuracy']:.2%}, macro-F1 {at['macro_f1']:.2%}"
         return f"<Run {str(self.folder)!r}: {manifest['status']}{figures}>"
 

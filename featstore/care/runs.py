@@ -40,12 +40,15 @@ def read_runs(runs: Path) -> Runs:
     for path in _records(runs):
         try:
             record = read_json(path)
+            digests = DIGEST.findall(json.dumps(record))
+            if not isinstance(record, dict) or not digests:
+                raise ValueError("it names no features")
         except (OSError, ValueError) as error:
             raise RunError(
                 f"{path}: cannot be read ({error}), so the features that the run needs are not"
                 " known; mend or delete that run first"
             ) from error
-        found.digests.update(DIGEST.findall(json.dumps(record)))
+        found.digests.update(digests)
         state = path.with_name(STATE)
         has_state = path.name == "manifest.json" and state.is_file()
         if has_state and record.get("status") == "finished" and not record.get("keeps_state"):

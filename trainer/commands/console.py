@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import dataclasses
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +58,8 @@ LISTS: dict[str, Callable[[str], Any]] = {
     "label_names": str,
     "to": str,
 }
+# After which an interrupt that was dropped comes again.
+AGAIN_SECONDS = 0.01
 # Said while what the commands stand on is imported.
 LIBRARIES = "loading the libraries"
 NUMBERS = {"fractions": "0.8,0.1,0.1", "row_weights": "2,1"}
@@ -136,6 +140,28 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def _every_interrupt_heard() -> Iterator[None]:
+    """Have an interrupt come again that Python drops, with a traceback, where it cannot raise.
+
+    So it does in a finaliser and in what is called while garbage is collected, as JAX has it.
+    """
+    earlier = sys.unraisablehook
+
+    def dropped(what: Any) -> None:
+        if what.exc_type is KeyboardInterrupt:
+            # Later: here it would be dropped once more.
+            threading.Timer(AGAIN_SECONDS, _thread.interrupt_main).start()
+        else:
+            earlier(what)
+
+    sys.unraisablehook = dropped
+    try:
+        yield
+    finally:
+        sys.unraisablehook = earlier
+
+
 class Commands(SectionedGroup):
     """Reports every expected error as one line and its exit code; with --json as an object too."""
 
@@ -154,13 +180,20 @@ class Commands(SectionedGroup):
             answered.fail(_refused(error), typed)
             answered.print()
             sys.exit(error.exit_code)
+        except click.Abort:
+            # While the command line was read.
+            stopped = StoppedError("stopped; nothing was begun")
+            answered.fail(stopped, typed)
+            answered.print()
+            sys.exit(_stopped(stopped))
         sys.exit(result if isinstance(result, int) else 0)
 
     def invoke(self, ctx: click.Context) -> int:
         """Run a command; return its exit code."""
         earlier = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            code = self._reported(ctx)
+            with _every_interrupt_heard():
+                code = self._reported(ctx)
         except BrokenPipeError:
             # The reader of our output has seen enough; click leaves quietly.
             raise
@@ -171,7 +204,13 @@ class Commands(SectionedGroup):
             raise
         finally:
             signal.signal(signal.SIGTERM, earlier)
-        ctx.obj.print()
+        try:
+            ctx.obj.print()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            print_error(FeatstoreError(f"standard output: {error.strerror or error}"))
+            return code or FeatstoreError.exit_code
         return code
 
     def _reported(self, ctx: click.Context) -> int:
@@ -198,10 +237,17 @@ class Commands(SectionedGroup):
             print_error(FeatstoreError(f"{where}{error.strerror or error}"))
             return FeatstoreError.exit_code
         except (KeyboardInterrupt, click.Abort):
-            return _stopped(
-                StoppedError("stopped; what was published is kept, the same command goes on")
-            )
+            return _stopped(_interrupted())
+        except SystemError as error:
+            # Compiled code, such as h5py's, that an interrupt ends.
+            if not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+                raise
+            return _stopped(_interrupted())
         return 0
+
+
+def _interrupted() -> StoppedError:
+    return StoppedError("stopped; what was published is kept, the same command goes on")
 
 
 def _stopped(error: StoppedError) -> int:

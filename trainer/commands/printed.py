@@ -40,7 +40,8 @@ def print_rows(dataset: Any, named: bool = True) -> None:
 def check_kept(result: dict[str, Any], mend: Advice | None = None) -> None:
     """End with an error where the report of figures that were printed could not be written."""
     if result["not_kept"]:
-        raise WriteError(f"the figures are not kept: {result['not_kept']}", mend)
+        again = Advice("free space or permissions, then run the command again")
+        raise WriteError(f"the figures are not kept: {result['not_kept']}", mend or again)
 
 
 def print_confusion(at: dict[str, Any]) -> None:

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featstore.errors import FeatstoreError, UsageError, counted
+from featstore.errors import Advice, UsageError, WriteError, counted
 from featstore.extract.plan import Plan
 from featstore.progress import SHOWN, Show, shows_work
 from featstore.project import Project
-from featstore.publish import command_line, package_versions, write_json, write_text
+from featstore.publish import command_line, package_versions, why_not_kept, write_json, write_text
 from trainer import api
 from trainer.config import Config, with_sections
 from trainer.recipes.recipe import Recipe, Stage, read_recipe
@@ -104,7 +104,7 @@ def run_recipe(
             done.stages[stage.name] = run
             _predict(stage, run, show)
         done.rows.append(stage_row(stage, done.stages[stage.name]))
-        _keep(done)
+        _keep(done, show)
     return done
 
 
@@ -234,10 +234,19 @@ def _train(
 
 
 def _measure(run: api.Run, split: str, controls: bool, show: Show) -> None:
-    """Evaluate a run on a split, unless that was done."""
+    """Evaluate a run on a split, unless that was done.
+
+    Raises:
+        WriteError: The figures cannot be kept, where the table reads them.
+    """
     known = measured_figures(run, split)
     if known is None or (controls and known["gain"] is None):
-        run.evaluate(split, show=show)
+        not_kept = run.evaluate(split, show=show)["not_kept"]
+        if not_kept:
+            raise WriteError(
+                f"{run.folder}: measured on {split}, but {not_kept}",
+                Advice("free space or permissions, then run the command again: it goes on"),
+            )
 
 
 def _check_same(run: api.Run, config: Config, source: str | None) -> None:
@@ -299,11 +308,15 @@ def _predict(stage: Stage, run: api.Run, show: Show) -> None:
     show.note(f"{out}: {counted(found.summary()['rows'], 'row')}")
 
 
-def _keep(done: Outcome) -> None:
+def _keep(done: Outcome, show: Show) -> None:
     """Write the table as it is so far."""
     about = {"command": command_line(), "versions": package_versions()}
     folder = done.recipe.folder
-    with contextlib.suppress(FeatstoreError):
+
+    def write() -> None:
         write_json(folder / "recipe.json", {**about, "stages": done.rows})
         title = f"# {done.recipe.name}\n\n`{about['command']}`\n\n"
         write_text(folder / "summary.md", f"{title}{done.table}\n")
+
+    if why := why_not_kept(write):
+        show.note(f"the table is not kept: {why}")

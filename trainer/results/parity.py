@@ -389,6 +389,7 @@ def check_parity(
             f"{run.folder}: trained with control {config.train.control}, whose features are not the"
             " photo's: no end-to-end model equals it; name a run with control none"
         )
+    threshold = threshold_of(run.metrics)
     project = project_of(run)
     # It compares the photos of its rows itself, and names those that changed.
     prepare(project, config.train.k_txt, show, compare=False)
@@ -407,7 +408,6 @@ def check_parity(
             f" ({some(list(comparison.unreadable))}); put them back in"
             f" {project.dataset.images.folder}"
         )
-    threshold = threshold_of(run.metrics)
     result: dict[str, Any] = {
         "run": run.name,
         "split": split,

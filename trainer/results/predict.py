@@ -229,11 +229,11 @@ def predict(
         StoreError: The store cannot be written or read.
     """
     started = time.perf_counter()
-    control = _control(scorer)
+    # Before the work, which a run that is damaged would lose.
+    threshold, control = threshold_of(scorer.run.metrics), _control(scorer)
     dataset, scores = score_rows(
         scorer, rows, images, show=show, cache=cache, control=control, encoding=encoding
     )
-    threshold = threshold_of(scorer.run.metrics)
     return Predictions(dataset, scores, threshold, time.perf_counter() - started)
 
 
@@ -261,6 +261,7 @@ def predict_pair(
     sentence, reason, detail = read_hypothesis(text)
     if reason:
         raise DataError(f"the sentence {text!a} cannot be used: {reason} ({detail})")
+    threshold = threshold_of(scorer.run.metrics)
     project, k_txt, path = scorer.project, scorer.train.k_txt, Path(image)
     store = dataclasses.replace(project.config.store, encode_batch_size=1)
     held = []
@@ -284,7 +285,6 @@ def predict_pair(
         control=_control(scorer),
     )
     (logits,) = predict_logits(scorer.predictor, rows, 1).astype(np.float64)
-    threshold = threshold_of(scorer.run.metrics)
     found = {
         "run": scorer.run.name,
         "image": str(path),

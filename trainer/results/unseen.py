@@ -7,8 +7,9 @@ store or not, and so are the logits.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from featstore.data.dataset import Dataset, rows_to_predict
 from featstore.data.images import ImageIndex
-from featstore.errors import Advice, DataError, counted
+from featstore.errors import Advice, DataError, StoreError, WriteError, counted
 from featstore.extract.held import HeldImages, HeldSentences, Holder
 from featstore.progress import SILENT, Show
 from featstore.project import Project
@@ -160,6 +161,19 @@ class _Features(Protocol):
         ...
 
 
+@contextlib.contextmanager
+def _or_without_keeping() -> Iterator[None]:
+    """Have a store that cannot be written name the way that needs none."""
+    try:
+        yield
+    except (StoreError, WriteError) as error:
+        # Not what is said of features that are damaged or stale.
+        if type(error) in (StoreError, WriteError):
+            before = (*error.mend.parts, ", ") if error.mend else ()
+            error.mend = Advice(*before, "or keep none of the features (`--no-cache`)")
+        raise
+
+
 class _Stored:
     """Features of the store, to which those that are missing are added first."""
 
@@ -172,12 +186,14 @@ class _Stored:
                 f" another, whose features the run's store {project.root} has",
                 Advice("give them other ids, or predict them without keeping them (`--no-cache`)"),
             )
-        if plan.keys:
-            project.extract("vit", views=1, show=show)
+        with _or_without_keeping():
+            if plan.keys:
+                project.extract("vit", views=1, show=show)
         bad = read_quarantine(plan.folder)
         if all(key in bad for key in plan.job.keys):
             raise _unreadable(project.dataset)
-        project.extract("text", k_txt=k_txt, show=show)
+        with _or_without_keeping():
+            project.extract("text", k_txt=k_txt, show=show)
         project.forget_encoders()
         self.vision, self.text = project.images(), project.sentences(k_txt)
         self._folders = {"vit": self.vision.folder, "text": self.text.folder}

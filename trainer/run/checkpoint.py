@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from featstore.encoders.presets import resolve_preset
-from featstore.errors import Advice, Command, RunError
+from featstore.errors import Advice, RunError
 from featstore.publish import check_space, publish, write_bytes
 from featstore.store.shard import HDF5_ERRORS
 from trainer.config import Config, TrainConfig
@@ -71,7 +71,8 @@ def load_best(run: Run) -> keras.Model:
         model.load_weights(run.weights_path)
     except (*HDF5_ERRORS, IndexError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RunError(f"{run.weights_path}: does not fit the run's settings ({reason})") from error
+        what = "cannot be read" if isinstance(error, OSError) else "does not fit the run's settings"
+        raise run.damaged(run.weights_path, f"{what} ({reason})") from error
     return model
 
 
@@ -79,14 +80,13 @@ def _without_weights(run: Run) -> RunError:
     """Say why a run has no weights, and how they can be had."""
     if not (run.folder.parent / SEARCH_FILE).exists() or run.manifest["status"] == "running":
         return RunError(f"{run.weights_path}: not there; the run has not finished an epoch")
-    name = f"{run.folder.parent.name}-{run.name}"
-    start: dict[str, Any] = {} if run.source is None else {"init_from": run.source}
+    again = run.again
     return RunError(
         f"{run.folder}: its search kept the weights of its best trials only ([search] keep)",
         Advice(
             "the same settings and seed give the same weights: run ",
-            Command("train", config=run.config_path, name=name, **start, bare=True),
-            f", then use {name}",
+            again,
+            f", then use {again.options['name']}",
         ),
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from featstore.errors import WriteError
 from featstore.publish import write_error
 
 
@@ -52,7 +53,7 @@ class EventLog:
             self._append(step, summaries)
         except OSError as error:
             # What is left in its buffer would be written, and fail, once more.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(WriteError):
                 self.close()
             raise write_error(self.folder, error) from error
 
@@ -75,7 +76,14 @@ class EventLog:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file, if there is one; a later write makes another."""
+        """Close the file, if there is one; a later write makes another.
+
+        Raises:
+            WriteError: The disk is full, or refuses.
+        """
         if self._file is not None:
             file, self._file = self._file, None
-            file.close()
+            try:
+                file.close()
+            except OSError as error:
+                raise write_error(self.folder, error) from error

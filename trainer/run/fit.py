@@ -117,8 +117,8 @@ def train_together(trainings: Sequence[Training]) -> list[Exception | None]:
             _run_epoch(members, stepper, failures)
     except BaseException:
         for training in going:
-            # On a full disk the first refusal is the one to be read.
-            with contextlib.suppress(WriteError):
+            # The first error is the one to be read, whatever its end meets.
+            with contextlib.suppress(Exception):
                 training.end("stopped")
         raise
     return [failures.get(id(training)) for training in trainings]

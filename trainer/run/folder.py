@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 import re
 import time
@@ -46,8 +47,10 @@ from trainer.config import SECTIONS, Config, beside_run, load_config, render_con
 if TYPE_CHECKING:
     import pandas as pd
 
+# Where a field of a JSON file is, and what it may be.
+Fields = Sequence[tuple[tuple[str, ...], tuple[type, ...]]]
 # What the readers of a run's manifest rely on.
-MANIFEST_FIELDS: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...] = (
+MANIFEST_FIELDS: Fields = (
     (("status",), (str,)),
     (("backend",), (str,)),
     (("init_from",), (str, type(None))),
@@ -56,6 +59,12 @@ MANIFEST_FIELDS: tuple[tuple[tuple[str, ...], tuple[type, ...]], ...] = (
     (("features", "vision", "fingerprint"), (str,)),
     (("features", "vision", "row_shape"), (list,)),
     (("features", "text", "fingerprint"), (str,)),
+)
+# And of its metrics, beside what `decided` gives.
+METRICS_FIELDS: Fields = (
+    (("epoch",), (int,)),
+    (("loss",), (int, float)),
+    (("threshold",), (int, float, type(None))),
 )
 # Of `history.csv`, one line an epoch.
 HISTORY_COLUMNS = (
@@ -109,6 +118,9 @@ class Run:
         """
         if not self.config_path.is_file():
             raise RunError(f"{self.config_path}: not there, or not a file; the run is damaged")
+        # All defaults would be another run's.
+        if not self.config_path.stat().st_size:
+            raise RunError(f"{self.config_path}: empty; the run is damaged", Advice("restore it"))
         config = load_config(self.config_path, self.elsewhere)
         trained_in, here = self._trained_in, os.path.abspath(self.folder)
         if not trained_in or trained_in == here:
@@ -135,7 +147,7 @@ class Run:
     def source(self) -> str | None:
         """The folder of the run that this one started from, also where both were moved."""
         recorded = self.manifest["init_from"]
-        return None if recorded is None else moved_run(recorded, runs_of(self.folder))
+        return None if recorded is None else moved_run(recorded, self.folder, self._trained_in)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -144,17 +156,7 @@ class Run:
         Raises:
             RunError: There is none, it cannot be read, or a field is missing.
         """
-        manifest = self._json(self.manifest_path)
-        for keys, kinds in MANIFEST_FIELDS:
-            value: Any = manifest
-            for key in keys:
-                value = value.get(key, ...) if isinstance(value, dict) else ...
-            if not isinstance(value, kinds):
-                raise RunError(
-                    f"{self.manifest_path}: no {'.'.join(keys)}; the file was changed: restore it,"
-                    " or train under another --name"
-                )
-        return manifest
+        return self._json(self.manifest_path, MANIFEST_FIELDS)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -163,7 +165,11 @@ class Run:
         Raises:
             RunError: The run has not finished an epoch, or the file is damaged.
         """
-        return self._json(self.metrics_path)
+        metrics = self._json(self.metrics_path, METRICS_FIELDS)
+        called = "at_argmax" if metrics["threshold"] is None else "at_threshold"
+        figures = [((called, name), (int, float)) for name in ("accuracy", "macro_f1")]
+        self._check_fields(self.metrics_path, metrics, figures)
+        return metrics
 
     @property
     def weights_digest(self) -> str | None:
@@ -187,11 +193,59 @@ class Run:
         import pandas as pd
 
         try:
-            return pd.read_csv(self.history_path)
+            text = self.history_path.read_text(encoding="utf-8")
+            history = pd.read_csv(io.StringIO(text))
+            # A number that was cut off would be read as another.
+            if not text.endswith("\n"):
+                raise ValueError("its last line is cut off")
+            # An older version's are fewer.
+            known = [name for name in HISTORY_COLUMNS if name in history]
+            history[known].astype(float)
+            if list(history["epoch"]) != list(range(1, len(history) + 1)):
+                raise ValueError("its epochs are not 1, 2, 3 and so on")
+        except KeyError as error:
+            raise self.damaged(self.history_path, f"no column {error}") from error
         except (OSError, ValueError) as error:
-            raise RunError(f"{self.history_path}: cannot be read ({error})") from error
+            raise self.damaged(self.history_path, f"cannot be read ({error})") from error
+        return history
 
-    def _json(self, path: Path) -> dict[str, Any]:
+    @property
+    def again(self) -> Command:
+        """The command that trains the same run under another name, to the same weights."""
+        start: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            recorded = read_json(self.manifest_path)["init_from"]
+            if recorded is not None:
+                start = {"init_from": moved_run(recorded, self.folder, self._trained_in)}
+        parent = Path(os.path.abspath(self.folder)).parent
+        in_search = (parent / SEARCH_FILE).exists()
+        name = f"{parent.name}-{self.name}" if in_search else f"{self.name}-again"
+        return Command("train", config=self.config_path, name=name, **start, bare=True)
+
+    def damaged(self, path: Path, what: str) -> RunError:
+        """Return the error of a file of this run that is not as it was written.
+
+        Args:
+            path: The file.
+            what: What is wrong with it.
+        """
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if "imported" in read_json(self.manifest_path):
+                return RunError(f"{path}: {what}", Advice("restore it, or import the run again"))
+        return RunError(
+            f"{path}: {what}",
+            Advice("restore it; or the same settings and seed give the same run: ", self.again),
+        )
+
+    def _check_fields(self, path: Path, content: dict[str, Any], fields: Fields) -> None:
+        for keys, kinds in fields:
+            value: Any = content
+            for key in keys:
+                value = value.get(key, ...) if isinstance(value, dict) else ...
+            if not isinstance(value, kinds):
+                raise self.damaged(path, f"no {'.'.join(keys)}; the file was changed")
+
+    def _json(self, path: Path, fields: Fields) -> dict[str, Any]:
         try:
             value = read_json(path)
         except FileNotFoundError as error:
@@ -200,9 +254,10 @@ class Run:
                 Advice("train one with ", Command("train")),
             ) from error
         except (OSError, ValueError) as error:
-            raise RunError(f"{path}: cannot be read ({error})") from error
+            raise self.damaged(path, f"cannot be read ({error})") from error
         if not isinstance(value, dict):
-            raise RunError(f"{path}: expected a JSON object, found {type(value).__name__}")
+            raise self.damaged(path, f"expected a JSON object, found {type(value).__name__}")
+        self._check_fields(path, value, fields)
         return value
 
     def write_config(self, config: Config) -> None:
@@ -298,15 +353,21 @@ def run_folder(runs: Path, name: str) -> Path:
     return runs / name
 
 
-def moved_run(recorded: str, runs: Path) -> str:
+def moved_run(recorded: str, folder: Path, before: str) -> str:
     """Return the folder of a run that was recorded by its folder, also where it was moved since.
 
     Args:
         recorded: Its folder then.
-        runs: The folder of runs in which the record is now.
+        folder: Of the run or search that has the record.
+        before: Where that was then, "" where it is not known. Of runs that lay beside each
+            other, a copy of both has its own.
     """
-    beside = runs / Path(recorded).name
-    found = next((path for path in (Path(recorded), beside) if path.is_dir()), None)
+    runs, here = runs_of(folder), os.path.abspath(folder)
+    places = [Path(recorded), runs / Path(recorded).name]
+    runs_then = os.path.normpath(os.path.join(before, os.path.relpath(runs, here)))
+    if before not in ("", here) and Path(recorded).parent == Path(os.path.realpath(runs_then)):
+        places.reverse()
+    found = next((path for path in places if path.is_dir()), None)
     return recorded if found is None else str(found.resolve())
 
 

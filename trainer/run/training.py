@@ -171,21 +171,21 @@ class Training:
             weights = self.engines.starting_weights(init_from)
             self.initialised = start_from(self.model, init_from, weights)
         self.progress = Progress()
-        self.manifest = self._manifest(row_shape, init_from)
         self._source = None if init_from is None else str(init_from.folder.resolve())
+        self.manifest = self._manifest(row_shape)
         if run.checkpoint_path.exists():
             self._check_same_start()
             self.progress = load_state(run.checkpoint_path, self.model, self.optimizer)
         self._earlier_seconds = self.progress.total_seconds
         self._tracking = Tracking(self.config, run, self.manifest, hparams, self.reporter.note)
 
-    def _manifest(self, row_shape: tuple[int, int], init_from: Run | None) -> dict[str, Any]:
+    def _manifest(self, row_shape: tuple[int, int]) -> dict[str, Any]:
         manifest = new_manifest(
             self.run.name, self.project, self.train_config, self.model, row_shape
         )
         return {
             **manifest,
-            "init_from": None if init_from is None else str(init_from.folder),
+            "init_from": self._source,
             "initialised_layers": self.initialised,
             "features_on": self.features_on,
             **self.rows.emphasis.recorded,

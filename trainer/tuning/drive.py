@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from featstore.config import runs_folder
 from featstore.encoders.presets import resolve_preset
-from featstore.errors import RunError, counted
+from featstore.errors import FeatstoreError, RunError, counted
 from featstore.extract.extract import extract
 from featstore.extract.plan import Plan
 from featstore.progress import SHOWN, SILENT, Show, says, shows_work, working
@@ -177,9 +177,12 @@ class SearchResults:
         self.name, self.folder = search.name, search.folder
 
     def __repr__(self) -> str:
-        rows = self.rows()
+        try:
+            rows, best = self.rows(), self.best
+        except FeatstoreError as error:
+            # A debugger shows it too: it must not raise.
+            return f"<Search {str(self.folder)!r}: damaged: {error.message}>"
         ended = sum(row["state"] != "running" for row in rows)
-        best = self.best
         found = ""
         if best is not None:
             params = ", ".join(f"{key} {shown(value)}" for key, value in best["params"].items())

@@ -146,5 +146,9 @@ def live_view(search: Search) -> Iterator[Callable[[Watched], None]]:
     with live if live is not None else contextlib.nullcontext():
         try:
             yield watch
-        finally:
-            show(latest, last=True)
+        except BaseException:
+            # It is the one to be read, whatever keeps the table from being shown.
+            with contextlib.suppress(Exception):
+                show(latest, last=True)
+            raise
+        show(latest, last=True)

@@ -262,7 +262,7 @@ def _cost(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         run = search.run_of(row["trial"])
         try:
-            if run.history_path.exists() and run.manifest:
+            if run.history_path.exists() and run.manifest and len(run.history):
                 runs.append(run)
         except FeatstoreError:
             continue

@@ -90,7 +90,10 @@ def _read(folder: Path) -> dict[str, Any]:
             Advice("start one with ", Command("search", name=folder.name)),
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: cannot be read ({error})") from error
+        raise RunError(
+            f"{path}: cannot be read ({error})",
+            Advice("restore it, or start a search of another --name"),
+        ) from error
     return dict(content)
 
 
@@ -152,7 +155,8 @@ def start_search(
     if earlier is not None:
         before = {key: earlier[key] for key in identity}
         if before["init_from"] is not None:
-            before["init_from"] = moved_run(before["init_from"], folder.parent)
+            was = str(earlier.get("folder", ""))
+            before["init_from"] = moved_run(before["init_from"], folder, was)
         before["settings"] = {
             name: complete(section, before["settings"].get(name, {}))
             for name, section in SECTIONS.items()
@@ -213,7 +217,7 @@ def known_search(
     searched = dataclasses.replace(space.search, **search_flags)
     init_from = content["init_from"]
     if init_from:
-        init_from = moved_run(init_from, folder.parent)
+        init_from = moved_run(init_from, folder, str(content.get("folder", "")))
     source = find_run(folder.parent, init_from) if init_from else None
     return (
         Run(folder, elsewhere).config,

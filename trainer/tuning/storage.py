@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import filelock
 import optuna
 from optuna.storages.journal import JournalFileBackend
 
-from featstore.errors import UsageError
+from featstore.errors import Advice, RunError, UsageError
 from featstore.publish import PASSWORD, may_write, write_error
 
 
@@ -81,7 +81,7 @@ def open_storage(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal, whose refused writes are errors of one line.
+    """Optuna's journal, whose refused writes and damaged lines are errors of one line.
 
     Someone else's search can be looked at: of a folder that may not be written, a copy is opened.
     """
@@ -99,6 +99,23 @@ class _Journal(JournalFileBackend):
             super().__init__(str(self._path), lock)
         except OSError as error:
             raise write_error(self._path, error) from error
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Read the journal from a line on.
+
+        Raises:
+            RunError: A line is not what was written.
+        """
+        try:
+            yield from super().read_logs(log_number_from)
+        except ValueError as error:
+            raise RunError(
+                f"{self._path}: a line is damaged ({error})",
+                Advice(
+                    "restore it; or delete that line and all after it, and the search draws again"
+                    " what they said"
+                ),
+            ) from error
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append to the journal.

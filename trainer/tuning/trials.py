@@ -272,8 +272,10 @@ def _reason(error: Exception) -> str:
 
 
 def _set_status(run: Run, status: str) -> None:
-    if run.exists:
-        run.write_manifest({**run.manifest, "status": status})
+    # One that is damaged may be why the trial ended.
+    with contextlib.suppress(RunError):
+        if run.exists:
+            run.write_manifest({**run.manifest, "status": status})
 
 
 def work_in(

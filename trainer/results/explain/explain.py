@@ -195,6 +195,7 @@ def explain(
             f"{scorer.run.folder}: trained on the sentence alone: it is given zeros for every"
             " photo, so that there is nothing to look at; choose a run that was trained with photos"
         )
+    threshold = threshold_of(scorer.run.metrics)
     if file is None:
         where, project = f"split {split!r}", scorer.project
         scores = scorer.score(split, "none", show)
@@ -206,7 +207,7 @@ def explain(
             scorer, file, photos, show=show, control="none", encoding=encoding
         )
         project = scorer.project.with_dataset(dataset)
-    called = Called.of(dataset, scores, threshold_of(scorer.run.metrics))
+    called = Called.of(dataset, scores, threshold)
     if errors is not None:
         chosen, choice = called.errors(errors), "the most confident errors"
     elif len(ids):
@@ -221,7 +222,7 @@ def explain(
         run=scorer.run.name,
         source=split if file is None else where,
         choice=choice,
-        threshold=threshold_of(scorer.run.metrics),
+        threshold=threshold,
         queries=scorer.train.queries,
         k_txt=scorer.train.k_txt,
         k_vit=scorer.train.k_vit,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import filelock
 
-from featstore.errors import RunError, UsageError
+from featstore.errors import Advice, RunError, UsageError, WriteError
 from featstore.extract.plan import free_space
-from featstore.publish import TEMPORARY
+from featstore.publish import TEMPORARY, may_write, nearest
 from featstore.quantities import size
 
 FORMATS = ("keras", "saved_model", "onnx", "weights")
@@ -56,7 +56,13 @@ class Target:
 
         Raises:
             UsageError: A name is taken.
+            WriteError: The folder cannot be written.
         """
+        if not may_write(self.folder):
+            raise WriteError(
+                f"{self.path}: cannot be written (no right to write into {nearest(self.folder)})",
+                Advice("name a file elsewhere"),
+            )
         for path in (self.folder / name for name in self.names):
             if not os.path.lexists(path):
                 continue

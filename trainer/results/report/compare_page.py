@@ -50,10 +50,12 @@ def report_compared(
     """
     others = "-".join(run.name for run in runs[1:])[:LONGEST_NAME] or "nothing"
     target = page_path(path, runs[0].folder / f"compare-{others}.html")
+    # Before the work, which a run whose history is damaged would lose.
+    histories = [epochs_of(run) for run in runs]
     result = compare(runs, split, show=show, **options)
     labels = list(result["runs"])
     names = " · ".join(labels)
-    content = _content(runs, labels, result)
+    content = _content(runs, labels, histories, result)
     num_bytes = write_page(target, "compare.html", f"{names} on {result['split']}", **content)
     return {
         "page": str(target),
@@ -65,13 +67,14 @@ def report_compared(
     }
 
 
-def _content(runs: Sequence[Run], labels: Sequence[str], result: dict[str, Any]) -> dict[str, Any]:
+def _content(
+    runs: Sequence[Run],
+    labels: Sequence[str],
+    epochs: Sequence[list[dict[str, Any]]],
+    result: dict[str, Any],
+) -> dict[str, Any]:
     found = [_table(table) for table in tables(result)]
-    histories = {
-        label: history
-        for label, run in zip(labels, runs, strict=True)
-        if (history := epochs_of(run))
-    }
+    histories = {label: one for label, one in zip(labels, epochs, strict=True) if one}
     said = verdicts(result)
     gaps = [
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import tempfile
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.labels import ALL_LABELS
-from featstore.errors import FeatstoreError, RunError
+from featstore.errors import Advice, FeatstoreError, RunError, WriteError
 from featstore.progress import Show
 from featstore.publish import may_write, read_json
 from trainer.logits import confidence_of, predicted_labels
@@ -97,13 +98,18 @@ def measured(run: Run, split: str, scorer: Callable[[], Scorer], show: Show) -> 
         stale = "its predictions are not beside it, or of another time"
     try:
         opened = scorer()
-        if may_write(run.folder):
-            evaluate(opened, split, show=show)
-            found = _read(run.folder, stem)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                evaluate(opened, split, show=show, out=folder)
-                found = _read(Path(folder), stem)
+        with contextlib.ExitStack() as stack:
+            folder = run.folder
+            if not may_write(folder):
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            not_kept = evaluate(opened, split, show=show, out=folder)["not_kept"]
+            if not_kept:
+                # What is there instead is of earlier weights.
+                raise WriteError(
+                    f"{run.folder}: measured, but {not_kept}",
+                    Advice("free space or permissions, then run the command again"),
+                )
+            found = _read(folder, stem)
     except FeatstoreError as error:
         left = None if _is_older(run, stem) else _read(run.folder, stem)
         if left is None:
