@@ -33,6 +33,7 @@ from featstore.quantities import size
 # Of `scheme://user:password@host`; a password may have an @ of its own.
 PASSWORD = re.compile(r"(\w+://[^\s/:@]*:)\S*@")
 TEMPORARY = ".tmp-"
+MAKE_ROOM = "free space or permissions, then run the command again"
 # Left free beside what a check of the space was for: a table, a picture, some lines of a log.
 SPARE_BYTES = 1_000_000
 RECORDED_PACKAGES = (
@@ -117,6 +118,21 @@ def may_write(folder: Path) -> bool:
     return os.access(nearest(folder), os.W_OK, effective_ids=effective)
 
 
+def check_may_write(path: Path, mend: Advice) -> None:
+    """See that a file can be written into its folder, before the work that is to fill it.
+
+    Args:
+        path: The file; its folder need not be there yet.
+        mend: What to do where it cannot.
+
+    Raises:
+        WriteError: There is no right to.
+    """
+    if not may_write(path.parent):
+        where = nearest(path.parent)
+        raise WriteError(f"{path}: cannot be written (no right to write into {where})", mend)
+
+
 def check_space(folder: Path, num_bytes: int) -> None:
     """See that a disk has room for what is about to be written, with some to spare.
 
@@ -145,7 +161,7 @@ def write_error(path: Path, error: OSError, state: str = "nothing was changed") 
     reason = error.strerror or str(error)
     return WriteError(
         f"{path}: cannot be written ({reason}); {state}",
-        Advice("free space or permissions, then run the command again"),
+        Advice(MAKE_ROOM),
     )
 
 
@@ -209,6 +225,21 @@ def why_not_kept(write: Callable[[], object]) -> str | None:
     except (WriteError, OSError) as error:
         return str(error).partition(";")[0]
     return None
+
+
+def check_kept(what: str, not_kept: str | None, mend: Advice | None = None) -> None:
+    """Refuse to go on without a report, see `why_not_kept`.
+
+    Args:
+        what: The start of the error, up to the reason.
+        not_kept: The reason; None: it was kept.
+        mend: What to do; None: make room for it.
+
+    Raises:
+        WriteError: It was not kept.
+    """
+    if not_kept:
+        raise WriteError(f"{what}{not_kept}", mend or Advice(MAKE_ROOM))
 
 
 def _no_constant(text: str) -> Any:

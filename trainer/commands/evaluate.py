@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from featstore.errors import Advice, UsageError, counted
+from featstore.publish import check_kept
 from featstore.quantities import number
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
@@ -19,7 +20,7 @@ from trainer.commands.console import (
     stop_request,
 )
 from trainer.commands.help import PATH, command
-from trainer.commands.printed import check_kept, print_confusion
+from trainer.commands.printed import KEPT, print_confusion
 from trainer.commands.showing import note, show_of, shown_reporter
 from trainer.config import CONTROLS
 
@@ -226,7 +227,7 @@ def evaluate(
     else:
         _print_result(result)
     _warn(result)
-    check_kept(result, Advice("keep them elsewhere with --out FOLDER"))
+    check_kept(KEPT, result["not_kept"], Advice("keep them elsewhere with --out FOLDER"))
     if as_json:
         return
     for path in result["files"].values():

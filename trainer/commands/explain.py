@@ -9,6 +9,7 @@ import click
 
 from featstore.errors import Advice, UsageError, counted
 from featstore.progress import working
+from featstore.publish import check_kept
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     encoding_option,
@@ -18,7 +19,7 @@ from trainer.commands.console import (
     split_option,
 )
 from trainer.commands.help import PATH, command
-from trainer.commands.printed import check_kept
+from trainer.commands.printed import KEPT
 from trainer.commands.showing import note, show_of
 
 COUNT = click.IntRange(min=1)
@@ -116,7 +117,7 @@ def explain(
     for row in result["rows"]:
         if row["without_photo"]:
             warn(f"{row['Image_ID']}: shown without its photo: {row['without_photo']}")
-    check_kept(result, Advice("write the page elsewhere with --out FILE"))
+    check_kept(KEPT, result["not_kept"], Advice("write the page elsewhere with --out FILE"))
     if not as_json:
         for path in filter(None, (str(page), npz, png)):
             note(path)

@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from featstore.errors import counted
+from featstore.publish import check_kept
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import open_run, run_options, seed_option, split_option
 from trainer.commands.help import command
-from trainer.commands.printed import check_kept
+from trainer.commands.printed import KEPT
 from trainer.commands.showing import show_of
 
 
@@ -89,4 +90,4 @@ def parity(run: str, count: int, seed: int, split: str, runs: str, as_json: bool
         _print_parity(result)
     if failure is not None:
         raise failure
-    check_kept(result)
+    check_kept(KEPT, result["not_kept"])

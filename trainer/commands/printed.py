@@ -6,13 +6,12 @@ from typing import Any
 
 import click
 
-from featstore.errors import (
-    Advice,
-    WriteError,
-    counted,
-)
+from featstore.errors import counted
 from trainer.commands.answer import warn
 from trainer.commands.showing import note
+
+KEPT = "the figures are not kept: "
+"""How the error starts where the report of figures that were printed could not be written."""
 
 
 def print_rows(dataset: Any, named: bool = True) -> None:
@@ -35,13 +34,6 @@ def print_rows(dataset: Any, named: bool = True) -> None:
             warn(f"rows {title}: {found}{where}")
     for line in dataset.notes():
         warn(line)
-
-
-def check_kept(result: dict[str, Any], mend: Advice | None = None) -> None:
-    """End with an error where the report of figures that were printed could not be written."""
-    if result["not_kept"]:
-        again = Advice("free space or permissions, then run the command again")
-        raise WriteError(f"the figures are not kept: {result['not_kept']}", mend or again)
 
 
 def print_confusion(at: dict[str, Any]) -> None:

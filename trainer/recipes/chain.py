@@ -19,11 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featstore.errors import Advice, UsageError, WriteError, counted
+from featstore.errors import Advice, UsageError, counted
 from featstore.extract.plan import Plan
 from featstore.progress import SHOWN, Show, shows_work
 from featstore.project import Project
-from featstore.publish import command_line, package_versions, why_not_kept, write_json, write_text
+from featstore.publish import (
+    MAKE_ROOM,
+    check_kept,
+    command_line,
+    package_versions,
+    why_not_kept,
+    write_json,
+    write_text,
+)
 from trainer import api
 from trainer.config import Config, with_sections
 from trainer.recipes.recipe import Recipe, Stage, read_recipe
@@ -242,11 +250,8 @@ def _measure(run: api.Run, split: str, controls: bool, show: Show) -> None:
     known = measured_figures(run, split)
     if known is None or (controls and known["gain"] is None):
         not_kept = run.evaluate(split, show=show)["not_kept"]
-        if not_kept:
-            raise WriteError(
-                f"{run.folder}: measured on {split}, but {not_kept}",
-                Advice("free space or permissions, then run the command again: it goes on"),
-            )
+        mend = Advice(f"{MAKE_ROOM}: it goes on")
+        check_kept(f"{run.folder}: measured on {split}, but ", not_kept, mend)
 
 
 def _check_same(run: api.Run, config: Config, source: str | None) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import filelock
 
-from featstore.errors import Advice, RunError, UsageError, WriteError
+from featstore.errors import Advice, RunError, UsageError
 from featstore.extract.plan import free_space
-from featstore.publish import TEMPORARY, may_write, nearest
+from featstore.publish import TEMPORARY, check_may_write
 from featstore.quantities import size
 
 FORMATS = ("keras", "saved_model", "onnx", "weights")
@@ -58,11 +58,7 @@ class Target:
             UsageError: A name is taken.
             WriteError: The folder cannot be written.
         """
-        if not may_write(self.folder):
-            raise WriteError(
-                f"{self.path}: cannot be written (no right to write into {nearest(self.folder)})",
-                Advice("name a file elsewhere"),
-            )
+        check_may_write(self.path, Advice("name a file elsewhere"))
         for path in (self.folder / name for name in self.names):
             if not os.path.lexists(path):
                 continue

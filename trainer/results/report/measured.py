@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.labels import ALL_LABELS
-from featstore.errors import Advice, FeatstoreError, RunError, WriteError
+from featstore.errors import FeatstoreError, RunError
 from featstore.progress import Show
-from featstore.publish import may_write, read_json
+from featstore.publish import check_kept, may_write, read_json
 from trainer.logits import confidence_of, predicted_labels
 from trainer.metrics import log_loss, threshold_of
 from trainer.results.controls import BLIND, NO_BLIND, find_blind
@@ -103,12 +103,8 @@ def measured(run: Run, split: str, scorer: Callable[[], Scorer], show: Show) -> 
             if not may_write(folder):
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             not_kept = evaluate(opened, split, show=show, out=folder)["not_kept"]
-            if not_kept:
-                # What is there instead is of earlier weights.
-                raise WriteError(
-                    f"{run.folder}: measured, but {not_kept}",
-                    Advice("free space or permissions, then run the command again"),
-                )
+            # What is there instead would be of earlier weights.
+            check_kept(f"{run.folder}: measured, but ", not_kept)
             found = _read(folder, stem)
     except FeatstoreError as error:
         left = None if _is_older(run, stem) else _read(run.folder, stem)

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from featstore.errors import PROGRAM, Advice, Command, UsageError, WriteError
-from featstore.publish import may_write, nearest, program
+from featstore.errors import PROGRAM, Advice, Command, UsageError
+from featstore.publish import check_may_write, program
 from trainer.run.folder import SEARCH_FILE, Run
 
 SUFFIXES = (".html", ".htm")
@@ -23,11 +23,7 @@ def page_path(path: str | os.PathLike[str] | None, default: Path) -> Path:
     target = default if path is None else Path(path)
     if target.suffix.lower() not in SUFFIXES:
         raise UsageError(f"--out {target}: expected a name that ends with .html")
-    if not may_write(target.parent):
-        raise WriteError(
-            f"{target}: cannot be written (no right to write into {nearest(target.parent)})",
-            Advice("write it elsewhere with --out FILE.html"),
-        )
+    check_may_write(target, Advice("write it elsewhere with --out FILE.html"))
     return target
 
 
