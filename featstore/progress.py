@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TextIO, TypeVar
 
-from featstore.quantities import duration
+from featstore.quantities import duration, rate
 
 # Called with the number of rows just dealt with.
 Progress = Callable[[int], None]
@@ -241,7 +241,7 @@ def logged_bar(
         if 0 < done < total:
             parts[0] += f" ({done / total:.0%})"
         if done and passed:
-            parts.append(f"{done / passed:.3g} {unit}/s")
+            parts.append(rate(done / passed, unit))
         if 0 < done < total:
             parts.append(f"about {duration(round((total - done) / done * passed))} left")
         else:

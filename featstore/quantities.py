@@ -51,3 +51,10 @@ def size(num_bytes: float | None) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:,.0f} TB" if value >= 1000 else f"{value:.3g} TB"
+
+
+def rate(per_second: float, unit: str) -> str:
+    """Return how much is done a second, as "1,234 rows/s" or "1 row/s", of "rows of test"."""
+    number = f"{per_second:,.0f}" if per_second >= 999.5 else f"{per_second:.3g}"
+    noun = unit.split()[0]
+    return f"{number} {noun.removesuffix('s') if number == '1' else noun}/s"

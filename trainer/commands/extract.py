@@ -10,7 +10,7 @@ import click
 
 from featstore.config import SPLITS
 from featstore.errors import DataError, UsageError, counted
-from featstore.quantities import duration, size
+from featstore.quantities import duration, rate, size
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     Function,
@@ -74,8 +74,8 @@ def _print_plan(found: dict[str, Any]) -> None:
     )
     click.echo(f"disk         {size(found['todo_bytes'])} of {size(found['free_bytes'])} free")
     if found["todo"]:
-        seconds, rate = found["estimated_seconds"], found["rows_per_second"]
-        click.echo(f"time         about {duration(seconds)} at {rate:.1f} rows/s")
+        seconds, speed = found["estimated_seconds"], rate(found["rows_per_second"], "rows")
+        click.echo(f"time         about {duration(seconds)} at {speed}")
 
 
 def _print_summaries(made: list[tuple[Any, Any]], as_json: bool) -> None:
@@ -145,7 +145,7 @@ def _print_extracted(plan: Any, summary: Any) -> None:
     done = f"{done} extracted" if plan.keys else f"nothing to do: {unit}"
     speed = ""
     if plan.keys:
-        speed = f" in {duration(summary.seconds)} ({summary.rows_per_second:.1f}/s)"
+        speed = f" in {duration(summary.seconds)} ({rate(summary.rows_per_second, unit)})"
     click.echo(f"{done}{speed}, {plan.cached} were stored already; {plan.folder}")
     if summary.cut and (line := summary.cut.line()):
         warn(line)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from featstore.errors import UsageError, counted
+from featstore.quantities import rate
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import encoding_option, open_run, run_options
 from trainer.commands.help import PATH, command
@@ -123,7 +124,7 @@ def _print_summary(summary: dict[str, Any], err: bool) -> None:
     tau = "" if threshold is None else f" at τ = {threshold:.2f}"
     say(
         f"{summary['predicted']} of {counted(summary['rows'], 'row')} predicted{tau}"
-        f" ({class_line(summary['labels'])}), {summary['rows_per_second']:.3g} rows/s"
+        f" ({class_line(summary['labels'])}), {rate(summary['rows_per_second'], 'rows')}"
     )
     if metrics := summary["metrics"]:
         at = decided(metrics)
