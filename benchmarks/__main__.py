@@ -352,6 +352,20 @@ def backends(
     finish("backends", measure(layers, rounds, step_count, photos, sizes), kept)
 
 
+@benchmarks.command()
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--steps", "step_count", default=32, show_default=True, help="Steps of a round.")
+@size_option
+@kept_option
+def threads(rounds: int, step_count: int, size_name: str, kept: bool) -> None:
+    """Steps of small models by one thread and by all."""
+    from benchmarks import threads
+    from benchmarks.sizes import SIZES
+
+    sizes = threads.SIZES if size_name == "study" else [SIZES[size_name]]
+    finish("threads", threads.measure(rounds=rounds, steps=step_count, sizes=sizes), kept)
+
+
 @benchmarks.command(name="study-search")
 @click.option(
     "--workers", multiple=True, type=int, default=(1, 2), show_default=True, help="Of a search."

@@ -12,11 +12,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.measuring import ratios, spread, written
-from benchmarks.sizes import SIZES, STUDY, Size
+from benchmarks.sizes import STUDY, Size
 from benchmarks.study_search import ROOT
 from benchmarks.tables import table
 
@@ -98,19 +99,26 @@ def measure(
         sides: dict[str, list[dict[str, Any]]] = {backend: [] for backend in BACKENDS}
         for _ in range(rounds):
             for backend in BACKENDS:
-                sides[backend].append(_process(backend, size, own, steps, photos))
+                chosen = {"KERAS_BACKEND": backend}
+                sides[backend].append(process(chosen, size, own, steps, photos))
         figures["sizes"][size.name] = _compared(sides, own)
     return figures
 
 
-def _process(
-    backend: str, size: Size, layers: Sequence[int], steps: int, photos: int
+def process(
+    chosen: Mapping[str, str], size: Size, layers: Sequence[int], steps: int, photos: int
 ) -> dict[str, Any]:
-    given = {"size": size.name, "layers": list(layers), "steps": steps, "photos": photos}
+    """Return what `one_side` finds in a process of its own.
+
+    Args:
+        chosen: Of its environment.
+        size, layers, steps, photos: As `one_side` takes them.
+    """
+    given = {"layers": list(layers), "steps": steps, "photos": photos}
     # What an earlier round compiled is not found: a first step is one.
-    environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = {**os.environ, **chosen, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.backends", json.dumps(given)],
+        [sys.executable, "-m", "benchmarks.backends", json.dumps([asdict(size), given])],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -118,7 +126,7 @@ def _process(
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{backend}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{chosen}: {done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -166,6 +174,5 @@ def _cells(pair: dict[str, Any], unit: str, digits: int, factor: float) -> list[
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    size = {**SIZES, SMALL.name: SMALL}[asked.pop("size")]
-    print(json.dumps(one_side(size, **asked)))
+    its_size, asked = json.loads(sys.argv[1])
+    print(json.dumps(one_side(Size(**its_size), **asked)))

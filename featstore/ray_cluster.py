@@ -136,19 +136,6 @@ class Actors:
     return_shards: bool = False
 
 
-def limit_threads(threads: int) -> None:
-    """Have TensorFlow compute with so many threads; 0: with as many as it takes."""
-    import keras
-
-    if threads and keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        # Refused once TensorFlow computes, as in a worker that is used again.
-        with contextlib.suppress(RuntimeError):
-            tf.config.threading.set_intra_op_parallelism_threads(threads)
-            tf.config.threading.set_inter_op_parallelism_threads(threads)
-
-
 def resources_of(ray: Any, wanted: Actors, most: int) -> tuple[int, float, float]:
     """Return the number of actors, at most `most`, and the GPUs and CPUs of each."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

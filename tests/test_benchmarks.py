@@ -583,6 +583,18 @@ def test_backends_measures_both(tmp_path: Path) -> None:
     assert "ViT, photos a second" in shown
 
 
+@pytest.mark.slow
+def test_threads_compares_one_with_all(tmp_path: Path) -> None:
+    shown = run(tmp_path, "threads", "--size", "tiny", "--rounds", "1", "--steps", "2")
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())["threads"]["sizes"]
+    assert [one["k_txt"] for one in found] == [0, 3]
+    for one in found:
+        taken = one["all"]["median"] / one["one"]["median"]
+        assert one["ratio"]["median"] == pytest.approx(taken, rel=0.02)
+    assert "| 16 wide, 8 rows, k_txt 3 |           one |" in shown
+
+
 def test_what_an_accelerator_showed_is_kept_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from featstore.pinned import Outermost, setting
 from featstore.progress import bars, working
 
 BACKENDS = ("tensorflow", "jax")
+INTRAOP_THREADS = "TF_NUM_INTRAOP_THREADS"
 # On a GPU: kernels that give the same bits each time. XLA then chooses them by rule instead of by
 # trying some out, which is most of the time that it compiles (docs/ACCELERATOR.md).
 DETERMINISTIC = "xla_gpu_deterministic_ops"
@@ -258,6 +259,26 @@ def pinned_framework() -> Iterator[None]:
             if refused := no_device(error):
                 raise refused from error
             raise
+
+
+def limit_threads(of_one: int, side_by_side: int = 0) -> None:
+    """Have TensorFlow compute with so many threads; 0: with as many as it takes.
+
+    Nothing is changed in a process that has computed already, nor what its user's environment
+    (`TF_NUM_INTRAOP_THREADS`) says.
+
+    Args:
+        of_one: Threads that share one operation.
+        side_by_side: Operations that run at a time.
+    """
+    if not of_one or import_framework() != "tensorflow" or INTRAOP_THREADS in os.environ:
+        return
+    import tensorflow as tf
+
+    # Refused once TensorFlow computes, as in a worker that is used again.
+    with contextlib.suppress(RuntimeError):
+        tf.config.threading.set_intra_op_parallelism_threads(of_one)
+        tf.config.threading.set_inter_op_parallelism_threads(side_by_side)
 
 
 def open_device() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from featstore.config import EncodersConfig
 from featstore.data.images import Photo
-from featstore.encoders.framework import import_framework
+from featstore.encoders.framework import import_framework, limit_threads
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec, text_spec, vision_spec
 from featstore.errors import FeatstoreError, StoreError
 from featstore.extract.encode import Encoding, encoding_of, load_encoder
@@ -21,9 +21,6 @@ from featstore.extract.plan import Job
 from featstore.extract.publisher import Publisher
 from featstore.extract.worklist import PlannedShard
 from featstore.publish import package_versions
-from featstore.ray_cluster import (
-    limit_threads,
-)
 from featstore.store.shard import shard_name
 from featstore.store.write import ShardRows, write_shard
 
@@ -123,7 +120,7 @@ class ShardActor:
     def _load(self) -> None:
         task = self.task
         import_framework()
-        limit_threads(task.threads)
+        limit_threads(task.threads, task.threads)
         job = task.job
         found = _spec_here(job).fingerprint
         if found != job.spec.fingerprint:

@@ -80,7 +80,15 @@ def train(
     else:
         project, lengths = open_project(config_file, flags, check=not begun), {}
     import_framework()
+    from featstore.encoders.framework import limit_threads
     from trainer import api
+    from trainer.config import config_of
+    from trainer.model.sizes import step_threads
+
+    if not extract:
+        # Photos' encoders have use for every core.
+        own = project.config if isinstance(project, folder.Run) else config_of(project)
+        limit_threads(step_threads(own))
 
     show = show_of(as_json)
     with stop_request() as stopping:

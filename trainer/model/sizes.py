@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from featstore.config import usable_cores
 from featstore.encoders.families import FAMILIES
-from trainer.config import TrainConfig
+from featstore.encoders.presets import resolve_preset
+from featstore.errors import FeatstoreError
+from trainer.config import Config, TrainConfig
+
+SMALL_STEP, SMALL_STEP_OF_MANY = 12_288, 4096
+"""Rows of a step times the width of a token, up to which an operation has one thread.
+
+The first on two cores: up to there a step is 1.08 to 1.8 times as fast, with the bits that two
+threads give (`python -m benchmarks threads`). The second on more, where it was not measured, large
+products have more to lose, and beyond it the bits may be others.
+"""
 
 
 def block_parameters(width: int, inner: int) -> int:
@@ -65,3 +76,28 @@ def count_parameters(
     text = train.k_txt // shared * block_parameters(width, inner) + norm * width
     trained = text + vision_parameters(vision, train.k_vit)
     return trained + train.fusion_layers * (attention + 2 * width) + mlp
+
+
+def step_threads(config: Config, batch_size: int = 0) -> int:
+    """Return how many threads share an operation of a step: 1 where it is small, 0 for all.
+
+    To hand a part of a small product to another thread takes longer than the part.
+
+    Args:
+        config: A run's settings.
+        batch_size: Rows of its largest step; 0: as `config` says.
+    """
+    train = config.train
+    try:
+        text = resolve_preset(config.encoders.text).tower("text").config["config"]
+        vision = resolve_preset(config.encoders.vit).tower("vision").config["config"]
+    except FeatstoreError:
+        # What needs them will say so.
+        return 0
+    width = max(int(text["hidden_dim"]), int(vision["hidden_dim"]))
+    return int(is_small(batch_size or train.batch_size, width) and not train.k_vit)
+
+
+def is_small(rows: int, width: int) -> bool:
+    """Return whether a step of so many rows, on tokens so wide, is small on this machine."""
+    return rows * width <= (SMALL_STEP if usable_cores() <= 2 else SMALL_STEP_OF_MANY)

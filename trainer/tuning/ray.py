@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featstore.encoders.framework import import_framework
+from featstore.encoders.framework import import_framework, limit_threads
 from featstore.errors import FeatstoreError, RunError, StoppedError
 from featstore.publish import TEMPORARY, command_line, work_for, write_text
 from featstore.ray_cluster import (
     ENVIRONMENT,
     Actors,
     connect,
-    limit_threads,
     one_line,
     resources_of,
 )
@@ -92,7 +91,7 @@ class TrialActor:
         try:
             self._check_folder(job)
             import_framework()
-            limit_threads(job.threads)
+            limit_threads(job.threads, job.threads)
             grown = work_in(
                 job.folder, job.url, self._asked.is_set, job.deadline, growth=MEMORY_GROWTH
             )

@@ -221,6 +221,11 @@ class Space:
         }
         return with_sections(base, checked)
 
+    def largest_batch(self, base: Config) -> int:
+        """Return the most rows of a trial's step."""
+        found = [p.values for p in self.parameters if p.key == "batch_size"]
+        return max(map(int, found[0])) if found else base.train.batch_size
+
     def feature_configs(self, base: Config) -> list[Config]:
         """Return one configuration for each set of features that a trial can ask for.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.config import usable_cores
-from featstore.encoders.framework import import_framework
+from featstore.encoders.framework import import_framework, limit_threads
 from featstore.errors import (
     Advice,
     Command,
@@ -29,7 +29,7 @@ from featstore.errors import (
     WriteError,
 )
 from featstore.publish import command_line, work_for
-from featstore.ray_cluster import limit_threads
+from trainer.model.sizes import step_threads
 from trainer.tuning.memory import anonymous_bytes, machine_bytes
 from trainer.tuning.study import Search
 
@@ -105,7 +105,11 @@ def run_workers(
         WriteError: A worker could not write a file; the running trials are saved.
     """
     context = multiprocessing.get_context("spawn")
-    threads = max(1, usable_cores() // workers) if workers > 1 else 0
+    rows = search.space.largest_batch(search.base)
+    configs = search.space.feature_configs(search.base)
+    threads = (min(step_threads(each, rows) for each in configs), 0)
+    if workers > 1:
+        threads = 2 * (max(1, usable_cores() // workers),)
     alive: dict[int, _Worker] = {}
     watched = Watched(workers)
     deaths_since, got_to = 0, position(search)
@@ -162,7 +166,9 @@ def run_workers(
     return watched
 
 
-def _start(context: Any, search: Search, slot: int, deadline: float, threads: int) -> _Worker:
+def _start(
+    context: Any, search: Search, slot: int, deadline: float, threads: tuple[int, int]
+) -> _Worker:
     receiver, sender = context.Pipe(duplex=False)
     process: SpawnProcess = context.Process(
         target=work_in_process,
@@ -226,7 +232,7 @@ def work_in_process(
     url: str | None,
     deadline: float,
     slot: int,
-    threads: int,
+    threads: tuple[int, int],
     errors: Connection,
     command: str,
 ) -> None:
@@ -240,7 +246,7 @@ def work_in_process(
         url: Its storage.
         deadline: No trial is drawn after this `time.time()`.
         slot: The worker's number; names its log.
-        threads: Threads of a step; 0: as many as there are cores.
+        threads: As `limit_threads` takes them.
         errors: Is sent the error that ends it, if one does.
         command: That its trials record as theirs.
     """
@@ -258,7 +264,7 @@ def work_in_process(
         # Here, not above: who starts workers has no need of Keras, which takes seconds to import.
         from trainer.tuning.trials import work_in
 
-        limit_threads(threads)
+        limit_threads(*threads)
         if work_in(Path(folder), url, asked.is_set, deadline, MEMORY_GROWTH):
             sys.exit(RENEW)
     except StoppedError:
