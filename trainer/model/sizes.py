@@ -14,9 +14,9 @@ from trainer.config import Config, TrainConfig
 SMALL_STEP, SMALL_STEP_OF_MANY = 12_288, 4096
 """Rows of a step times the width of a token, up to which an operation has one thread.
 
-The first on two cores: up to there a step is 1.08 to 1.8 times as fast, with the bits that two
-threads give (`python -m benchmarks threads`). The second on more, where it was not measured, large
-products have more to lose, and beyond it the bits may be others.
+The first on two cores: up to there a step is 1.08 to 1.8 times as fast (`python -m benchmarks
+threads`), with the bits that two threads give by oneDNN's products. The second on more, where it
+was not measured and large products have more to lose; beyond it the bits may be others.
 """
 
 
