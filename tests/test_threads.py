@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import featstore.config
+import trainer.commands.train
 import trainer.model.sizes
 from featstore.encoders import framework
 from featstore.encoders.framework import INTRAOP_THREADS
@@ -64,7 +65,7 @@ def test_a_preset_that_is_missing_is_for_others_to_name(work: Config, tmp_path: 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [((), [(1,)]), (("--batch-size", "4096"), [(0,)]), (("--extract",), [])],
+    [((), [(1,)]), (("--batch-size", "4096"), [(0,)]), (("--extract",), [(0,)])],
 )
 def test_train_limits_them(
     work: Config, monkeypatch: pytest.MonkeyPatch, flags: Any, expected: Any
@@ -77,11 +78,17 @@ def test_train_limits_them(
     done = CliRunner().invoke(cli, ["train", *where, "--name", name, "--epochs", "1", *flags])
     assert done.exit_code == 0, done.output
     assert asked == expected
+    if expected == [(1,)]:
+        # Sentences are encoded by all.
+        monkeypatch.setattr(trainer.commands.train, "FEW_SENTENCES", -1)
+        asked.clear()
+        done = CliRunner().invoke(cli, ["train", *where, "--name", "many", "--epochs", "1"])
+        assert (done.exit_code, asked) == (0, [(0,)])
     # A run that goes on is limited by its own settings.
     asked.clear()
     where = ("--runs", str(folder / "runs"))
     CliRunner().invoke(cli, ["train", "--name", name, *where, "--epochs", "1"])
-    assert asked == (expected or [(1,)])
+    assert asked == ([(1,)] if flags == ("--extract",) else expected)
 
 
 def test_a_search_limits_them(work: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from featstore.errors import FeatstoreError
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     import_framework,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from featstore.project import Project
     from trainer.run import folder
 
+FEW_SENTENCES = 1000
+"""Sentences that are missing, up to which one thread may encode them."""
 # Settings that say where a run's data are, by their names in `places`.
 PLACES = {
     "data__rows": "rows",
@@ -82,13 +86,8 @@ def train(
     import_framework()
     from featstore.encoders.framework import limit_threads
     from trainer import api
-    from trainer.config import config_of
-    from trainer.model.sizes import step_threads
 
-    if not extract:
-        # Photos' encoders have use for every core.
-        own = project.config if isinstance(project, folder.Run) else config_of(project)
-        limit_threads(step_threads(own))
+    limit_threads(_threads(project, extract))
 
     show = show_of(as_json)
     with stop_request() as stopping:
@@ -113,3 +112,25 @@ def train(
     print_metrics(metrics)
     if control != "none":
         click.echo(f"control: {control}")
+
+
+def _threads(project: Project | folder.Run, extract: bool) -> int:
+    """Return what `limit_threads` is told: encoders have use for every core."""
+    from trainer.config import config_of
+    from trainer.model.sizes import step_threads
+    from trainer.run import folder
+
+    if extract:
+        return 0
+    if isinstance(project, folder.Run):
+        # Its sentences were encoded when it was begun.
+        return step_threads(project.config)
+    own = config_of(project)
+    threads = step_threads(own)
+    if not threads:
+        return 0
+    # What is wrong is said where it matters.
+    with contextlib.suppress(FeatstoreError):
+        if len(project.plan("text", k_txt=own.train.k_txt).keys) <= FEW_SENTENCES:
+            return threads
+    return 0
