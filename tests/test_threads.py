@@ -91,6 +91,24 @@ def test_train_limits_them(
     assert asked == ([(1,)] if flags == ("--extract",) else expected)
 
 
+@pytest.mark.slow
+def test_what_trains_the_control_limits_them(work: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(framework, "limit_threads", lambda *given: asked.append(given))
+    folder = folder_of(work)
+    where = ("--runs", str(folder / "runs"))
+    settings = ("--config", str(folder / "featstore.toml"), "--epochs", "1")
+    commands = (
+        ("train", "--name", "seen", *settings, *where),
+        ("evaluate", "seen", "--with-controls", "--split", "val", *where),
+        ("evaluate", "seen", "--split", "val", *where),
+    )
+    for command in commands:
+        done = CliRunner().invoke(cli, list(command))
+        assert done.exit_code == 0, done.output
+    assert asked == [(1,), (1,)]
+
+
 def test_a_search_limits_them(work: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(work)
     found: list[Any] = []

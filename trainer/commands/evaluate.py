@@ -209,6 +209,12 @@ def evaluate(
     found = open_run(run, runs)
     show = show_of(as_json)
     if with_controls:
+        from featstore.encoders.framework import limit_threads
+        from trainer.model.sizes import step_threads
+
+        if rows is None:
+            # New photos would be encoded.
+            limit_threads(step_threads(found.config))
         with stop_request() as stopping:
             found.train_control(shown_reporter(stopping), show)
     result = found.evaluate(
