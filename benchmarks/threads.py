@@ -7,7 +7,6 @@ both.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from benchmarks.backends import SMALL, process
 from benchmarks.measuring import ratios, spread, written
 from benchmarks.sizes import STUDY, Size
 from benchmarks.tables import table
+from featstore.config import usable_cores
 from featstore.encoders.framework import INTRAOP_THREADS
 from trainer.model.sizes import is_small
 
@@ -68,7 +68,7 @@ def measure(
                     "ratio": ratios(seconds["all"], seconds["one"]),
                 }
             )
-    return {"cores": os.cpu_count(), "rounds": rounds, "steps": steps, "sizes": found}
+    return {"cores": usable_cores(), "rounds": rounds, "steps": steps, "sizes": found}
 
 
 def report(figures: dict[str, Any]) -> str:

@@ -54,7 +54,7 @@ def size(num_bytes: float | None) -> str:
 
 
 def rate(per_second: float, unit: str) -> str:
-    """Return how much is done a second, as "1,234 rows/s" or "1 row/s", of "rows of test"."""
+    """Return how much of a unit is done a second: "1,234 rows/s"; of "rows of test" "1 row/s"."""
     number = f"{per_second:,.0f}" if per_second >= 999.5 else f"{per_second:.3g}"
     noun = unit.split()[0]
     return f"{number} {noun.removesuffix('s') if number == '1' else noun}/s"

@@ -164,6 +164,8 @@ def said(*arguments: str, **environment: str) -> list[str]:
 def test_tensorflow_has_them_until_it_computes() -> None:
     assert said("1") == ["1", "0", "1"]
     assert said("1", **{INTRAOP_THREADS: "2"}) == ["0", "0", "0"]
+    # A worker's share of the cores is what it has.
+    assert said("1", "1", **{INTRAOP_THREADS: "2"}) == ["1", "1", "1"]
 
 
 STEPPED = """

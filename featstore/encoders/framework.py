@@ -264,14 +264,16 @@ def pinned_framework() -> Iterator[None]:
 def limit_threads(of_one: int, side_by_side: int = 0) -> None:
     """Have TensorFlow compute with so many threads; 0: with as many as it takes.
 
-    Nothing is changed in a process that has computed already, nor what its user's environment
-    (`TF_NUM_INTRAOP_THREADS`) says.
+    Nothing is changed in a process that has computed already. What its user's environment says
+    (`TF_NUM_INTRAOP_THREADS`) wins, but over a share of the cores, for which both are given.
 
     Args:
         of_one: Threads that share one operation.
         side_by_side: Operations that run at a time.
     """
-    if not of_one or import_framework() != "tensorflow" or INTRAOP_THREADS in os.environ:
+    if not of_one or import_framework() != "tensorflow":
+        return
+    if not side_by_side and INTRAOP_THREADS in os.environ:
         return
     import tensorflow as tf
 

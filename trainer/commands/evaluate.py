@@ -212,8 +212,8 @@ def evaluate(
         from featstore.encoders.framework import limit_threads
         from trainer.model.sizes import step_threads
 
+        # Photos of other rows are encoded by every core.
         if rows is None:
-            # New photos would be encoded.
             limit_threads(step_threads(found.config))
         with stop_request() as stopping:
             found.train_control(shown_reporter(stopping), show)

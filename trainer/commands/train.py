@@ -88,7 +88,6 @@ def train(
     from trainer import api
 
     limit_threads(_threads(project, extract))
-
     show = show_of(as_json)
     with stop_request() as stopping:
         run = api.train(

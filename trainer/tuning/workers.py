@@ -105,11 +105,7 @@ def run_workers(
         WriteError: A worker could not write a file; the running trials are saved.
     """
     context = multiprocessing.get_context("spawn")
-    rows = search.space.largest_batch(search.base)
-    configs = search.space.feature_configs(search.base)
-    threads = (min(step_threads(each, rows) for each in configs), 0)
-    if workers > 1:
-        threads = 2 * (max(1, usable_cores() // workers),)
+    threads = _threads(search, workers)
     alive: dict[int, _Worker] = {}
     watched = Watched(workers)
     deaths_since, got_to = 0, position(search)
@@ -164,6 +160,16 @@ def run_workers(
             f" --name {search.name} goes on"
         )
     return watched
+
+
+def _threads(search: Search, workers: int) -> tuple[int, int]:
+    """Return what `limit_threads` is told in each worker."""
+    if workers > 1:
+        share = max(1, usable_cores() // workers)
+        return share, share
+    rows = search.space.largest_batch(search.base)
+    configs = search.space.feature_configs(search.base)
+    return min(step_threads(each, rows) for each in configs), 0
 
 
 def _start(
