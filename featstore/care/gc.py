@@ -27,6 +27,7 @@ from featstore.care.runs import read_runs
 from featstore.encoders.presets import DIGESTS_FILE
 from featstore.errors import Advice, Command, RunError, StoreError, UsageError, counted
 from featstore.extract.claims import CLAIM, writing
+from featstore.extract.kernels import RECORDS
 from featstore.extract.lengths import LENGTHS
 from featstore.extract.photos import FOLDER as PHOTOS
 from featstore.extract.plan import KINDS
@@ -130,6 +131,7 @@ def _is_ours(path: Path) -> bool:
         shard_number(path) is not None
         or name in (*LISTS, "manifest.json")
         or name.startswith((TEMPORARY, CLAIM))
+        or path.match(RECORDS)
     )
 
 
@@ -327,8 +329,8 @@ def _delete_folder(folder: Path) -> None:
         (folder / "manifest.json").unlink(missing_ok=True)
         for path in shard_paths(folder):
             path.unlink()
-        for name in LISTS:
-            (folder / name).unlink(missing_ok=True)
+        for path in (*(folder / name for name in LISTS), *folder.glob(RECORDS)):
+            path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
 

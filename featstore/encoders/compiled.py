@@ -9,9 +9,16 @@ import numpy as np
 
 from featstore.encoders.framework import import_framework, pinned_framework
 
+XLA, TENSORFLOW = "xla", "tensorflow"
+KERNELS = (XLA, TENSORFLOW)
+"""What computes a forward pass on TensorFlow: the first where both are as fast."""
+
 
 def compile_forward(
-    run: Callable[[Any], Any], variables: Sequence[Any], first_token: int = 0
+    run: Callable[[Any], Any],
+    variables: Sequence[Any],
+    first_token: int = 0,
+    kernels: str = XLA,
 ) -> Callable[[Any], Any]:
     """Compile the inference of an encoder.
 
@@ -19,6 +26,7 @@ def compile_forward(
         run: From inputs to hidden states of shape (batch, tokens, width).
         variables: The Keras variables that it reads.
         first_token: The tokens before it are left out of the result.
+        kernels: One of `KERNELS`. JAX has XLA's alone.
 
     Returns:
         From arrays, in the structure that `run` takes, to an array of shape
@@ -29,7 +37,7 @@ def compile_forward(
         import keras
         import tensorflow as tf
 
-        @tf.function(jit_compile=True)
+        @tf.function(jit_compile=kernels == XLA)
         def forward(inputs: Any) -> Any:
             return run(inputs)[:, first_token:]
 

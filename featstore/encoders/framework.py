@@ -112,14 +112,14 @@ def _keep_compiled() -> None:
     import jax
     import jaxlib.version
 
-    processor = _processor()
+    kind = processor()
     home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"))
-    if not processor or not os.path.isabs(home) or jax.config.jax_compilation_cache_dir:
+    if not kind or not os.path.isabs(home) or jax.config.jax_compilation_cache_dir:
         return
     release = tuple(int(part) for part in re.findall(r"\d+", jaxlib.version.__version__)[:3])
     if release < SILENT_JAXLIB and os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") < "3":
         return
-    folder = os.path.join(home, "featstore", "jax", processor)
+    folder = os.path.join(home, "featstore", "jax", kind)
     if _takes_files(folder):
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
@@ -147,8 +147,8 @@ def _takes_files(folder: str) -> bool:
     return True
 
 
-def _processor() -> str:
-    """Return a name for what this processor can run; empty where the system does not say."""
+def processor() -> str:
+    """Return a name for what this processor can run; "" where the system does not say."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             about = {line for line in file if line.startswith(("model name", "flags", "Features"))}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from featstore.encoders.compiled import compile_forward
+from featstore.encoders.compiled import XLA, compile_forward
 from featstore.encoders.families import Family, check_k, family_of, num_patches
 from featstore.encoders.framework import no_device, pinned_framework
 from featstore.encoders.pixels import Change, compile_converter
@@ -217,7 +217,7 @@ class _Encoder:
         self.backbone = load_backbone(self.preset, precision)
         self.tower = Tower(self.backbone, kind, self.preset.name)
         self.first_token = 0
-        self._forward: dict[int, Callable[[Any], np.ndarray]] = {}
+        self._forward: dict[tuple[int, str], Callable[[Any], np.ndarray]] = {}
 
     @property
     def num_layers(self) -> int:
@@ -229,11 +229,11 @@ class _Encoder:
         """Numbers of one token."""
         return self.tower.width
 
-    def _encode(self, inputs: Any, k: int) -> np.ndarray:
-        if k not in self._forward:
+    def _encode(self, inputs: Any, k: int, kernels: str = XLA) -> np.ndarray:
+        if (k, kernels) not in self._forward:
             run, variables = self.tower.lower(k), self.backbone.variables
-            self._forward[k] = compile_forward(run, variables, self.first_token)
-        return self._forward[k](inputs)
+            self._forward[k, kernels] = compile_forward(run, variables, self.first_token, kernels)
+        return self._forward[k, kernels](inputs)
 
 
 class VisionEncoder(_Encoder):
@@ -310,7 +310,7 @@ class VisionEncoder(_Encoder):
             raise ValueError(f"expected uint8 (height, width, 3), got {image.dtype} {image.shape}")
         return self._to_pixels(image) if change is None else self._to_pixels(image, change)
 
-    def encode(self, pixels: np.ndarray, k_vit: int = 0) -> np.ndarray:
+    def encode(self, pixels: np.ndarray, k_vit: int = 0, kernels: str = XLA) -> np.ndarray:
         """Run the blocks below the last `k_vit`.
 
         Args:
@@ -318,6 +318,7 @@ class VisionEncoder(_Encoder):
                 batch size and `k_vit`: pad the last batch instead of making it
                 shorter.
             k_vit: Last blocks left out; 0 runs them all, and the final norm.
+            kernels: Of `featstore.encoders.compiled.KERNELS`, on TensorFlow.
 
         Returns:
             Shape (batch, num_tokens, width), in the precision's dtype: what
@@ -327,7 +328,7 @@ class VisionEncoder(_Encoder):
         Raises:
             ConfigError: `k_vit` is outside 0..num_layers.
         """
-        return self._encode(self.tower.inputs(pixels), k_vit)
+        return self._encode(self.tower.inputs(pixels), k_vit, kernels)
 
 
 class TextEncoder(_Encoder):

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -27,9 +28,11 @@ from numpy.typing import NDArray
 from featstore.config import StoreConfig
 from featstore.data.images import Photo, decode_image
 from featstore.data.views import View
+from featstore.encoders.compiled import XLA
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError
+from featstore.extract.kernels import kernels_of
 from featstore.extract.photos import PhotoDigests, read_photo
 from featstore.extract.worklist import PlannedShard
 from featstore.progress import Progress
@@ -239,6 +242,8 @@ class PhotoEncoding:
         encode: Callable[..., Any] = encoder.encode
         if not spec.final_norm:
             encode = functools.partial(encode, k_vit=encoder.num_layers - spec.boundary)
+        if (kernels := kernels_of(spec.folder(Path(store.root)))) != XLA:
+            encode = functools.partial(encode, kernels=kernels)
         self.batched = Batched(encode, store.encode_batch_size, on_halved)
 
     def rows(self, keys: Sequence[str], paths: Sequence[Photo]) -> Iterator[Encoded]:

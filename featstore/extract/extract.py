@@ -23,6 +23,7 @@ import numpy as np
 from featstore.encoders.spec import TextSpec
 from featstore.encoders.tower import VisionEncoder
 from featstore.extract.encode import Encoder, Encoding, Failed, Made, encoding_of, load_encoder
+from featstore.extract.kernels import choose_kernels
 from featstore.extract.lengths import Cut, count_cut
 from featstore.extract.plan import Job, Plan, make_plan
 from featstore.extract.speed import estimated_speed, has_gpu, recorded_speed
@@ -121,6 +122,7 @@ def extract(
                     show.loading()
                     with working("loading an encoder"):
                         encoder = encoder_of(job)
+                    choose_kernels(job, encoder, len(begun.keys), show)
                     encoding = encoding_of(job.spec, encoder, job.store, show.halved, job.photos)
                 with show.bar(rows, job.unit) as progress:
                     make_shards(share.work, shards, encoding, progress, total)
