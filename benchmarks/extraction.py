@@ -28,7 +28,7 @@ from featstore.encoders.spec import vision_spec
 from featstore.encoders.tower import VisionEncoder
 from featstore.extract.claims import writing
 from featstore.extract.extract import extract_alone
-from featstore.extract.kernels import LEAST_PHOTOS, choose_kernels, kernels_of
+from featstore.extract.kernels import LEAST_PHOTOS, NAMES, choose_kernels, kernels_of
 from featstore.extract.plan import Job, make_plan
 
 OWN = "own"
@@ -164,7 +164,11 @@ def report(figures: dict[str, Any]) -> str:
         f"{figures['bare_forward_images_per_second']:.2f} ({low:.2f}–{high:.2f})",
         f"{figures['ratio']:.3f}",
         *(written(found, digits=2) for found in others.values()),
-        *([figures.get("kernels", XLA), f"{figures['ratio_to_fastest']:.3f}"] if others else []),
+        *(
+            [NAMES[figures.get("kernels", XLA)], f"{figures['ratio_to_fastest']:.3f}"]
+            if others
+            else []
+        ),
     ]
     header = [
         "encoder",

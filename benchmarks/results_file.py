@@ -22,8 +22,7 @@ def machine() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():
-        found = re.search(r"model name\s*: (.*)", cpu_info.read_text())
-        processor = found.group(1) if found else processor
+        processor = processor_of(cpu_info.read_text()) or processor
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": processor,
@@ -31,6 +30,19 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(memory / 2**30, 1),
         "system": platform.platform(terse=True),
     }
+
+
+def processor_of(cpu_info: str) -> str:
+    """Return a processor's name from the text of `/proc/cpuinfo`; "" where it has none.
+
+    A virtual machine may say no more than "AMD EPYC" of processors of which one is twice as fast as
+    another. Their family and model tell them apart.
+    """
+    fields = dict(re.findall(r"^([a-z ]+?)\s*: (.*)$", cpu_info, re.MULTILINE))
+    name = str(fields.get("model name", ""))
+    if name and not re.search(r"\d", name) and fields.keys() >= {"cpu family", "model"}:
+        return f"{name}, family {fields['cpu family']}, model {fields['model']}"
+    return name
 
 
 def file_of(about: dict[str, Any], device: str = "", results: Path = RESULTS) -> Path:

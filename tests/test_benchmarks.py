@@ -35,7 +35,7 @@ from benchmarks.loader import OURS, OURS_FIRST, WARM_HEADER, best_peer, measure,
 from benchmarks.loader_cold import COLD_HEADER
 from benchmarks.loader_peers import PEERS, Peer, RandomReader, StreamReader, numpy_memmap
 from benchmarks.measuring import in_child, memory_bytes, ratios, spread, written
-from benchmarks.results_file import RESULTS
+from benchmarks.results_file import RESULTS, processor_of
 from benchmarks.sizes import TINY
 from benchmarks.steps import cached_stepper, random_batch
 from benchmarks.tables import table
@@ -454,6 +454,15 @@ def test_caching_breaks_even_when_the_epochs_gain_what_extraction_cost() -> None
     figures["k_txt"]["2"]["end_to_end_xla"]["val_step"] = 0.01
     assert search.break_even(figures) == {"2": float("inf")}
     assert "never" in search.report(figures)
+
+
+def test_processors_of_one_name_are_told_apart() -> None:
+    fields = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: {}\nmodel name\t: {}\n\n"
+    assert processor_of(fields.format(1, "AMD EPYC") * 2) == "AMD EPYC, family 25, model 1"
+    assert processor_of(fields.format(17, "AMD EPYC")) == "AMD EPYC, family 25, model 17"
+    named = "AMD EPYC 7763 64-Core Processor"
+    assert processor_of(fields.format(1, named)) == named
+    assert processor_of("processor\t: 0\nBogoMIPS\t: 50.00\n") == ""
 
 
 def run(results: Path, *arguments: str) -> str:
