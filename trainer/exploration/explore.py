@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,8 @@ from trainer.exploration.words import log_odds
 
 FORMAT = 1
 FOLDER = "eda"
-JSON = "eda.json"
 SAMPLES = 8
 NAMED_UNREADABLE = 100
-Loading = Callable[[], None]
 
 
 @shows_work
