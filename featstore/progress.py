@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TextIO, TypeVar
 
-from featstore.quantities import duration, rate
+from featstore.quantities import duration, rate, share
 
 # Called with the number of rows just dealt with.
 Progress = Callable[[int], None]
@@ -239,7 +239,7 @@ def logged_bar(
     def line(passed: float) -> str:
         parts = [f"{title or unit}: {done:,} of {total:,}"]
         if 0 < done < total:
-            parts[0] += f" ({done / total:.0%})"
+            parts[0] += f" ({share(done / total, 0)})"
         if done and passed:
             parts.append(rate(done / passed, unit))
         if 0 < done < total:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 MISSING = "–"
 
@@ -12,6 +14,12 @@ def share(value: float | None, digits: int = 1) -> str:
     if value is None or not math.isfinite(value):
         return MISSING
     return f"{100 * value:.{digits}f} %"
+
+
+def both_shares(figures: Mapping[str, Any], prefix: str = "") -> str:
+    """Return "accuracy 75.00 %, macro-F1 74.98 %" of figures that have both, as `val_accuracy`."""
+    accuracy, macro_f1 = (share(figures[prefix + key], 2) for key in ("accuracy", "macro_f1"))
+    return f"accuracy {accuracy}, macro-F1 {macro_f1}"
 
 
 def number(value: float | None, digits: int = 3) -> str:

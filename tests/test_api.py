@@ -28,6 +28,7 @@ import trainer.tuning.drive
 from featstore import Project
 from featstore.errors import ConfigError, DataError, RunError
 from featstore.progress import SILENT
+from featstore.quantities import share
 from trainer.commands.main import cli
 from trainer.config import Config, TrainConfig, config_of, render_config
 from trainer.metrics import evaluate_logits
@@ -136,7 +137,7 @@ def test_what_a_run_tells(place: Place) -> None:
     at = metrics["at_threshold"]
     assert repr(run) == (
         f"<Run {str(run.folder)!r}: finished, epoch {metrics['epoch']}: val accuracy"
-        f" {at['accuracy']:.2%}, macro-F1 {at['macro_f1']:.2%}>"
+        f" {share(at['accuracy'], 2)}, macro-F1 {share(at['macro_f1'], 2)}>"
     )
     assert "nothing there yet" in repr(trainer.Run(place.runs / "none"))
 

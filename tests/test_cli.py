@@ -22,6 +22,7 @@ from PIL import Image
 from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, tiny_config
 
 from featstore.config import DEFAULT_FILE
+from featstore.quantities import share
 from featstore.settings import hints, toml_value
 from trainer.commands.console import read_config
 from trainer.commands.main import cli
@@ -448,11 +449,11 @@ def test_evaluate_prints_one_object_or_a_table(project: Project, trained: object
     result = json.loads(succeed(*args, "--json").stdout)
     assert (result["split"], result["rows"]) == ("test", 48)
     shown = succeed(*args).stdout
-    assert f"{result['at_threshold']['accuracy']:.2%}" in shown
+    assert f"{share(result['at_threshold']['accuracy'], 2)}" in shown
     assert "macro-F1" in shown
     control = succeed(*args, "--control", "hypothesis-only", "--split", "val").stdout
     assert "control: hypothesis-only" in control
-    assert "50.00%" in control
+    assert "50.00 %" in control
 
 
 LISTS_AND_TABLES: dict[str, Any] = {

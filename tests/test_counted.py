@@ -95,7 +95,7 @@ def test_cut_sentences_are_counted_and_named(work: Trained) -> None:
     assert [len(CUT), min(TOKENS.values())] == [1, 4]
     assert LIMIT in TOKENS.values(), "one sentence just fits"
     (line,) = [line for line in work.lines if "cut at" in line]
-    assert line.startswith("warning: 1 of 4 sentences (25.0%) is cut at sequence_length 7;")
+    assert line.startswith("warning: 1 of 4 sentences (25.0 %) is cut at sequence_length 7;")
     found = work.run.manifest["data"]["cut_sentences"]
     assert found["longest"] == {CUT[0]: TOKENS[CUT[0]]}
     assert json.loads(Path(found["file"]).read_text())["tokens"].keys() == {

@@ -19,6 +19,7 @@ from tiny_runs import IMAGES_OF_SPLIT, SENTENCES, prepared, tiny_config
 
 import trainer.results.models
 from featstore.errors import RunError
+from featstore.quantities import share
 from featstore.store.folder import read_spec, reconcile_manifest, shard_paths, write_manifest
 from featstore.store.numbers import Numbers, feature_dtype
 from featstore.store.shard import open_shard
@@ -118,7 +119,7 @@ def test_a_run_equals_the_end_to_end_model(run: Run) -> None:
     assert result["metrics"]["cached"] == result["metrics"]["end_to_end"]
     assert result["recorded_loss"]["found"] == pytest.approx(run.metrics["loss"], abs=1e-5)
     assert result["photos"] == {"changed": [], "unreadable": {}}
-    accuracy = f"accuracy {result['metrics']['cached']['accuracy']:.2%}"
+    accuracy = f"accuracy {share(result['metrics']['cached']['accuracy'], 2)}"
     for words in (f"test: {ROWS} of {ROWS} rows", "vision features", "0 differ", accuracy):
         assert words in done.stdout
     assert "NO" not in done.stdout

@@ -32,6 +32,7 @@ from featstore.data.rows import read_examples, read_frame
 from featstore.errors import DataError, RowError
 from featstore.extract.held import Holder
 from featstore.progress import SILENT
+from featstore.quantities import share
 from trainer.batches import Batch
 from trainer.commands.main import cli
 from trainer.logits import sigmoid
@@ -173,7 +174,7 @@ def test_labels_are_never_inverted_and_every_row_is_kept(
         assert confidence == (probability if row["Label"] == "1" else 1 - probability)
     # Its own labels are measured, and named where they cannot be mistaken for predictions.
     assert "40 of 52 rows predicted at τ = 0.70 (14 entailment, 26 contradiction)" in done.stderr
-    assert "40 labelled rows: accuracy 100.00%" in done.stderr
+    assert "40 labelled rows: accuracy 100.00 %" in done.stderr
     assert "tp 14, fp 0, fn 0, tn 26" in done.stderr
     assert "2 unreadable photo" in done.stderr
 
@@ -320,7 +321,7 @@ def test_the_independent_set_of_the_study(
     assert [(line["Image_ID"], line["Hypothesis"]) for line in lines] == pairs
     assert all(line["Label"] and not line["reason"] for line in lines)
     said = Counter(line["Label"] for line in lines)
-    assert f"accuracy {said['entailment'] / 50:.2%}" in done.stderr
+    assert f"accuracy {share(said['entailment'] / 50, 2)}" in done.stderr
 
 
 @pytest.mark.slow

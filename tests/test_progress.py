@@ -127,7 +127,7 @@ def test_a_log_has_lines(stream: Stream) -> None:
     with SHOWN.bar(40_000, "photos") as advance:
         stream.await_text("photos: 0 of 40,000, 0 s\n")
         advance(10_000)
-        stream.await_text("photos: 10,000 of 40,000 (25%), ")
+        stream.await_text("photos: 10,000 of 40,000 (25 %), ")
         stream.await_text(" left\n")
         advance(30_000)
     assert "\r" not in stream.getvalue()
@@ -153,7 +153,7 @@ def test_an_epoch_in_a_log(stream: Stream) -> None:
     with epoch_bar(3, 200) as bar:
         bar.update(50)
         bar.set_postfix(loss="0.6931")
-        stream.await_text("epoch 3: 50 of 200 (25%), ")
+        stream.await_text("epoch 3: 50 of 200 (25 %), ")
         stream.await_text("left, loss 0.6931\n")
     assert "\r" not in stream.getvalue()
 

@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from featstore.quantities import duration, number, rate, share, size
+from featstore.quantities import both_shares, duration, number, rate, share, size
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,13 +21,15 @@ def test_numbers_are_said_as_people_do() -> None:
     assert sizes == ["12 B", "999 B", "1.5 kB", "1 MB", "2.5 GB", "10 TB", "20,000 TB"]
     rates = [rate(speed, "rows of test") for speed in (0.123, 0.99999, 1.02, 10.34, 999.7, 12345.6)]
     assert rates[:3] == ["0.123 rows/s", "1 row/s", "1.02 rows/s"]
+    figures = {"val_accuracy": 0.75, "val_macro_f1": 0.74975}
+    assert both_shares(figures, "val_") == "accuracy 75.00 %, macro-F1 74.98 %"
     assert rates[3:] == ["10.3 rows/s", "1,000 rows/s", "12,346 rows/s"]
 
 
 def test_they_are_said_in_one_place() -> None:
-    """No message divides bytes into units or seconds into minutes, or says a rate, of its own."""
+    """No message divides bytes into units or seconds into minutes, or says a rate or a share."""
     own = re.compile(
-        r"1e[69](:[^}]*)?\} [MG]B|/ 60(:[^}]*)?\} min|/ 3600(:[^}]*)?\} h|\}[^{}]*/s\b"
+        r"1e[69](:[^}]*)?\} [MG]B|/ 60(:[^}]*)?\} min|/ 3600(:[^}]*)?\} h|\}[^{}]*/s\b|%\}"
     )
     found = []
     for path in sorted([*ROOT.glob("featstore/**/*.py"), *ROOT.glob("trainer/**/*.py")]):

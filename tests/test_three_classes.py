@@ -24,6 +24,7 @@ import trainer
 from featstore.data.labels import labels_of
 from featstore.errors import DataError, FeatstoreError, RunError, UsageError
 from featstore.progress import SILENT
+from featstore.quantities import share
 from trainer.commands.main import cli
 from trainer.config import Config, render_config
 from trainer.metrics import evaluate_logits
@@ -125,7 +126,7 @@ def test_it_learns_three_classes(made: Made, run: trainer.Run) -> None:
     val = run.scorer.score("val")
     found = evaluate_logits(val.labels, val.logits)
     assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
-    assert f"val accuracy {at['accuracy']:.2%}" in repr(run)
+    assert f"val accuracy {share(at['accuracy'], 2)}" in repr(run)
 
 
 def test_two_classes_of_the_same_rows_leave_neutral_out(made: Made) -> None:

@@ -15,6 +15,7 @@ from featstore.config import runs_folder
 from featstore.errors import RunError, StoppedError, UsageError
 from featstore.progress import SHOWN, Show, says, showing, shows_work, working
 from featstore.project import Project
+from featstore.quantities import both_shares
 from trainer.config import config_of
 from trainer.features import extract_missing, oversample_line, prepare, rows_line
 from trainer.metrics import decided
@@ -52,7 +53,7 @@ class Run(folder.Run):
         if metrics is not None:
             at = decided(metrics)
             epoch = "imported" if "imported" in manifest else f"epoch {metrics['epoch']}"
-            figures = f", {epoch}: val accuracy {at['accuracy']:.2%}, macro-F1 {at['macro_f1']:.2%}"
+            figures = f", {epoch}: val {both_shares(at)}"
         return f"<Run {str(self.folder)!r}: {manifest['status']}{figures}>"
 
     @functools.cached_property

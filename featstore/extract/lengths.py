@@ -23,6 +23,7 @@ from featstore.encoders.presets import resolve_preset
 from featstore.encoders.tokens import token_counts
 from featstore.errors import FeatstoreError, counted, short
 from featstore.publish import read_checked, write_checked
+from featstore.quantities import share
 from featstore.store.store import TextStore
 
 LENGTHS = "lengths.json"
@@ -63,7 +64,7 @@ class Cut:
         verb = "is" if len(self.tokens) == 1 else "are"
         return (
             f"{warning}{len(self.tokens)} of {counted(self.sentences, 'sentence')}"
-            f" ({self.share:.1%}) {verb}"
+            f" ({share(self.share)}) {verb}"
             f" cut at sequence_length {self.sequence_length}; the longest has {tokens} tokens:"
             f" {short(longest)}; all in {self.path}; a larger [encoders] sequence_length keeps more"
         )

@@ -10,6 +10,7 @@ import click
 
 from featstore.errors import counted
 from featstore.progress import working
+from featstore.quantities import share
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     LIBRARIES,
@@ -35,7 +36,7 @@ def _print_found(found: dict[str, Any]) -> None:
     line = f"a sentence has {words['mean']:.1f} words (at most {words['max']})"
     if not tokens["reason"]:
         line += (
-            f" and {tokens['mean']:.1f} tokens; {tokens['share']:.1%} of them are cut at"
+            f" and {tokens['mean']:.1f} tokens; {share(tokens['share'])} of them are cut at"
             f" {tokens['sequence_length']}"
         )
     click.echo(line)

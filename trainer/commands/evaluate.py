@@ -9,7 +9,7 @@ import click
 
 from featstore.errors import Advice, UsageError, counted
 from featstore.publish import check_kept
-from featstore.quantities import number
+from featstore.quantities import number, share
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     encoding_option,
@@ -66,7 +66,7 @@ def _print_result(result: dict[str, Any]) -> None:
 def _with_interval(result: dict[str, Any], value: float, name: str) -> str:
     from trainer.results.summary import between
 
-    return f"{value:.2%} ({between(result['intervals'][name])})"
+    return f"{share(value, 2)} ({between(result['intervals'][name])})"
 
 
 def _print_of_three(result: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ def _print_controls(result: dict[str, Any]) -> None:
     click.echo(f"{'control':>32} {'accuracy (95 %)':>23} {'AUC':>7}   this run above it, in points")
     for name, found in result["controls"].items():
         if found is not None:
-            accuracy = f"{found['accuracy']:.2%} ({between(found['interval'])})"
+            accuracy = f"{share(found['accuracy'], 2)} ({between(found['interval'])})"
             click.echo(
                 f"{CONTROL_NAMES[name]:>32} {accuracy:>23} {number(found['auc'], 4):>7}  "
                 f" {gained(found['difference'])}"
@@ -144,12 +144,12 @@ def _print_extremes(result: dict[str, Any]) -> None:
     ]
     if len(named) > 1:
         worst, best = min(named), max(named)
-        shown = [f"{name} {accuracy:.1%} of {rows}" for accuracy, name, rows in (best, worst)]
+        shown = [f"{name} {share(accuracy)} of {rows}" for accuracy, name, rows in (best, worst)]
         click.echo(f"buckets: best {shown[0]}, worst {shown[1]}")
     errors = result["errors"]
     if errors["rows"]:
         click.echo(
-            f"errors: {errors['rows']}, {errors['share_above']:.1%} of them with a confidence"
+            f"errors: {errors['rows']}, {share(errors['share_above'])} of them with a confidence"
             f" above {errors['confident']}"
         )
 

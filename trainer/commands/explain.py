@@ -10,6 +10,7 @@ import click
 from featstore.errors import Advice, UsageError, counted
 from featstore.progress import working
 from featstore.publish import check_kept
+from featstore.quantities import share
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     encoding_option,
@@ -130,7 +131,7 @@ def _print(result: dict[str, Any]) -> None:
     click.echo(f"{result['run']}: {shown} of {result['source']}, {result['choice']}")
     click.echo(
         f"rank correlation with hiding patches, over {counted(found['rows'], 'row')} of"
-        f" {counted(found['images'], 'photo')} ({found['level']:.0%} interval)"
+        f" {counted(found['images'], 'photo')} ({share(found['level'], 0)} interval)"
     )
     sizes = [f"{w['patches']} × {w['patches']}" for w in found["windows"]]
     click.echo(" ".join([f"{'windows of patches':>26}", *(f"{size:>24}" for size in sizes)]))

@@ -8,6 +8,7 @@ import click
 
 from featstore.errors import counted
 from featstore.publish import check_kept
+from featstore.quantities import both_shares
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import open_run, run_options, seed_option, split_option
 from trainer.commands.help import command
@@ -58,7 +59,7 @@ def _print_parity(result: dict[str, Any]) -> None:
     for path, found in result["metrics"].items():
         figures = "not finite"
         if found is not None:
-            figures = f"accuracy {found['accuracy']:.2%}, macro-F1 {found['macro_f1']:.2%}"
+            figures = both_shares(found)
         click.echo(f"{path.replace('_', ' '):>20} {figures}")
     for note in result["notes"]:
         click.echo(f"note: {note}")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from featstore.errors import UsageError, counted
-from featstore.quantities import rate
+from featstore.quantities import both_shares, rate, share
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import encoding_option, open_run, run_options
 from trainer.commands.help import PATH, command
@@ -105,11 +105,11 @@ def _predict_pair(run: str, runs: str, image: str, text: str, as_json: bool) -> 
         answer(result)
         return
     if result["threshold"] is None:
-        shares = result["probabilities"].items()
-        click.echo(f"{result['label']} ({', '.join(f'{name} {p:.2%}' for name, p in shares)})")
+        shares = [f"{name} {share(p, 2)}" for name, p in result["probabilities"].items()]
+        click.echo(f"{result['label']} ({', '.join(shares)})")
         return
     click.echo(
-        f"{result['label']} (confidence {result['confidence']:.2%}; probability of entailment"
+        f"{result['label']} (confidence {share(result['confidence'], 2)}; probability of entailment"
         f" {result['probability_entailment']:.4f}, τ = {result['threshold']:.2f})"
     )
 
@@ -134,7 +134,4 @@ def _print_summary(summary: dict[str, Any], err: bool) -> None:
             if threshold is None
             else "; " + ", ".join(f"{key} {at[key]}" for key in ("tp", "fp", "fn", "tn"))
         )
-        say(
-            f"{counted(metrics['rows'], 'labelled row')}: accuracy {at['accuracy']:.2%}, macro-F1"
-            f" {at['macro_f1']:.2%}, AUC {auc}{counts}"
-        )
+        say(f"{counted(metrics['rows'], 'labelled row')}: {both_shares(at)}, AUC {auc}{counts}")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from featstore.errors import counted
+from featstore.quantities import both_shares, share
 from trainer.commands.answer import warn
 from trainer.commands.showing import note
 
@@ -45,8 +46,8 @@ def print_confusion(at: dict[str, Any]) -> None:
         cells = " ".join(f"{at['confusion'][name][other]:14d}" for other in names)
         figures = at[name]
         click.echo(
-            f"{name:>16} {cells} {figures['precision']:10.2%} {figures['recall']:8.2%}"
-            f" {figures['f1']:8.2%}"
+            f"{name:>16} {cells} {share(figures['precision'], 2):>10}"
+            f" {share(figures['recall'], 2):>8} {share(figures['f1'], 2):>8}"
         )
 
 
@@ -60,11 +61,12 @@ def print_metrics(result: dict[str, Any]) -> None:
     )
     if result["threshold"] is None:
         at = result["at_argmax"]
-        click.echo(f"accuracy {at['accuracy']:.2%}, macro-F1 {at['macro_f1']:.2%}")
+        click.echo(both_shares(at))
         print_confusion(at)
         return
     at, half = result["at_threshold"], result["at_half"]
     click.echo(f"{'threshold':>16} {'accuracy':>9} {'macro-F1':>9}   tp    fp    fn    tn")
     for name, found in ((f"τ = {result['threshold']:.2f}", at), ("0.50", half)):
         counts = " ".join(f"{found[key]:5d}" for key in ("tp", "fp", "fn", "tn"))
-        click.echo(f"{name:>16} {found['accuracy']:9.2%} {found['macro_f1']:9.2%} {counts}")
+        accuracy, macro_f1 = (share(found[key], 2) for key in ("accuracy", "macro_f1"))
+        click.echo(f"{name:>16} {accuracy:>9} {macro_f1:>9} {counts}")

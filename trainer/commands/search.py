@@ -11,7 +11,7 @@ import click
 
 from featstore.errors import Command, RunError, UsageError, counted
 from featstore.progress import working
-from featstore.quantities import size
+from featstore.quantities import both_shares, share, size
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     Function,
@@ -263,7 +263,7 @@ def search_best(
         tau = "" if best["threshold"] is None else f", τ {best['threshold']:.2f}"
         click.echo(
             f"{search.space.search.metric} {best['value']:.4f} in epoch {best['best_epoch']},"
-            f" accuracy {best['val_accuracy']:.2%}{tau}"
+            f" accuracy {share(best['val_accuracy'], 2)}{tau}"
         )
         return
     import_framework()
@@ -274,8 +274,8 @@ def search_best(
         answer(found)
         return
     for run in found["runs"]:
-        click.echo(f"{run['run']}: accuracy {run['accuracy']:.2%}, macro-F1 {run['macro_f1']:.2%}")
+        click.echo(f"{run['run']}: {both_shares(run)}")
     for figure in ("accuracy", "macro_f1"):
         mean, deviation = found[figure]["mean"], found[figure]["deviation"]
-        spread = "" if deviation is None else f" ± {deviation:.2%}"
-        click.echo(f"{split} {figure.replace('_', '-')}: {mean:.2%}{spread}")
+        spread = "" if deviation is None else f" ± {share(deviation, 2)}"
+        click.echo(f"{split} {figure.replace('_', '-')}: {share(mean, 2)}{spread}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featstore.errors import counted
+from featstore.quantities import MISSING, share
 from trainer.results.compare import figures_of
 from trainer.results.summary import class_line
 
@@ -97,7 +98,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         shown = found["low"] > 0 or found["high"] < 0
         lines.append(
             f"{entry['run']}: accuracy{_at(result)} {points:.1f} points {side} {entry['base']}"
-            f" ({result['level']:.0%} interval {_points(found['low'])} to"
+            f" ({share(result['level'], 0)} interval {_points(found['low'])} to"
             f" {_points(found['high'])}; permutation by image p {p}):"
             f" {'a difference' if shown else 'no difference shown'}"
         )
@@ -128,7 +129,7 @@ def _headline(result: dict[str, Any]) -> str:
     lines = [
         f"{result['split']}: {counted(result['rows'], 'row')} of"
         f" {counted(result['images'], 'image')} ({classes});"
-        f" {result['level']:.0%} intervals by image, {result['draws']} draws"
+        f" {share(result['level'], 0)} intervals by image, {result['draws']} draws"
     ]
     for reason, count in result["left_out"].items():
         lines.append(f"left out: {count} of {counted(result['rows_of_split'], 'row')}, {reason}")
@@ -190,12 +191,14 @@ def _calibration(result: dict[str, Any]) -> Table:
         cells = []
         for curve in curves.values():
             row = curve.get(low)
-            cells.append(
-                f"{row['confidence']:.1%} → {row['accuracy']:.1%} ({row['rows']})" if row else "–"
-            )
+            if row is None:
+                cells.append(MISSING)
+                continue
+            figures = [share(row[key]) for key in ("confidence", "accuracy")]
+            cells.append(f"{' → '.join(figures)} ({row['rows']})")
         # Of two classes, the confidence in the one that was called is at least a half.
         least = max(low, 0.5) if _has_threshold(result) else low
-        rows.append([f"{least:.0%}–{bins[low]:.0%}", *cells])
+        rows.append([f"{share(least, 0)}–{share(bins[low], 0)}", *cells])
     at = " at 0.5" if _has_threshold(result) else ""
     title = f"Calibration{at} (mean confidence → accuracy, rows)"
     return Table(title, ["confidence", *runs], rows)
@@ -207,7 +210,7 @@ def _buckets(result: dict[str, Any]) -> Table:
     header += [f"{label} − {result['base']}" for label in others]
     rows = []
     for name, bucket in result["buckets"].items():
-        cells = [str(bucket["rows"]), str(bucket["images"]), f"{bucket['entailment']:.1%}"]
+        cells = [str(bucket["rows"]), str(bucket["images"]), share(bucket["entailment"])]
         cells += [_within(found["accuracy"], found, True) for found in bucket["runs"].values()]
         cells += [_gap(bucket["differences"][label], True) for label in others]
         rows.append([name, *cells])

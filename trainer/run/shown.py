@@ -16,7 +16,7 @@ from featstore.progress import (
     print_line,
     redrawn,
 )
-from featstore.quantities import duration
+from featstore.quantities import both_shares, duration, share
 from trainer.run.training import Reporter
 
 
@@ -64,16 +64,13 @@ def epoch_bar(epoch: int, steps: int) -> Iterator[Any]:
 
 def print_epoch(record: dict[str, Any]) -> None:
     """Print the figures of an epoch on stderr."""
-    at = (
-        ""
-        if record["threshold"] is None
-        else f" at τ {record['threshold']:.2f} ({record['val_accuracy_at_half']:.2%},"
-        f" {record['val_macro_f1_at_half']:.2%} at 0.50)"
-    )
+    figures = both_shares(record, "val_")
+    if record["threshold"] is not None:
+        half = [share(record[f"val_{key}_at_half"], 2) for key in ("accuracy", "macro_f1")]
+        figures += f" at τ {record['threshold']:.2f} ({', '.join(half)} at 0.50)"
     print_line(
         f"epoch {record['epoch']}: loss {record['loss']:.4f}, val loss {record['val_loss']:.4f},"
-        f" accuracy {record['val_accuracy']:.2%}, macro-F1 {record['val_macro_f1']:.2%}{at};"
-        f" {duration(record['seconds'])}"
+        f" {figures}; {duration(record['seconds'])}"
     )
 
 

@@ -14,6 +14,7 @@ import optuna
 from numpy.typing import NDArray
 from optuna.trial import TrialState
 
+from featstore.quantities import share
 from trainer.pages.drawing import COLORS, GROUND, INK, legend_below, new_figure, write_png
 from trainer.tuning.space import Parameter, shown
 from trainer.tuning.storage import quiet_optuna
@@ -226,7 +227,7 @@ def _importance(search: Search, shares: Mapping[str, NDArray[np.float64]]) -> Fi
     for place, (mean, end) in enumerate(zip(means, np.maximum(high, means), strict=True)):
         axes.annotate(f"{mean:.2f}", (end, place), (6, 0), textcoords="offset points", va="center")
     axes.set_xlim(0, max(1e-9, *high) * 1.12)
-    axes.set_xlabel(f"share of the explained variance; line: {WITHIN:.0%} of the draws")
+    axes.set_xlabel(f"share of the explained variance; line: {share(WITHIN, 0)} of the draws")
     return figure
 
 

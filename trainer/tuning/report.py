@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from featstore.errors import Command, FeatstoreError, RunError, counted
 from featstore.project import Project
 from featstore.publish import read_json
-from featstore.quantities import MISSING, duration, number, size
+from featstore.quantities import MISSING, duration, number, share, size
 from trainer.pages.drawing import svg
 from trainer.pages.page import write_page
 from trainer.results.report.cost import cost_of
@@ -252,7 +252,7 @@ def _importance(
             f"fANOVA (Hutter et al. 2014) over {counted(trials, 'complete trial')}: the share of"
             f" the explained variance of {search.space.search.metric} that a setting has alone."
             f" It is computed for {DRAWS} bootstrap draws of the trials: the mean, and between"
-            f" which values {WITHIN:.0%} of the draws lie. Few trials leave that range wide."
+            f" which values {share(WITHIN, 0)} of the draws lie. Few trials leave that range wide."
         ),
     }
 

@@ -100,7 +100,7 @@ def _content(
         "summary": [f"{line}." for line in said],
         "rows": (
             f"{counted(result['rows'], 'row', ',')} of {counted(result['images'], 'photo', ',')}"
-            f" ({class_line(result, ',')}); {result['level']:.0%} intervals by photo,"
+            f" ({class_line(result, ',')}); {share(result['level'], 0)} intervals by photo,"
             f" {counted(result['draws'], 'draw', ',')}."
         ),
         "warnings": left_out,

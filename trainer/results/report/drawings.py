@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.data.labels import LABEL_NAMES
+from featstore.quantities import share
 from trainer.pages.drawing import CLASS_COLORS, COLORS, legend_below, new_figure
 
 if TYPE_CHECKING:
@@ -32,11 +33,11 @@ def confusion(matrix: Mapping[str, Mapping[str, int]]) -> Figure:
         whole = sum(matrix[truth].values())
         for x, called in enumerate(names):
             rows = matrix[truth][called]
-            share = rows / whole if whole else 0.0
+            part = rows / whole if whole else 0.0
             color = COLORS[0] if truth == called else COLORS[1]
             # Light enough for the ink of either ground.
-            axes.add_patch(_cell(x, y, color, 0.06 + 0.5 * share))
-            axes.text(x, y, f"{rows:,}\n{share:.1%}", ha="center", va="center", color="black")
+            axes.add_patch(_cell(x, y, color, 0.06 + 0.5 * part))
+            axes.text(x, y, f"{rows:,}\n{share(part)}", ha="center", va="center", color="black")
     axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(names)), names)
@@ -138,7 +139,7 @@ def buckets(
     """
     figure = new_figure(WIDTH, 1.0 + (0.3 + 0.16 * max(0, len(names) - 1)) * len(found))
     axes = figure.subplots()
-    axes.axvline(whole, color="black", linestyle=":", linewidth=1, label=f"all rows {whole:.1%}")
+    axes.axvline(whole, color="black", linestyle=":", linewidth=1, label=f"all rows {share(whole)}")
     runs = names or ("",)
     for i, run in enumerate(runs):
         shift = 0.22 * (i - (len(runs) - 1) / 2)
@@ -237,7 +238,7 @@ def controls(rows: Sequence[tuple[str, float, Mapping[str, float] | None]]) -> F
             ]
             axes.errorbar(accuracy, y, xerr=reach, fmt="none", color="black", capsize=3)
             end = max(end, interval["high"])
-        axes.annotate(f"{accuracy:.1%}", (end, y), (5, 0), textcoords="offset points", va="center")
+        axes.annotate(share(accuracy), (end, y), (5, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15)
