@@ -25,6 +25,7 @@ from trainer.commands.console import (
     settings,
     split_option,
     stop_request,
+    was_given,
 )
 from trainer.commands.help import PATH, SectionedGroup, setting_option
 from trainer.commands.printed import print_rows
@@ -247,6 +248,11 @@ def search_best(
     as_json: bool,
 ) -> None:
     """Show the best trial; train it again with more epochs or seeds."""
+    if epochs is None and seeds is None and was_given("split"):
+        raise UsageError(
+            "--split belongs to --epochs and --seeds: a trial's own figures are of val, and"
+            " `evaluate` measures its run on test"
+        )
     from trainer.tuning.drive import load_search
     from trainer.tuning.space import shown
 
