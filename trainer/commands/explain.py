@@ -85,8 +85,9 @@ def explain(
         raise UsageError(f"{' and '.join(chosen)} exclude each other: choose rows in one way")
     if npz is not None and not npz.endswith(".npz"):
         raise UsageError(f"--npz {npz}: expected a name that ends with .npz")
-    for asked in filter(None, (out, npz, None if png is None else Path(png, "row.png"))):
-        check_may_write(Path(asked), Advice("name a place elsewhere"))
+    for asked in (out, npz, png and str(Path(png, "row.png"))):
+        if asked is not None:
+            check_may_write(Path(asked), Advice("name a place elsewhere"))
     found = open_run(run, runs)
     explanation = found.explain(
         split,
