@@ -337,6 +337,14 @@ def test_a_stopped_search_ends_as_the_undisturbed(place: Place, whole: list[Any]
     assert results(search) == whole
 
 
+def test_looking_at_a_search_writes_nothing_into_its_journal(place: Place) -> None:
+    search = place.start("seen", trials=1)
+    journal = search.folder / "study.journal"
+    before = journal.read_bytes()
+    assert trial_rows(open_search(search.folder, None)) == []
+    assert journal.read_bytes() == before
+
+
 def test_the_time_of_a_stopped_trial_does_not_go_on(place: Place) -> None:
     search = place.start("left", trials=2)
     with pytest.raises(StoppedError):
