@@ -337,6 +337,26 @@ def test_a_stopped_search_ends_as_the_undisturbed(place: Place, whole: list[Any]
     assert results(search) == whole
 
 
+def test_a_trial_whose_draw_is_all_that_is_known_is_run(place: Place) -> None:
+    search = place.start("drawn", trials=1)
+    search.study.ask({p.name: p.distribution() for p in search.space.parameters})
+    work(search, place.project)
+    assert [row["state"] for row in trial_rows(search)] == ["complete"]
+
+
+def test_an_error_before_the_training_ends_the_work(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise LookupError("refused")
+
+    search = place.start("refused", trials=1)
+    monkeypatch.setattr("trainer.tuning.trials.count_attempt", refuse)
+    asked = iter(range(9))
+    with pytest.raises(LookupError, match="refused"):
+        work(search, place.project, lambda: next(asked) == 8)
+
+
 def test_looking_at_a_search_writes_nothing_into_its_journal(place: Place) -> None:
     search = place.start("seen", trials=1)
     journal = search.folder / "study.journal"

@@ -210,9 +210,12 @@ class Search:
                 held.close()
                 continue
             trial = optuna.Trial(self.study, frozen._trial_id)
-            epochs, attempts = frozen.user_attrs.get("attempts", [0, 0])
+            known = frozen.user_attrs.get("attempts")
+            epochs, attempts = known or [0, 0]
             if len(frozen.intermediate_values) > epochs:
                 epochs, attempts = len(frozen.intermediate_values), 0
+            # None, where the process died, or the journal was cut, right after the draw.
+            if known != [epochs, attempts]:
                 trial.set_user_attr("attempts", [epochs, attempts])
             if attempts >= MOST_ATTEMPTS:
                 self.fail(
