@@ -390,7 +390,7 @@ def test_a_run_without_the_picture_predicts_without_it(own: trainer.Run, photos:
             2,
             "--images, --en",
         ),
-        (("--image", "y", "--text", "z", "--no-cache"), 2, "--cache: of --rows"),
+        (("--image", "y", "--text", "z", "--no-cache"), 2, "--cache/--no-cache: of --rows"),
         (("--rows", "x", "--out", "y.txt"), 2, "expected a name that ends in .csv"),
         (("--rows", "x", "--out", "y.csv"), 1, "x: no such file"),
         (("--rows", "-"), 1, "stdin: has no rows: the file is empty"),

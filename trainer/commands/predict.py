@@ -17,7 +17,7 @@ from trainer.commands.showing import note, show_of
 
 FORMATS = ("csv", "jsonl", "parquet")
 STREAM = "-"
-OF_ROWS = ("images", "encoding", "out", "format", "cache")
+OF_ROWS = ("--images", "--encoding", "--out", "--format", "--cache/--no-cache")
 
 
 @command()
@@ -68,7 +68,7 @@ def predict(
     if (rows is None) == (image is None and text is None) or (image is None) != (text is None):
         raise UsageError("give --rows FILE, or --image PHOTO and --text SENTENCE")
     if image is not None and text is not None:
-        if names := [f"--{name}" for name in OF_ROWS if was_given(name)]:
+        if names := [flag for flag in OF_ROWS if was_given(flag.rpartition("-")[2])]:
             raise UsageError(
                 f"{', '.join(names)}: of --rows; the answer about --image is printed, and nothing"
                 " is kept"
