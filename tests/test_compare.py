@@ -290,6 +290,7 @@ def test_the_command_prints_and_writes(
     [
         (("--out", "found.html"), "expected a name that ends with .md or .json"),
         (("--images", "photos"), "--images and --encoding belong to --rows"),
+        (("--rows", "rows.csv", "--split", "test"), "--split and --rows exclude each other"),
         (("--buckets", "none.toml"), "none.toml"),
     ],
 )

@@ -337,6 +337,7 @@ GOOD = json.dumps(A2).encode() + b"\n"
         ("a.csv", b" \n\n", "the file is empty"),
         ("a.csv", b" " * 70000 + b"x", "64 KiB of white space"),
         ("a.jsonl", GOOD + b'{"Image_ID": \n', "a.jsonl:2: not JSON: Expecting value at column 14"),
+        ("a.jsonl", GOOD + b'{"Image_ID', "a.jsonl:2: not JSON: Unterminated string starting at c"),
         ("a.jsonl", b"oops\n", "a.jsonl:1: not JSON"),
         ("a.jsonl", GOOD + b"\n[1, 2]\n", r"a.jsonl:3: expected an object .* found \[1, 2\]"),
         ("a.jsonl", GOOD + b'"text"\n', "a.jsonl:2: expected an object"),

@@ -270,6 +270,12 @@ def test_what_was_measured_is_shown_where_it_cannot_be_kept(
         assert "parity-test.json" in done.stderr
         assert "then run the command again" in done.stderr
         assert "end to end" in done.stdout
+        (tmp_path / "file").write_text("")
+        done = invoke(
+            "explain", "first", "--rows", "1", "--sample", "2", "--png", tmp_path / "file"
+        )
+        assert done.exit_code == 1
+        assert "rank correlation" in done.stdout
         done = invoke("search", "show", "s")
         assert done.exit_code == 1
         assert "trial-0000" in done.stdout
@@ -286,11 +292,16 @@ def test_what_could_not_be_kept_is_said_before_the_work(
 
     monkeypatch.setattr("trainer.results.export.export.load_models", never)
     monkeypatch.setattr("trainer.exploration.explore._looks", never)
+    monkeypatch.setattr("trainer.api.Run.explain", never)
+    monkeypatch.setattr("trainer.api.Run.compare", never)
     with read_only(moved):
         for command in (("export", "first", "m.keras"), ("export", "first", "new/m.keras")):
             assert "m.keras: cannot be written (no right to write into" in refused(*command)
         assert "--out" in refused("eda")
         assert "--out FILE.html" in refused("report", "first", "--out", "new/page.html")
+        for place in (("--npz", "a.npz"), ("--png", "new"), ("--out", "page.html")):
+            assert "no right to write into" in refused("explain", "first", *place)
+        assert "no right to write into" in refused("compare", "first", "next", "--out", "c.md")
 
 
 # --- dry runs

@@ -43,7 +43,14 @@ from trainer.tuning.search_file import known_search, open_search, start_search
 from trainer.tuning.space import SearchConfig
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search
-from trainer.tuning.table import best_row, ranked, seconds_left, trial_rows, write_leaderboard
+from trainer.tuning.table import (
+    best_row,
+    ranked,
+    rows_now,
+    seconds_left,
+    trial_rows,
+    write_leaderboard,
+)
 from trainer.tuning.trials import count_attempt, work
 
 SPACE = """
@@ -328,6 +335,46 @@ def test_a_stopped_search_ends_as_the_undisturbed(place: Place, whole: list[Any]
     search = place.again(search, trials=4)
     work(search, place.project)
     assert results(search) == whole
+
+
+def test_a_trial_whose_draw_is_all_that_is_known_is_run(place: Place) -> None:
+    search = place.start("drawn", trials=1)
+    search.study.ask({p.name: p.distribution() for p in search.space.parameters})
+    work(search, place.project)
+    assert [row["state"] for row in trial_rows(search)] == ["complete"]
+
+
+def test_an_error_before_the_training_ends_the_work(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise LookupError("refused")
+
+    search = place.start("refused", trials=1)
+    monkeypatch.setattr("trainer.tuning.trials.count_attempt", refuse)
+    asked = iter(range(9))
+    with pytest.raises(LookupError, match="refused"):
+        work(search, place.project, lambda: next(asked) == 8)
+
+
+def test_looking_at_a_search_writes_nothing_into_its_journal(place: Place) -> None:
+    search = place.start("seen", trials=1)
+    journal = search.folder / "study.journal"
+    before = journal.read_bytes()
+    assert trial_rows(open_search(search.folder, None)) == []
+    assert journal.read_bytes() == before
+
+
+def test_the_time_of_a_stopped_trial_does_not_go_on(place: Place) -> None:
+    search = place.start("left", trials=2)
+    with pytest.raises(StoppedError):
+        work(search, place.project, Stop(3))
+    (row,) = rows_now(search)
+    assert (row["state"], row["seconds"]) == ("stopped", None)
+    write_leaderboard(search, [row])
+    board = pd.read_csv(search.folder / "leaderboard.csv")
+    assert board["state"].tolist() == ["stopped"]
+    assert board["seconds"].isna().all()
 
 
 @pytest.mark.parametrize("pruner", ["median", "halving", "hyperband"])

@@ -227,6 +227,8 @@ def test_show_and_best(project: Project, whole: list[Any]) -> None:
     assert sorted(results(found)) == whole
     one = json.loads(project.call("search", "best", "whole", "--json").stdout)
     assert (one["trial"], one["value"]) == (best[0], best[3])
+    refused = project.call("search", "best", "whole", "--split", "test", code=2)
+    assert "--split belongs to --epochs and --seeds" in refused.stderr
     again = ["search", "best", "whole", "--seeds", "2", "--epochs", "2", "--json"]
     first = json.loads(project.call(*again).stdout)
     scores = [run["accuracy"] for run in first["runs"]]

@@ -483,6 +483,12 @@ def test_the_range_of_the_command_line() -> None:
             _shard_range(wrong)
 
 
+def test_a_dry_run_is_of_all_shards() -> None:
+    result = CliRunner().invoke(cli, ["extract-vit", "--dry-run", "--shard-range", "0:2"])
+    assert result.exit_code == 2
+    assert "--shard-range and --dry-run exclude each other" in result.stderr
+
+
 def test_settings_of_ray_need_ray() -> None:
     for flags in (["--actors", "2"], ["--num-gpus", "0"], ["--return-shards"]):
         result = CliRunner().invoke(cli, ["extract-vit", *flags])

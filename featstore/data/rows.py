@@ -277,8 +277,8 @@ def _json_object(path: Path, line: int, text: str) -> dict[str, Any]:
         record = json.loads(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise RowError(
-            f"{path}:{line}: not JSON: {error.msg} at column {error.colno};"
-            " expected one object on each line"
+            f"{path}:{line}: not JSON: {error.msg.removesuffix(' at')} at column"
+            f" {error.colno}; expected one object on each line"
         ) from error
     except (ValueError, RecursionError) as error:
         raise RowError(

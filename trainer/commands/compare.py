@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from featstore.errors import UsageError
+from featstore.errors import Advice, UsageError
+from featstore.publish import check_may_write, write_json, write_text
 from trainer.commands.answer import answer, json_option
 from trainer.commands.console import (
     draws_option,
@@ -15,6 +16,7 @@ from trainer.commands.console import (
     run_options,
     seed_option,
     split_option,
+    was_given,
 )
 from trainer.commands.help import PATH, command
 from trainer.commands.showing import note, show_of
@@ -27,7 +29,7 @@ SUFFIXES = (".md", ".json")
 @split_option("test", "val", "train")
 @click.option("--rows", type=PATH, help="Labelled rows to compare on, not a split.")
 @click.option("--images", type=PATH, help="Folder of their photos.  [default: each run's]")
-@encoding_option
+@encoding_option()
 @click.option("--buckets", type=PATH, help="Bucket file.  [default: the one that ships]")
 @draws_option
 @seed_option()
@@ -55,12 +57,15 @@ def compare(
     target = None if out is None else Path(out)
     if target is not None and target.suffix not in SUFFIXES:
         raise UsageError(f"--out {out}: expected a name that ends with .md or .json")
+    if rows is not None and was_given("split"):
+        raise UsageError("--split and --rows exclude each other: a split, or the rows of a file")
     if (images is not None or encoding) and rows is None:
         raise UsageError(
             "--images and --encoding belong to --rows; the runs' own photos are --data-images"
         )
+    if target is not None:
+        check_may_write(target, Advice("name a file elsewhere with --out"))
     base, *others = [open_run(name, runs) for name in run]
-    from featstore.publish import write_json, write_text
     from trainer.results.compare_tables import as_markdown, as_text
 
     result = base.compare(

@@ -363,6 +363,12 @@ def split_option(*choices: str) -> Callable[[Function], Function]:
     )
 
 
+def was_given(option: str) -> bool:
+    """Tell whether an option was typed, not left at its default."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
 def draws_option(command: Function) -> Function:
     """Give a command the number of draws that its intervals rest on."""
     return click.option(
@@ -381,13 +387,13 @@ def seed_option(help: str = "Seed of the draws.") -> Callable[[Function], Functi
     )
 
 
-def encoding_option(command: Function) -> Function:
-    """Give a command `--encoding`, of its `--rows`."""
+def encoding_option(rows: str = "--rows") -> Callable[[Function], Function]:
+    """Give a command `--encoding`, of the file that an option names."""
     return click.option(
         "--encoding",
         default="",
-        help="Text encoding of --rows, such as gbk.  [default: UTF-8, or told from the bytes]",
-    )(command)
+        help=f"Text encoding of {rows}, such as gbk.  [default: UTF-8, or told from the bytes]",
+    )
 
 
 def runs_option(command: Function) -> Function:

@@ -18,6 +18,7 @@ from trainer.commands.console import (
     run_options,
     split_option,
     stop_request,
+    was_given,
 )
 from trainer.commands.help import PATH, command
 from trainer.commands.printed import KEPT, print_confusion
@@ -159,7 +160,7 @@ def _print_extremes(result: dict[str, Any]) -> None:
 @split_option("test", "val", "train")
 @click.option("--rows", type=PATH, help="Labelled rows in place of a split's.")
 @click.option("--images", type=PATH, help="Folder of their photos.  [default: the run's]")
-@encoding_option
+@encoding_option()
 @click.option("--no-cache", is_flag=True, help="Do not keep the features of --rows in the store.")
 @click.option(
     "--control",
@@ -173,9 +174,7 @@ def _print_extremes(result: dict[str, Any]) -> None:
 @click.option("--out", type=PATH, help="Folder for the files that it leaves.  [default: the run's]")
 @run_options
 @json_option
-@click.pass_context
 def evaluate(
-    context: click.Context,
     run: str,
     split: str,
     rows: str | None,
@@ -196,8 +195,7 @@ def evaluate(
     Leaves evaluate-SPLIT.json, predictions-SPLIT.csv and summary.md in the run's folder;
     docs/EVALUATION.md says what each figure is.
     """
-    given = context.get_parameter_source("split") is click.core.ParameterSource.COMMANDLINE
-    if rows is not None and given:
+    if rows is not None and was_given("split"):
         raise UsageError("--split and --rows exclude each other: a split, or the rows of a file")
     if rows is None and (images is not None or no_cache or encoding):
         raise UsageError(

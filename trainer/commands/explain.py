@@ -9,7 +9,7 @@ import click
 
 from featstore.errors import Advice, UsageError, counted
 from featstore.progress import working
-from featstore.publish import check_kept
+from featstore.publish import check_kept, check_may_write, why_not_kept
 from featstore.quantities import share
 from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
@@ -18,6 +18,7 @@ from trainer.commands.console import (
     run_options,
     seed_option,
     split_option,
+    was_given,
 )
 from trainer.commands.help import PATH, command
 from trainer.commands.printed import KEPT
@@ -38,7 +39,7 @@ COUNT = click.IntRange(min=1)
 @split_option("test", "val", "train")
 @click.option("--file", type=PATH, help="Rows of a file, labelled or not, in place of a split's.")
 @click.option("--images", type=PATH, help="Folder of the photos of --file.  [default: the run's]")
-@encoding_option
+@encoding_option("--file")
 @click.option(
     "--sample",
     type=COUNT,
@@ -52,9 +53,7 @@ COUNT = click.IntRange(min=1)
 @click.option("--npz", type=PATH, help="File (.npz) for all arrays.")
 @run_options
 @json_option
-@click.pass_context
 def explain(
-    context: click.Context,
     run: str,
     rows: int | None,
     ids: tuple[str, ...],
@@ -76,8 +75,7 @@ def explain(
     Beside it stand gradient × input of patches and words, and what happens when patches are
     hidden. No photo is encoded again. docs/EXPLAIN.md says what each map is.
     """
-    given = context.get_parameter_source("split") is click.core.ParameterSource.COMMANDLINE
-    if file is not None and given:
+    if file is not None and was_given("split"):
         raise UsageError("--split and --file exclude each other: a split, or the rows of a file")
     if file is None and (images is not None or encoding):
         raise UsageError(
@@ -88,9 +86,10 @@ def explain(
         raise UsageError(f"{' and '.join(chosen)} exclude each other: choose rows in one way")
     if npz is not None and not npz.endswith(".npz"):
         raise UsageError(f"--npz {npz}: expected a name that ends with .npz")
+    for asked in (out, npz, png and str(Path(png, "row.png"))):
+        if asked is not None:
+            check_may_write(Path(asked), Advice("name a place elsewhere"))
     found = open_run(run, runs)
-    from featstore.publish import why_not_kept
-
     explanation = found.explain(
         split,
         rows=rows,
@@ -107,10 +106,6 @@ def explain(
     result: dict[str, Any] = {**explanation.summary(), "page": str(page)}
     with working("drawing the page"):
         result["not_kept"] = why_not_kept(lambda: explanation.page(page))
-        if npz is not None:
-            explanation.save(npz)
-        if png is not None:
-            explanation.pngs(png)
     if as_json:
         answer(result)
     else:
@@ -118,6 +113,12 @@ def explain(
     for row in result["rows"]:
         if row["without_photo"]:
             warn(f"{row['Image_ID']}: shown without its photo: {row['without_photo']}")
+    # After the figures, which a place that may not be written does not cost.
+    if npz is not None:
+        explanation.save(npz)
+    if png is not None:
+        with working("drawing the rows"):
+            explanation.pngs(png)
     check_kept(KEPT, result["not_kept"], Advice("write the page elsewhere with --out FILE"))
     if not as_json:
         for path in filter(None, (str(page), npz, png)):

@@ -224,6 +224,11 @@ def _extract(
             "--actors, --num-gpus, --num-cpus and --return-shards are for a Ray cluster;"
             " add --ray ADDRESS"
         )
+    if dry_run and shard_range is not None:
+        raise UsageError(
+            "--shard-range and --dry-run exclude each other: what there is to do is said of all"
+            " shards"
+        )
     project = open_project(config_file, flags, save=not dry_run)
     if dry_run:
         plans: list[tuple[Any, float]] = []

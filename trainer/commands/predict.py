@@ -11,12 +11,13 @@ import click
 from featstore.errors import UsageError, counted
 from featstore.quantities import both_shares, rate, share
 from trainer.commands.answer import answer, json_option, warn
-from trainer.commands.console import encoding_option, open_run, run_options
+from trainer.commands.console import encoding_option, open_run, run_options, was_given
 from trainer.commands.help import PATH, command
 from trainer.commands.showing import note, show_of
 
 FORMATS = ("csv", "jsonl", "parquet")
 STREAM = "-"
+OF_ROWS = ("--images", "--encoding", "--out", "--format", "--cache/--no-cache")
 
 
 @command()
@@ -27,7 +28,7 @@ STREAM = "-"
     help="Row file, JSONL, CSV or Parquet, labelled or not; - is standard input.",
 )
 @click.option("--images", type=PATH, help="Folder of the photos.  [default: the run's own]")
-@encoding_option
+@encoding_option()
 @click.option(
     "--out",
     type=PATH,
@@ -37,7 +38,7 @@ STREAM = "-"
 )
 @click.option(
     "--format",
-    "format_name",
+    "format",
     type=click.Choice(FORMATS),
     help="Format of the file.  [default: by the name of --out; else csv]",
 )
@@ -56,7 +57,7 @@ def predict(
     images: str | None,
     encoding: str,
     out: str,
-    format_name: str | None,
+    format: str | None,
     cache: bool,
     image: str | None,
     text: str | None,
@@ -67,6 +68,11 @@ def predict(
     if (rows is None) == (image is None and text is None) or (image is None) != (text is None):
         raise UsageError("give --rows FILE, or --image PHOTO and --text SENTENCE")
     if image is not None and text is not None:
+        if names := [flag for flag in OF_ROWS if was_given(flag.rpartition("-")[2])]:
+            raise UsageError(
+                f"{', '.join(names)}: of --rows; the answer about --image is printed, and nothing"
+                " is kept"
+            )
         _predict_pair(run, runs, image, text, as_json)
         return
     to_stream = out == STREAM
@@ -77,7 +83,7 @@ def predict(
     from trainer.results.predictions_file import format_of, opened_for
 
     path = None if to_stream else Path(out)
-    format_name = format_of(path, format_name)
+    format_name = format_of(path, format)
     source: Any = sys.stdin.buffer if rows == STREAM else rows
     columns = line_type(found.config.data.classes)._fields
     with opened_for(path or sys.stdout.buffer, format_name, columns) as write:

@@ -25,6 +25,7 @@ from trainer.commands.console import (
     settings,
     split_option,
     stop_request,
+    was_given,
 )
 from trainer.commands.help import PATH, SectionedGroup, setting_option
 from trainer.commands.printed import print_rows
@@ -208,20 +209,16 @@ def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> Non
     """Print a search's leaderboard, also while it runs; write its plots."""
     from trainer.tuning.drive import load_search
     from trainer.tuning.plots import no_importance
-    from trainer.tuning.table import ranked, trial_rows, write_leaderboard
+    from trainer.tuning.table import ranked, rows_now, write_leaderboard
 
     search = load_search(name, runs, storage, **elsewhere()).search
-    rows = trial_rows(search)
-    idle = search.idle()
-    for row in rows:
-        if row["trial"] in idle:
-            row["state"] = "stopped"
+    rows = rows_now(search)
     if as_json:
         answer({"search": name, "trials": ranked(search, rows)})
     else:
         _print_leaderboard(search, rows)
     with working("drawing the plots"):
-        files = write_leaderboard(search)
+        files = write_leaderboard(search, rows)
     if as_json:
         return
     click.echo(", ".join(str(path) for path in files))
@@ -247,6 +244,11 @@ def search_best(
     as_json: bool,
 ) -> None:
     """Show the best trial; train it again with more epochs or seeds."""
+    if epochs is None and seeds is None and was_given("split"):
+        raise UsageError(
+            "--split belongs to --epochs and --seeds: a trial's own figures are of val, and"
+            " `evaluate` measures its run on test"
+        )
     from trainer.tuning.drive import load_search
     from trainer.tuning.space import shown
 

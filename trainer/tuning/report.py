@@ -28,7 +28,7 @@ from trainer.tuning.plots import (
 )
 from trainer.tuning.space import Parameter, shown
 from trainer.tuning.study import Search
-from trainer.tuning.table import ranked, trial_rows
+from trainer.tuning.table import ranked, rows_now
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,12 +50,7 @@ def report(search: Search, path: str | os.PathLike[str] | None = None) -> dict[s
         UsageError, WriteError: As of a run's page.
     """
     target = page_path(path, search.folder / "report.html")
-    rows = trial_rows(search)
-    idle = search.idle()
-    for row in rows:
-        if row["trial"] in idle:
-            row["state"] = "stopped"
-    rows = ranked(search, rows)
+    rows = ranked(search, rows_now(search))
     if not rows:
         raise RunError(f"{search.folder}: no page yet: no trial was drawn")
     notes = [

@@ -72,18 +72,25 @@ class Search:
         self.folder, self.name = folder, folder.name
         self.base, self.space, self.init_from, self.url = base, space, init_from, url
         self.elsewhere: Mapping[str, Mapping[str, Any]] = {}
-        directions = optuna.study.StudyDirection
         with quiet_optuna():
             self.storage = open_storage(folder, url)
         with self._deciding(), quiet_optuna():
-            self.study = optuna.create_study(
-                storage=self.storage,
-                study_name=self.name,
-                direction=directions.MINIMIZE if space.search.minimises else directions.MAXIMIZE,
-                pruner=self._pruner(),
-                load_if_exists=True,
-            )
+            self.study = self._opened()
             self._check_same_study()
+
+    def _opened(self) -> optuna.Study:
+        """Return the study, made where there is none of this name."""
+        directions = optuna.study.StudyDirection
+        named: Any = {
+            "storage": self.storage,
+            "study_name": self.name,
+            "pruner": self._pruner(),
+        }
+        # Making a study that is there would write a line at each look.
+        with contextlib.suppress(KeyError):
+            return optuna.load_study(**named)
+        direction = directions.MINIMIZE if self.space.search.minimises else directions.MAXIMIZE
+        return optuna.create_study(**named, direction=direction, load_if_exists=True)
 
     def _deciding(self) -> contextlib.AbstractContextManager[Any]:
         """Hold the right to draw trials, among all workers."""
@@ -203,9 +210,12 @@ class Search:
                 held.close()
                 continue
             trial = optuna.Trial(self.study, frozen._trial_id)
-            epochs, attempts = frozen.user_attrs.get("attempts", [0, 0])
+            known = frozen.user_attrs.get("attempts")
+            epochs, attempts = known or [0, 0]
             if len(frozen.intermediate_values) > epochs:
                 epochs, attempts = len(frozen.intermediate_values), 0
+            # None, where the process died, or the journal was cut, right after the draw.
+            if known != [epochs, attempts]:
                 trial.set_user_attr("attempts", [epochs, attempts])
             if attempts >= MOST_ATTEMPTS:
                 self.fail(

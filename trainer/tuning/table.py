@@ -33,6 +33,18 @@ def trial_rows(search: Search) -> list[dict[str, Any]]:
     return [_row(search, trial) for trial in search.drawn()]
 
 
+def rows_now(search: Search) -> list[dict[str, Any]]:
+    """Return `trial_rows`; running trials that no process is at work on are `stopped`.
+
+    Their `seconds` are None: when their process ended was not written down.
+    """
+    rows, idle = trial_rows(search), search.idle()
+    for row in rows:
+        if row["trial"] in idle:
+            row |= {"state": "stopped", "seconds": None}
+    return rows
+
+
 def _row(search: Search, trial: FrozenTrial) -> dict[str, Any]:
     attrs, reported = trial.user_attrs, trial.intermediate_values
     value: float | None = None
@@ -115,13 +127,17 @@ def epochs_of(search: Search, row: dict[str, Any]) -> int:
     return int(row["params"].get("epochs", search.base.train.epochs))
 
 
-def write_leaderboard(search: Search) -> list[Path]:
+def write_leaderboard(search: Search, rows: list[dict[str, Any]] | None = None) -> list[Path]:
     """Write `leaderboard.csv` and the plots into the search's folder.
+
+    Args:
+        search: The search.
+        rows: Of its trials; None: `trial_rows`.
 
     Returns:
         The files. A plot for which there are too few trials is left out.
     """
-    rows = ranked(search, trial_rows(search))
+    rows = ranked(search, trial_rows(search) if rows is None else rows)
     paths = [search.folder / "leaderboard.csv"]
     names = [parameter.name for parameter in search.space.parameters]
     text = io.StringIO(newline="")

@@ -111,17 +111,22 @@ def _run_trials(
 
     trials: list[_Trial] = []
     again: list[Claim] = []
+    started = False
     try:
         for claim in claims:
             trial = _Trial(search, claim, len(claims))
             if trial.starts(project, stopping, engines):
                 trials.append(trial)
+        started = True
         failures = train_together([trial.training for trial in trials]) if trials else []
     except (StoppedError, WriteError):
         for trial in trials:
             trial.leave()
         raise
     except Exception as error:
+        if not started:
+            # Of the study, not of a training: told of no trial, they would be taken for ever.
+            raise
         failures = [error] * len(trials)
         if len(trials) > 1:
             # Of their shared step, such as the memory of all of them: each may do alone.
