@@ -365,6 +365,18 @@ def test_looking_at_a_search_writes_nothing_into_its_journal(place: Place) -> No
     assert journal.read_bytes() == before
 
 
+@pytest.mark.parametrize("lost", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_search_whose_journal_is_lost_is_not_begun_anew(place: Place, lost: Any) -> None:
+    folder = place.start("lost", trials=1).folder
+    (folder / "trial-0000").mkdir()
+    lost(folder / "study.journal")
+    said = r"study\.journal has no study 'lost', though 1 trial left a folder here; put it back"
+    with pytest.raises(RunError, match=said):
+        open_search(folder, None)
+    (folder / "trial-0000").rmdir()
+    assert trial_rows(open_search(folder, None)) == []
+
+
 def test_the_time_of_a_stopped_trial_does_not_go_on(place: Place) -> None:
     search = place.start("left", trials=2)
     with pytest.raises(StoppedError):

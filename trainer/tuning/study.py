@@ -29,12 +29,12 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from featstore.errors import RunError, UsageError
+from featstore.errors import Advice, RunError, UsageError, counted
 from featstore.publish import may_write
 from trainer.config import Config
 from trainer.run.folder import Run
 from trainer.tuning.space import KEEP_ALL, Space
-from trainer.tuning.storage import open_storage, quiet_optuna
+from trainer.tuning.storage import masked, open_storage, quiet_optuna
 
 # A trial that ends its worker as often as this without finishing an epoch is given up.
 MOST_ATTEMPTS = 3
@@ -79,7 +79,11 @@ class Search:
             self._check_same_study()
 
     def _opened(self) -> optuna.Study:
-        """Return the study, made where there is none of this name."""
+        """Return the study, made where there is none of this name.
+
+        Raises:
+            RunError: There is none, though it had trials: their places would be taken anew.
+        """
         directions = optuna.study.StudyDirection
         named: Any = {
             "storage": self.storage,
@@ -89,6 +93,13 @@ class Search:
         # Making a study that is there would write a line at each look.
         with contextlib.suppress(KeyError):
             return optuna.load_study(**named)
+        if kept := len([*self.folder.glob("trial-*")]):
+            where = "study.journal" if self.url is None else masked(self.url)
+            raise RunError(
+                f"{self.folder}: {where} has no study {self.name!r}, though"
+                f" {counted(kept, 'trial')} left a folder here",
+                Advice("put it back, or move these folders away to begin anew"),
+            )
         direction = directions.MINIMIZE if self.space.search.minimises else directions.MAXIMIZE
         return optuna.create_study(**named, direction=direction, load_if_exists=True)
 
