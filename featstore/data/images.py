@@ -256,6 +256,11 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
                 raise ImageError(f"{name}: {width}×{height} pixels; expected at least 1×1")
             if width * height > max_pixels:
                 raise _too_large(name, f"{width}×{height} pixels", max_pixels)
+            if image.mode == "F":
+                raise ImageError(
+                    f"{name}: floating-point pixels, whose white is not known; expected whole"
+                    " numbers: save the photo with 8 or 16 bits a channel"
+                )
             yield image
     except (ImageError, MemoryError):
         raise
@@ -340,8 +345,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # Pillow's own conversion clips: every value above 255 would be white.
         values = np.asarray(image).clip(0, 65535).astype(np.uint32)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose white is not known")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
