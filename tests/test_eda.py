@@ -332,7 +332,7 @@ def test_a_balanced_set_has_nothing_to_warn_of(tmp_path: Path) -> None:
     project = Project(**data, root=str(tmp_path / "cache"), text=str(tmp_path / "no"))
     found = trainer.eda(project, tmp_path / "out", draws=50, show=SILENT)
     assert found["hypothesis_only"]["splits"]["test"]["accuracy"] == 0.5
-    assert "nothing away that shows" in found["hypothesis_only"]["meaning"]
+    assert "nothing away that 12 photos could show" in found["hypothesis_only"]["meaning"]
     (only,) = found["warnings"]
     assert only.startswith("tokens are not counted")
     assert found["duplicates"]["pairs"] == 0

@@ -15,6 +15,7 @@ from featstore.config import SPLITS
 from featstore.data.dataset import Dataset
 from featstore.data.examples import Examples, class_counts
 from featstore.data.labels import labels_of
+from featstore.errors import counted
 from featstore.quantities import share
 from trainer.exploration.sentences import words_of
 from trainer.logits import predicted_labels
@@ -133,6 +134,6 @@ def sentence_of(found: dict[str, Any]) -> str:
             " sentence adds to this, not its accuracy, is what it sees."
         )
     return (
-        f"{reached}: these words alone give nothing away that shows. A stronger model of the"
-        " sentence still may."
+        f"{reached}: these words alone give nothing away that {counted(at['images'], 'photo')}"
+        " could show. A stronger model of the sentence still may."
     )
