@@ -104,7 +104,7 @@ def measure(
     from featstore.project import Project
 
     size = STUDY if size is None else size
-    projects = {f"encoders of the {size.name}'s size": write_project(folder, size)}
+    projects = {f"encoders of the {size.name}'s size": write_project(folder, size, layers)}
     if config is not None:
         projects["your own"] = config
     found = {}

@@ -11,7 +11,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,13 @@ SMALL = 200_000
 """Bytes that a trial without weights may leave."""
 
 
-def write_project(folder: Path, size: Size) -> Path:
+def write_project(folder: Path, size: Size, layers: Iterable[int]) -> Path:
     """Write encoders, photos, rows and their settings; extract all features.
+
+    Args:
+        folder: Empty; holds all that is made.
+        size: Of the encoders.
+        layers: Values of k_txt that the sentences are encoded for.
 
     Returns:
         The settings file: 96 rows to train on, 12 for val and for test, at the study's size.
@@ -58,7 +63,8 @@ def write_project(folder: Path, size: Size) -> Path:
         f"mlp_dim = {train.mlp_dim}\n"
     )
     command = [sys.executable, str(ROOT / "cli.py")]
-    for extract in (("extract-vit",), *(("extract-text", "--k-txt", k) for k in "023")):
+    texts = (("extract-text", "--k-txt", str(k_txt)) for k_txt in sorted(set(layers)))
+    for extract in (("extract-vit",), *texts):
         subprocess.run(
             [*command, *extract, "--split", "all", "--config", str(config)],
             check=True,
@@ -125,7 +131,7 @@ def measure(
         runs: k_txt and trials of each search.
         size: Of the encoders.
     """
-    config = write_project(folder, size)
+    config = write_project(folder, size, (k for k, _ in runs))
     return {"searches": [one_search(folder, config, k, trials) for k, trials in runs]}
 
 

@@ -13,6 +13,11 @@ from hypothesis import settings
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Compiled in half the time, here and in the processes that tests start; a test's models are run a
+# few times only.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 # A deadline in milliseconds would be a time limit, on machines that are shared.
 settings.register_profile("shared-machine", deadline=None)

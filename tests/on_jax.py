@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-# Compiled in half the time; a test's models are run a few times only.
-QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def run_on_jax(*arguments: str, timeout: float | None = None) -> str:
@@ -21,7 +19,6 @@ def run_on_jax(*arguments: str, timeout: float | None = None) -> str:
     """
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY}",
         "KERAS_BACKEND": "jax",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),

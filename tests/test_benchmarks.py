@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +18,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from click.testing import CliRunner
+from held import hold
 from on_jax import run_on_jax
-from tiny_runs import tiny_config
+from tiny_runs import tiny_config, worker_here
 
 from benchmarks import (
     accelerator,
+    feeding,
     first_step,
     growth,
     loop,
@@ -34,13 +38,14 @@ from benchmarks.arithmetic import bytes_moved, operations, parameters
 from benchmarks.loader import OURS, OURS_FIRST, WARM_HEADER, best_peer, measure, report
 from benchmarks.loader_cold import COLD_HEADER
 from benchmarks.loader_peers import PEERS, Peer, RandomReader, StreamReader, numpy_memmap
-from benchmarks.measuring import in_child, memory_bytes, ratios, spread, written
+from benchmarks.measuring import in_child, ratios, spread, written
 from benchmarks.results_file import RESULTS, processor_of
 from benchmarks.sizes import TINY
 from benchmarks.steps import cached_stepper, random_batch
 from benchmarks.tables import table
 from featstore.progress import SILENT
 from featstore.project import Project
+from trainer.commands.main import cli
 from trainer.config import render_config
 from trainer.run.folder import Run
 from trainer.run.training import Training
@@ -162,14 +167,6 @@ def test_spreads_and_ratios_are_of_the_rounds() -> None:
     assert written(spread([0.001, 0.0025]), " ms", 1, 1e3) == "1.8 ms (1.0–2.5)"
 
 
-def hold(mebibytes: int) -> tuple[dict[str, int], dict[str, int]]:
-    before = memory_bytes()
-    held = np.ones(mebibytes << 20, np.uint8)
-    after = memory_bytes()
-    assert held[-1] == 1
-    return before, after
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_that_of_the_process_alone() -> None:
     before, after = in_child(hold, 64)
@@ -256,7 +253,27 @@ def test_the_study_search_runs_on_a_users_rows(tmp_path: Path, real_config: Path
     assert "From nothing to the best of 6 trials on 224 rows" in shown
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have commands, and a search's worker, run here: each process would import Keras first."""
+
+    def command(line: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        at = next(i for i, part in enumerate(line) if part in (str(ROOT / "cli.py"), "benchmarks"))
+        program = benchmarks if line[at] == "benchmarks" else cli
+        done = CliRunner().invoke(program, line[at + 1 :])
+        assert done.exit_code == 0 or not options.get("check"), done.output
+        return subprocess.CompletedProcess(line, done.exit_code, done.stdout, done.stderr)
+
+    monkeypatch.setattr(subprocess, "run", command)
+    monkeypatch.setattr(feeding, "in_child", lambda function, *given: function(*given))
+    # Its children have some cores each; this process has all of them after it too.
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
+    with worker_here():
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_search_quality_tests_what_each_search_found(tmp_path: Path, real_config: Path) -> None:
     shown = run(
         tmp_path,
@@ -297,7 +314,17 @@ def test_a_search_that_has_nothing_yet_is_no_part_of_a_mean() -> None:
 
 
 @pytest.mark.slow
-def test_a_command_is_timed_to_the_end_of_its_first_step(tmp_path: Path, real_config: Path) -> None:
+def test_a_command_is_timed_to_the_end_of_its_first_step(
+    tmp_path: Path, real_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = first_step.seconds_to_end
+    once = functools.cache(seconds)
+    # The import of Keras is timed once, not in each round.
+    monkeypatch.setattr(
+        first_step,
+        "seconds_to_end",
+        lambda program, *given: (once if program == first_step.KERAS else seconds)(program, *given),
+    )
     project = Project.load(real_config)
     project.extract("vit", show=SILENT)
     found = first_step.timed(real_config, tmp_path, (0,), rounds=1)
@@ -360,7 +387,7 @@ print(json.dumps((cost[0] if isinstance(cost, list) else cost)["flops"]))
 
 @pytest.mark.slow
 def test_growth_measures_every_store_in_a_process_of_its_own(tmp_path: Path) -> None:
-    figures = growth.measure((64, 128), 3000, 2, 3, scratch=str(tmp_path))
+    figures = growth.measure((64, 128), 3000, 1, 3, scratch=str(tmp_path))
     assert not list(tmp_path.iterdir())
     assert list(figures["stores"]) == ["64", "128"]
     assert figures["stores"]["64"]["ratio_to_smallest"]["median"] == 1
@@ -502,6 +529,7 @@ def test_an_unknown_benchmark_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
 def test_all_runs_each_benchmark_and_keeps_it(tmp_path: Path) -> None:
     names = ("extraction", "loop")
     run(tmp_path, "all", *names, "--size", "tiny")
@@ -544,13 +572,16 @@ class Absent:
         if name.partition(".")[0] in ("tensorflow", "tensorflow_text"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-sys.argv[0] = "benchmarks"
-runpy.run_module("benchmarks", run_name="__main__")
+common = sys.argv[1:]
+for last in (["--batch-size", "4", "--photos", "8"], ["--batch-size", "8", "--photos", "0"]):
+    sys.argv[:] = ["benchmarks", *common, *last]
+    try:
+        runpy.run_module("benchmarks", run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
 """
     common = ["accelerator", "--size", "tiny", "--k-txt", "1", "--rounds", "1", "--steps", "2"]
-    common = ["--results", str(tmp_path), *common, "--policy", "float32"]
-    run_on_jax("-c", program, *common, "--batch-size", "4", "--photos", "8")
-    run_on_jax("-c", program, *common, "--batch-size", "8", "--photos", "0")
+    run_on_jax("-c", program, "--results", str(tmp_path), *common, "--policy", "float32")
     (file,) = tmp_path.glob("*.json")
     figures = json.loads(file.read_text())["accelerator"]
     assert figures["steps"].keys() == {"float32/4/1", "float32/8/1"}

@@ -1,4 +1,7 @@
-"""Extraction: every row is its own photo's or sentence's, whatever fails, stops or restarts."""
+"""Extraction: every row is its own photo's or sentence's, whatever fails, stops or restarts.
+
+Processes that these tests and others start import this file: TensorFlow only where it is needed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from jobs import image_job, text_job
 from PIL import Image
 
@@ -262,11 +264,17 @@ def test_resume_with_the_real_encoder_gives_the_same_bytes(
     assert (one / "manifest.json").read_bytes() == (two / "manifest.json").read_bytes()
 
 
+def out_of_memory() -> Any:
+    import tensorflow as tf
+
+    return tf.errors.ResourceExhaustedError(None, None, "failed to allocate memory")
+
+
 class TooMuch:
     """What an accelerator was given and, when someone waits for it, has no memory for."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        raise tf.errors.ResourceExhaustedError(None, None, "failed to allocate memory")
+        raise out_of_memory()
 
 
 class Small:
@@ -287,7 +295,7 @@ class Small:
         if len(inputs[0]) > 2:
             if self.late:
                 return TooMuch()
-            raise tf.errors.ResourceExhaustedError(None, None, "failed to allocate memory")
+            raise out_of_memory()
         return self.inner.encode(*inputs)
 
 

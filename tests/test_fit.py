@@ -39,6 +39,7 @@ from trainer.features import cached_rows, prepare
 from trainer.model.head import HEAD_LAYERS
 from trainer.model.weights import trained_weights
 from trainer.run.checkpoint import Progress, build_model, load_best
+from trainer.run.engine import Engines
 from trainer.run.fit import fit, train_together
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training, judge, monitored
@@ -49,11 +50,17 @@ STEPS = 8  # 32 photos × 4 sentences, 16 rows a step
 
 @dataclasses.dataclass
 class Workspace:
-    """A project with its photos extracted, and a folder for each run."""
+    """A project with its photos extracted, a folder for each run, and models that serve them all.
+
+    That such a model gives a run what its own would is in `test_engine.py`. A run that goes on has
+    others than it had before, as in a process of its own: what it needs is in its files.
+    """
 
     config: Config
     project: Project
     folder: Path
+    engines: Engines = dataclasses.field(default_factory=Engines)
+    other_engines: Engines = dataclasses.field(default_factory=Engines)
     _numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     def run(self, name: str = "") -> Run:
@@ -64,15 +71,20 @@ class Workspace:
         run: Run | None = None,
         init_from: Run | None = None,
         reporter: Reporter | None = None,
+        engines: Engines | None = None,
         **changes: Any,
     ) -> Training:
         config = with_train(self.config, **changes)
         prepare(self.project, config.train.k_txt)
-        return Training(run or self.run(), self.project, config.train, init_from, reporter)
+        run = run or self.run()
+        return Training(run, self.project, config.train, init_from, reporter, engines=engines)
 
-    def fit(self, **kwargs: Any) -> Training:
-        training = self.training(**kwargs)
-        fit(training)
+    def fit(self, engines: Engines | None = None, **kwargs: Any) -> Training:
+        training = self.training(engines=engines or self.engines, **kwargs)
+        try:
+            fit(training)
+        finally:
+            training.release()
         return training
 
 
@@ -90,6 +102,12 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path, tiny_text: Pa
 def plain(work: Workspace) -> Training:
     """An uninterrupted run that learns the rule."""
     return work.fit(epochs=4)
+
+
+@pytest.fixture(scope="module")
+def whole(work: Workspace) -> Training:
+    """An uninterrupted run of the settings as they are."""
+    return work.fit()
 
 
 def history(training: Training | Run) -> list[dict[str, str]]:
@@ -195,20 +213,21 @@ def test_the_figures_of_the_best_epoch_are_those_of_its_weights(
 @pytest.mark.slow
 @pytest.mark.parametrize("k_txt", [0, 1])
 def test_a_seed_decides_everything(work: Workspace, k_txt: int) -> None:
-    first, second = work.fit(k_txt=k_txt), work.fit(k_txt=k_txt)
+    first, second = work.fit(k_txt=k_txt), work.fit(k_txt=k_txt, engines=work.other_engines)
     assert_same_run(first.run, second.run)
     assert history(work.fit(k_txt=k_txt, seed=1)) != history(first)
 
 
 @pytest.mark.parametrize("steps", [1, 5, STEPS, STEPS + 1, 2 * STEPS - 1])
-def test_a_stopped_run_goes_on_as_if_it_had_not(work: Workspace, steps: int) -> None:
-    whole = work.fit(k_txt=0)
+def test_a_stopped_run_goes_on_as_if_it_had_not(
+    work: Workspace, whole: Training, steps: int
+) -> None:
     run = work.run()
     with pytest.raises(StoppedError, match=f"--name {run.name}") as stopped:
         work.fit(run=run, reporter=stop_after(steps))
     assert "\n" not in str(stopped.value)
     assert run.manifest["status"] == "stopped"
-    work.fit(run=run)
+    work.fit(run=run, engines=work.other_engines)
     assert_same_run(run, whole.run)
     assert run.manifest["status"] == "finished"
 
@@ -220,7 +239,7 @@ def test_a_run_stopped_many_times_with_trained_text_layers(work: Workspace) -> N
     for steps in (3, 7):
         with pytest.raises(StoppedError):
             work.fit(run=run, k_txt=1, reporter=stop_after(steps))
-    work.fit(run=run, k_txt=1)
+    work.fit(run=run, k_txt=1, engines=work.other_engines)
     assert_same_run(run, whole.run)
 
 
@@ -235,7 +254,7 @@ def test_a_finished_run_keeps_its_state_only_if_asked_to(work: Workspace, plain:
     with pytest.raises(StoppedError):
         work.fit(run=run, epochs=4, keep_state=False, reporter=stopped)
     assert run.checkpoint_path.exists()
-    work.fit(run=run, epochs=4, keep_state=False)
+    work.fit(run=run, epochs=4, keep_state=False, engines=work.other_engines)
     assert not run.checkpoint_path.exists()
     assert history(run) == history(plain)
 
@@ -246,7 +265,7 @@ def test_a_kill_between_state_and_reports_loses_no_report(work: Workspace, plain
     for path in (run.history_path, run.metrics_path, run.curves_path):
         path.unlink()
     run.write_manifest({**run.manifest, "status": "running"})
-    work.fit(run=run, epochs=4)
+    work.fit(run=run, epochs=4, engines=work.other_engines)
     assert_same_run(run, plain.run)
     assert run.curves_path.exists()
 
@@ -312,7 +331,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not(
     assert len(history(run)) < 4
     assert run.checkpoint_path.exists() is saved
     with run.writing():
-        work.fit(run=run, epochs=4)
+        work.fit(run=run, epochs=4, engines=work.other_engines)
     assert_same_run(run, plain.run)
 
 
@@ -555,7 +574,10 @@ RESTLESS = {
 
 @pytest.fixture(scope="module")
 def restless(work: Workspace) -> Training:
-    return work.fit(**RESTLESS)
+    first, again = work.fit(**RESTLESS), work.fit(**RESTLESS)
+    # So what another run has otherwise is the work of its settings.
+    assert history(first) == history(again)
+    return first
 
 
 def test_every_setting_is_in_the_table() -> None:
@@ -593,7 +615,7 @@ def test_a_run_neither_reads_nor_changes_global_random_state(work: Workspace) ->
         random.seed(seed)
         np.random.seed(seed)
         before = random.getstate(), np.random.get_state()[1].tolist()
-        runs.append(work.fit(dropout=0.3, k_txt=1).run)
+        runs.append(work.fit(dropout=0.3, k_txt=1, engines=Engines(kept=0)).run)
         assert (random.getstate(), np.random.get_state()[1].tolist()) == before
     assert_same_run(*runs)
 
@@ -628,19 +650,17 @@ def test_a_run_that_goes_on_adds_one_event_file(work: Workspace) -> None:
     run = work.run()
     with pytest.raises(StoppedError):
         work.fit(run=run, epochs=4, reporter=stop_after(2 * STEPS + 3))
-    work.fit(run=run, epochs=4)
+    work.fit(run=run, epochs=4, engines=work.other_engines)
     assert len(list(run.tensorboard_path.iterdir())) == 2
     assert [step for step, _ in events(run)["epoch/loss"]] == [1, 2, 3, 4]
 
 
 def test_losses_are_fetched_in_bounded_numbers(
-    work: Workspace, monkeypatch: pytest.MonkeyPatch
+    work: Workspace, whole: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer.run.fit, "LOSS_EVERY_STEPS", 3)
     monkeypatch.setattr(trainer.run.training, "STATE_SECONDS", 0.0)
-    whole = work.fit()
-    monkeypatch.undo()
-    assert json.dumps(history(whole)) == json.dumps(history(work.fit()))
+    assert json.dumps(history(work.fit())) == json.dumps(history(whole))
 
 
 @pytest.mark.slow
@@ -662,11 +682,10 @@ def test_runs_trained_together_end_as_each_alone(work: Workspace) -> None:
         assert run.manifest["status"] == "finished"
 
 
-def test_what_ends_one_run_leaves_the_others(work: Workspace) -> None:
+def test_what_ends_one_run_leaves_the_others(work: Workspace, whole: Training) -> None:
     def refuse(record: dict[str, Any]) -> None:
         raise ValueError("enough")
 
-    alone = work.fit(epochs=2)
     healthy = work.training(epochs=2)
     diverging = work.training(epochs=2, lr=1e30, clipnorm=0.0)
     refused = work.training(epochs=2, reporter=Reporter(epoch=refuse))
@@ -674,7 +693,7 @@ def test_what_ends_one_run_leaves_the_others(work: Workspace) -> None:
     assert isinstance(failures[0], RunError)
     assert failures[1] is None
     assert isinstance(failures[2], ValueError)
-    assert_close_runs(alone.run, healthy.run)
+    assert_close_runs(whole.run, healthy.run)
     assert diverging.run.manifest["status"] == "stopped"
     assert len(history(refused)) == 1
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 import trainer
 from featstore.progress import SILENT
 from featstore.project import Project
-from tests.tiny_runs import write_data
+from tests.tiny_runs import worker_here, write_data
 from tests.unprivileged import read_only
 from trainer.commands.main import cli
 
@@ -60,7 +60,8 @@ def left(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path, tiny_text: Pa
     succeed("train", "--name", "first", "--lr", "0.002", "--keep-state", *config)
     succeed("train", "--name", "next", "--init-from", "first", "--keep-state", *config)
     start = ("--init-from", "first")
-    succeed("search", "--name", "s", "--space", home / "space.toml", *start, *config)
+    with worker_here():
+        succeed("search", "--name", "s", "--space", home / "space.toml", *start, *config)
     return home.rename(home.with_name("left"))
 
 
@@ -156,7 +157,8 @@ def test_a_copied_project_starts_from_its_own_runs(left: Path, moved: Path) -> N
         assert trainer.load_run("next").source == str(own)
         succeed("train", "--name", "next", "--init-from", "first", "--epochs", "2")
         space = ("--space", "space.toml", "--init-from", "first")
-        succeed("search", "--name", "s", *space, "--trials", "2")
+        with worker_here():
+            succeed("search", "--name", "s", *space, "--trials", "2")
         assert json.loads((moved / "runs/s/search.json").read_text())["init_from"] == str(own)
         # What was copied alone has none beside it.
         alone = shutil.copytree(moved / "runs" / "next", moved / "elsewhere" / "next")

@@ -6,13 +6,12 @@ import dataclasses
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from tiny_runs import tiny_config, with_train
 
 import trainer
@@ -20,13 +19,13 @@ from featstore.errors import MissingFeaturesError, StoppedError, UsageError
 from featstore.extract import extract, worklist
 from featstore.progress import SILENT, Show
 from featstore.project import Project
+from trainer.commands.main import cli
 from trainer.config import Config, render_config
 from trainer.run.checkpoint import load_best, read_progress
 from trainer.run.folder import Run
 from trainer.run.resume import check_resumable
 from trainer.run.training import Reporter
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMES = {"seconds", "val_seconds", "wait_share"}
 
 
@@ -233,10 +232,9 @@ def test_missing_features_are_extracted_after_an_estimate(
 
 @pytest.mark.slow
 def test_the_command(place: Place, short: Run, tmp_path: Path) -> None:
-    def command(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "cli.py", "train", *words, "--runs", str(place.runs)]
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
+    def command(*words: str, code: int = 0) -> Result:
+        done = CliRunner().invoke(cli, ["train", *words, "--runs", str(place.runs)])
+        assert done.exit_code == code, done.stderr
         return done
 
     settings = tmp_path / "featstore.toml"

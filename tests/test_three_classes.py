@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from on_jax import run_on_jax
 from scipy.optimize import minimize_scalar
 from sklearn import metrics as oracle
-from tiny_runs import SENTENCES, prepared, tiny_config, with_train
+from tiny_runs import SENTENCES, prepared, tiny_config, with_train, worker_here
 
 import trainer
 from featstore.data.labels import labels_of
@@ -399,7 +399,8 @@ def test_a_search_over_heads_shares_models(made: Made) -> None:
         "train": {"queries": {"choice": ["cls", "all"]}, "fusion_layers": {"int": [1, 2]}},
     }
     project = prepared(with_train(made.config, epochs=1))
-    found = trainer.search(project, space=space, name="heads", runs=made.runs, show=SILENT)
+    with worker_here():
+        found = trainer.search(project, space=space, name="heads", runs=made.runs, show=SILENT)
     trials = found.trials
     assert len(trials) == 4
     assert trials["val_accuracy"].notna().all()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from test_engine import CHANGING, arrays
 from test_families import LEADING, presets
 from test_parity import Rows, assert_same_numbers
 from tiny_presets import TINY_FAMILIES
-from tiny_runs import prepared, tiny_config, with_train
+from tiny_runs import prepared, tiny_config, with_train, worker_here
 
 import trainer
 from featstore.config import EncodersConfig, StoreConfig
@@ -69,6 +71,28 @@ def text(tiny_text: Path) -> TextEncoder:
     return TextEncoder(str(tiny_text), 20)
 
 
+def cached_of(
+    preset: Preset,
+    text: TextEncoder,
+    train: TrainConfig,
+    row_shape: tuple[int, int],
+    tokens: str = "patches",
+) -> keras.Model:
+    """Return the cached model, with the presets' weights."""
+    num_tokens, width = row_shape
+    model = build_cached_model(
+        text.preset.config,
+        width,
+        num_tokens,
+        train,
+        feature_dtype="float32",
+        vision_config=preset.config,
+        tokens=tokens,
+    )
+    load_pretrained(model, text.preset, preset if train.k_vit else None)
+    return model
+
+
 class Pair:
     """A cached and an end-to-end model over the same rows, each with the presets' weights."""
 
@@ -87,16 +111,7 @@ class Pair:
         self.rows.cached = {"features": features, "hidden": hidden, "padding_mask": mask}
         inputs = {"input_ids": ids, "attention_mask": mask.astype(np.int32)}
         self.rows.end_to_end = {"pixel_values": pixels, **inputs}
-        self.cached = build_cached_model(
-            text.preset.config,
-            tower.width,
-            features.shape[1],
-            train,
-            feature_dtype="float32",
-            vision_config=preset.config,
-            tokens=tokens,
-        )
-        load_pretrained(self.cached, text.preset, preset if train.k_vit else None)
+        self.cached = cached_of(preset, text, train, (features.shape[1], tower.width), tokens)
         self.end_to_end = build_end_to_end(backbone, text.backbone, train, tokens)
 
 
@@ -156,12 +171,14 @@ def test_blocks_are_read_alone_from_the_file(
         loaded.append(preset.name)
         return load_backbone(preset, precision)
 
+    tower = Tower(load_backbone(preset, "float32"), "vision")
+    row_shape = (tower.num_tokens, tower.width)
     monkeypatch.setattr(cached, "load_backbone", noting)
     for k_vit in (1, 2, BLOCKS):
         models = []
         for file in (cached.WEIGHTS_FILE, "in another form"):
             monkeypatch.setattr(cached, "WEIGHTS_FILE", file)
-            models.append(Pair(preset, text, settings_of(k_vit, k_txt=0)).cached)
+            models.append(cached_of(preset, text, settings_of(k_vit, k_txt=0), row_shape))
             assert loaded == ([] if file.endswith(".h5") else [preset.name])
         monkeypatch.undo()
         monkeypatch.setattr(cached, "load_backbone", noting)
@@ -440,38 +457,57 @@ def test_engines_serve_one_run_after_another(home: Path, project: Project, tmp_p
     assert figures[0] == trainer.load_run(home / "runs" / "first").metrics["loss"]
 
 
+@pytest.fixture(scope="module")
+def exported(home: Path) -> Callable[[str], Path]:
+    """Export the run, once to each name."""
+
+    @functools.cache
+    def export(name: str) -> Path:
+        file = home / "exports" / name
+        file.parent.mkdir(exist_ok=True)
+        trainer.load_run(home / "runs" / "first").export(file, rows=4, show=SILENT)
+        return file
+
+    return export
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["model.keras", "model.weights.h5", "model.safetensors"])
-def test_exports_carry_the_blocks_and_are_imported(home: Path, format: str) -> None:
+def test_exports_carry_the_blocks_and_are_imported(
+    home: Path, exported: Callable[[str], Path], format: str
+) -> None:
     run = trainer.load_run(home / "runs" / "first")
-    folder = home / f"export-{format}"
-    folder.mkdir()
-    file = folder / format
-    written = folder / "model.weights.h5" if format.endswith("safetensors") else file
-    run.export(written, rows=4, show=SILENT)
+    # Which has the weights in both forms.
+    written = exported("model.weights.h5" if format.endswith("safetensors") else format)
+    file = written.with_name(format)
     config = load_config(home / "featstore.toml")
     frozen = Project(with_train(config, k_vit=0, k_txt=0))
+    frozen.extract("vit", show=SILENT)
     again = trainer.import_weights(
         file, frozen, name=f"again-{format}", runs=home / "runs", show=SILENT
     )
     assert again.config.train.k_vit == again.config.train.k_txt == 1
     assert again.metrics["loss"] == pytest.approx(run.metrics["loss"], abs=1e-6)
     assert "vit_backbone/transformer_block_2" in again.manifest["imported"]["layers"]
-    card = json.loads((folder / f"{written.name}.json").read_text())
+    card = json.loads(written.with_name(f"{written.name}.json").read_text())
     assert (card["k_vit"], card["encoders"]["vision"]["tokens"]) == (1, "patches")
 
 
 @pytest.mark.slow
 def test_a_search_may_vary_it(home: Path, project: Project) -> None:
     project.at_k_vit(0).extract("vit", show=SILENT)
-    found = trainer.search(
-        project,
-        space={"train": {"k_vit": {"choice": [0, 1]}, "k_txt": 0}, "search": {"sampler": "grid"}},
-        name="blocks",
-        runs=home / "runs",
-        show=SILENT,
-        epochs=1,
-    )
+    with worker_here():
+        found = trainer.search(
+            project,
+            space={
+                "train": {"k_vit": {"choice": [0, 1]}, "k_txt": 0},
+                "search": {"sampler": "grid"},
+            },
+            name="blocks",
+            runs=home / "runs",
+            show=SILENT,
+            epochs=1,
+        )
     assert sorted(found.trials["k_vit"]) == [0, 1]
     assert set(found.trials["state"]) == {"complete"}
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from featstore.config import DataConfig, EncodersConfig, StoreConfig
@@ -98,6 +101,24 @@ def prepared(config: Config) -> Project:
     project.extract("vit", show=SILENT)
     prepare(project, config.train.k_txt)
     return project
+
+
+@contextlib.contextmanager
+def worker_here() -> Iterator[None]:
+    """Have a search's one worker run in this process: its own would import Keras first."""
+    from trainer.tuning import drive
+    from trainer.tuning.study import Search
+    from trainer.tuning.trials import work_in
+    from trainer.tuning.workers import Watched
+
+    def run_workers(search: Search, workers: int, deadline: float, *_: Any) -> Watched:
+        assert workers == 1
+        work_in(search.folder, search.url, lambda: False, deadline)
+        return Watched()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drive, "run_workers", run_workers)
+        yield
 
 
 def with_train(config: Config, **changes: Any) -> Config:
