@@ -205,28 +205,32 @@ from featstore.progress import SILENT
 from trainer.config import load_config
 
 assert keras.backend.backend() == "jax"
-config, runs = load_config(sys.argv[1]), Path(sys.argv[2])
-project = featstore.Project(config)
-project.extract("vit", show=SILENT)
-run = trainer.train(project, name="run", runs=runs, show=SILENT)
-figures = run.evaluate("test", show=SILENT)
-found = run.predict(Path(config.data.rows), show=SILENT)
-assert not found["reason"].any() and found["Label"].notna().all()
-assert run.parity(rows=16, show=SILENT)["failure"] is None
-check = run.export(runs / "model.keras", rows=8, show=SILENT)["check"]
-assert check["rows"] == 8
-print(figures["loss"], figures["at_threshold"]["accuracy"])
+for folder in map(Path, sys.argv[1:]):
+    config = load_config(folder / "config.toml")
+    project = featstore.Project(config)
+    project.extract("vit", show=SILENT)
+    run = trainer.train(project, name="run", runs=folder, show=SILENT)
+    figures = run.evaluate("test", show=SILENT)
+    found = run.predict(Path(config.data.rows), show=SILENT)
+    assert not found["reason"].any() and found["Label"].notna().all()
+    assert run.parity(rows=16, show=SILENT)["failure"] is None
+    check = run.export(folder / "model.keras", rows=8, show=SILENT)["check"]
+    assert check["rows"] == 8
+    print(folder.name, figures["loss"], figures["at_threshold"]["accuracy"])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="jax is not installed")
-@pytest.mark.parametrize("text", ["clip", "roberta"])
-def test_the_main_ways_on_jax(tiny_family: Preset, tmp_path: Path, text: str) -> None:
-    vision = tiny_family(PAIRS[text])
-    config = tiny_config(tmp_path / "data", vision, tiny_family(text), k_txt=2, epochs=1)
-    (tmp_path / "config.toml").write_text(render_config(with_train(config, dropout=0.0)))
-    printed = run_on_jax("-c", JAX, str(tmp_path / "config.toml"), str(tmp_path))
-    loss, accuracy = map(float, printed.splitlines()[-1].split())
-    assert np.isfinite(loss)
-    assert 0 <= accuracy <= 1
+def test_the_main_ways_on_jax(tiny_family: Preset, tmp_path: Path) -> None:
+    folders = [tmp_path / text for text in ("clip", "roberta")]
+    for folder in folders:
+        presets = (tiny_family(PAIRS[folder.name]), tiny_family(folder.name))
+        config = tiny_config(folder / "data", *presets, k_txt=2, epochs=1)
+        (folder / "config.toml").write_text(render_config(with_train(config, dropout=0.0)))
+    printed = run_on_jax("-c", JAX, *map(str, folders)).splitlines()[-2:]
+    for folder, line in zip(folders, printed, strict=True):
+        name, loss, accuracy = line.split()
+        assert name == folder.name
+        assert np.isfinite(float(loss))
+        assert 0 <= float(accuracy) <= 1

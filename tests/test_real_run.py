@@ -17,18 +17,23 @@ from trainer.run.fit import fit
 from trainer.run.folder import Run
 from trainer.run.training import Reporter, Training
 
-ROWS = 192
+# Each photo takes the real encoder a good part of a second.
+ROWS, ROWS_A_PHOTO = 192, 8
 
 
 def write_rows(path: Path, source: Path) -> None:
-    """Write the first rows whose photos there are, a label as often as the other."""
+    """Write rows, a label as often as the other, of the photos that have the most rows."""
     left = {"entailment": ROWS // 2, "contradiction": ROWS // 2}
-    kept = []
+    lines: dict[str, list[str]] = {}
     for line in source.read_text(encoding="utf-8").splitlines():
-        label = json.loads(line)["Label"].lower()
-        if left.get(label, 0) > 0:
-            left[label] -= 1
-            kept.append(line)
+        lines.setdefault(json.loads(line)["Image_ID"], []).append(line)
+    kept = []
+    for of_photo in sorted(lines.values(), key=len, reverse=True):
+        for line in of_photo[:ROWS_A_PHOTO]:
+            label = json.loads(line)["Label"].lower()
+            if left.get(label, 0) > 0:
+                left[label] -= 1
+                kept.append(line)
     assert not any(left.values())
     path.write_text("\n".join(kept) + "\n", encoding="utf-8")
 
