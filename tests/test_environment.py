@@ -23,7 +23,7 @@ from tiny_runs import tiny_config
 
 from featstore.data.images import decode_image
 from featstore.encoders.families import FAMILIES, titles
-from featstore.encoders.framework import import_framework, pinned_framework
+from featstore.encoders.framework import _without_jax, import_framework, pinned_framework
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.spec import vision_spec
 from featstore.encoders.tower import VisionEncoder
@@ -204,6 +204,9 @@ config = load_config(sys.argv[1], {"store": {"root": sys.argv[2]}})
 assert "keras" not in sys.modules
 project = Project(config)
 project.extract("vit", show=SILENT)
+# TensorFlow's converter would take it, where it is installed; who wants it still has it.
+assert "jax" not in sys.modules
+import jax
 import keras
 assert (keras.config.floatx(), keras.config.epsilon()) == ("float16", 0.1)
 assert keras.config.image_data_format() == "channels_first"
@@ -318,6 +321,24 @@ def test_jax_has_the_same_pixels_and_ignores_what_its_caller_configured(
     assert done.stdout.strip() == "same", done.stderr[-3000:]
     # Nothing was compiled anew.
     assert {path.name for path in compiled.glob("*-cache")} == kept
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+@pytest.mark.parametrize("where", ["variable", "file"])
+def test_jax_is_kept_away_where_it_is_not_the_backend(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str, where: str
+) -> None:
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    if where == "variable":
+        monkeypatch.setenv("KERAS_BACKEND", backend)
+    else:
+        (tmp_path / "keras.json").write_text(json.dumps({"backend": backend}))
+    with _without_jax():
+        assert ("jax" in sys.modules) == (backend == "tensorflow")
+        assert sys.modules.get("jax") is None
+    assert "jax" not in sys.modules
 
 
 def test_what_xla_is_told_is_the_users_to_say(
