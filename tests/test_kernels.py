@@ -145,6 +145,20 @@ def test_the_first_of_two_that_choose_wins(
     assert kernels_of(job.folder) == TENSORFLOW
 
 
+def test_too_little_memory_for_a_batch_leaves_the_choice(
+    job: Job, vit: VisionEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: Any) -> dict[str, float]:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes")
+
+    monkeypatch.setattr(kernels, "time_kernels", refused)
+    choose_kernels(job, vit, kernels.LEAST_PHOTOS)
+    assert kernels_of(job.folder) == XLA
+    monkeypatch.setattr(kernels, "time_kernels", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        choose_kernels(job, vit, kernels.LEAST_PHOTOS)
+
+
 def test_both_kinds_are_timed(vit: VisionEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     encode = vit.encode

@@ -14,8 +14,8 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.encoders.compiled import is_out_of_memory
 from featstore.errors import RunError, counted
-from featstore.extract.encode import is_out_of_memory
 from featstore.progress import working
 from featstore.project import Project
 from featstore.quantities import size

@@ -64,3 +64,10 @@ def compile_forward(
         return features
 
     return run_apply
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an accelerator ran out of memory, for TensorFlow and JAX alike."""
+    text = f"{type(error).__name__} {error}".lower()
+    marks = ("resourceexhausted", "resource_exhausted", "out of memory")
+    return any(mark in text for mark in marks)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from featstore.config import StoreConfig
 from featstore.data.images import Photo, decode_image
 from featstore.data.views import View
-from featstore.encoders.compiled import XLA
+from featstore.encoders.compiled import XLA, is_out_of_memory
 from featstore.encoders.spec import FeatureSpec, TextSpec, VisionSpec
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.errors import ImageError
@@ -50,13 +50,6 @@ Failed = Mapping[str, tuple[str, PhotoDigest | None]]
 Made = tuple[PlannedShard, ShardRows, Failed]
 Encoder = VisionEncoder | TextEncoder
 Result = TypeVar("Result")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an accelerator ran out of memory, for TensorFlow and JAX alike."""
-    text = f"{type(error).__name__} {error}".lower()
-    marks = ("resourceexhausted", "resource_exhausted", "out of memory")
-    return any(mark in text for mark in marks)
 
 
 class Batched:

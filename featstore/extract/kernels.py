@@ -6,7 +6,8 @@ of many photos times both before the first shard, and keeps what it found beside
     kernels-<processor>.json      "kernels": "xla" or "tensorflow"; images a second of either
 
 They round differently. Whoever makes rows of the folder on such a processor later, after a kill,
-beside it or for a repair, takes the same kernels. Where nothing was kept, these are XLA's.
+beside it, on a node of a cluster or for a repair, takes the same kernels. Where nothing was kept,
+these are XLA's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from featstore.encoders.compiled import KERNELS, TENSORFLOW, XLA
+from featstore.encoders.compiled import KERNELS, TENSORFLOW, XLA, is_out_of_memory
 from featstore.encoders.framework import import_framework, processor
 from featstore.encoders.tower import TextEncoder, VisionEncoder
 from featstore.extract.claims import locked
@@ -65,8 +66,14 @@ def choose_kernels(
         return
     if record_of(folder).exists() or shard_paths(folder):
         return
-    with working("timing XLA's kernels and TensorFlow's"):
-        rates = time_kernels(encoder, size, encoder.num_layers - job.spec.boundary)
+    try:
+        with working("timing XLA's kernels and TensorFlow's"):
+            rates = time_kernels(encoder, size, encoder.num_layers - job.spec.boundary)
+    except Exception as error:
+        if is_out_of_memory(error):
+            # Extraction halves its batches, and does without the choice.
+            return
+        raise
     found = {
         "kernels": max(rates, key=lambda name: rates[name]),
         "images_per_second": {name: round(found, 3) for name, found in rates.items()},
