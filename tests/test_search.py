@@ -38,6 +38,7 @@ from trainer.run.training import Reporter
 from trainer.tuning import study as searching
 from trainer.tuning import trials as working
 from trainer.tuning.again import retrain
+from trainer.tuning.drive import SearchResults
 from trainer.tuning.plots import no_importance
 from trainer.tuning.search_file import known_search, open_search, start_search
 from trainer.tuning.space import SearchConfig
@@ -383,7 +384,8 @@ def test_the_time_of_a_stopped_trial_does_not_go_on(place: Place) -> None:
         work(search, place.project, Stop(3))
     (row,) = rows_now(search)
     assert (row["state"], row["seconds"]) == ("stopped", None)
-    write_leaderboard(search, [row])
+    assert SearchResults(search).rows() == ranked(search, [row])
+    write_leaderboard(search)
     board = pd.read_csv(search.folder / "leaderboard.csv")
     assert board["state"].tolist() == ["stopped"]
     assert board["seconds"].isna().all()

@@ -33,7 +33,7 @@ from trainer.tuning.search_file import exists, jobs_of, known_search, open_searc
 from trainer.tuning.space import SearchConfig, Space, shown
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search
-from trainer.tuning.table import best_row, ranked, trial_rows, write_leaderboard
+from trainer.tuning.table import best_row, ranked, rows_now, trial_rows, write_leaderboard
 from trainer.tuning.unused import unused_in_space
 from trainer.tuning.workers import Watched, run_workers
 from trainer.unused import refuse_unused
@@ -193,7 +193,7 @@ class SearchResults:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return what is known of each trial, the best first; see `trainer.tuning.table`."""
-        return ranked(self.search, trial_rows(self.search))
+        return ranked(self.search, rows_now(self.search))
 
     @property
     def trials(self) -> pd.DataFrame:

@@ -132,12 +132,12 @@ def write_leaderboard(search: Search, rows: list[dict[str, Any]] | None = None) 
 
     Args:
         search: The search.
-        rows: Of its trials; None: `trial_rows`.
+        rows: Of its trials; None: `rows_now`.
 
     Returns:
         The files. A plot for which there are too few trials is left out.
     """
-    rows = ranked(search, trial_rows(search) if rows is None else rows)
+    rows = ranked(search, rows_now(search) if rows is None else rows)
     paths = [search.folder / "leaderboard.csv"]
     names = [parameter.name for parameter in search.space.parameters]
     text = io.StringIO(newline="")
