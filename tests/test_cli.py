@@ -450,7 +450,7 @@ def test_evaluate_prints_one_object_or_a_table(project: Project, trained: object
     result = json.loads(succeed(*args, "--json").stdout)
     assert (result["split"], result["rows"]) == ("test", 48)
     shown = succeed(*args).stdout
-    assert f"{share(result['at_threshold']['accuracy'], 2)}" in shown
+    assert share(result["at_threshold"]["accuracy"], 2) in shown
     assert "macro-F1" in shown
     control = succeed(*args, "--control", "hypothesis-only", "--split", "val").stdout
     assert "control: hypothesis-only" in control
