@@ -323,7 +323,7 @@ def test_jax_has_the_same_pixels_and_ignores_what_its_caller_configured(
     assert {path.name for path in compiled.glob("*-cache")} == kept
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "numpy"])
 @pytest.mark.parametrize("where", ["variable", "file"])
 def test_jax_is_kept_away_where_it_is_not_the_backend(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str, where: str

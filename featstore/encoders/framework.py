@@ -225,7 +225,8 @@ def _without_jax() -> Iterator[None]:
     backend = os.environ.get("KERAS_BACKEND", "")
     with contextlib.suppress(OSError, ValueError), open(settings, encoding="utf-8") as file:
         backend = backend or file.read()
-    if "jax" in sys.modules or "jax" in backend:
+    # Keras's other backends import it themselves.
+    if "jax" in sys.modules or (backend and "tensorflow" not in backend):
         yield
         return
     sys.modules["jax"] = None  # type: ignore[assignment]
