@@ -33,7 +33,7 @@ from trainer.tuning.search_file import exists, jobs_of, known_search, open_searc
 from trainer.tuning.space import SearchConfig, Space, shown
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search
-from trainer.tuning.table import best_row, ranked, rows_now, trial_rows, write_leaderboard
+from trainer.tuning.table import best_row, ranked, rows_now, write_leaderboard
 from trainer.tuning.unused import unused_in_space
 from trainer.tuning.workers import Watched, run_workers
 from trainer.unused import refuse_unused
@@ -146,8 +146,9 @@ def run_search(
             watched = run_on_ray(places.ray, search, actors, deadline, stopping, watch, show.note)
     search.drop_weights()
     with working("drawing the plots"):
-        files = write_leaderboard(search)
-    if why := no_importance(search, trial_rows(search)):
+        rows = rows_now(search)
+        files = write_leaderboard(search, rows)
+    if why := no_importance(search, rows):
         show.note(why)
     return Outcome(watched, files, time.time() - started)
 
