@@ -14,12 +14,14 @@ from click.testing import CliRunner
 import featstore.config
 import trainer.commands.train
 import trainer.model.sizes
+import trainer.run.manifest
 from featstore.encoders import framework
 from featstore.encoders.framework import INTRAOP_THREADS
 from tests.tiny_runs import prepared, tiny_config, with_train
 from trainer.commands.main import cli
 from trainer.config import Config, render_config
 from trainer.model.sizes import SMALL_STEP, SMALL_STEP_OF_MANY, step_threads
+from trainer.run.folder import Run
 from trainer.tuning import workers
 from trainer.tuning.search_file import start_search
 from trainer.tuning.space_file import read_space
@@ -71,6 +73,7 @@ def test_train_limits_them(
 ) -> None:
     asked: list[tuple[int, ...]] = []
     monkeypatch.setattr(framework, "limit_threads", lambda *given: asked.append(given))
+    monkeypatch.setattr(trainer.run.manifest, "threads_of_operation", lambda: asked[-1][0])
     folder = folder_of(work)
     where = ("--config", str(folder / "featstore.toml"), "--runs", str(folder / "runs"))
     name = f"n{len(flags)}{len(expected)}"
@@ -83,11 +86,19 @@ def test_train_limits_them(
         asked.clear()
         done = CliRunner().invoke(cli, ["train", *where, "--name", "many", "--epochs", "1"])
         assert (done.exit_code, asked) == (0, [(0,)])
-    # A run that goes on is limited by its own settings.
-    asked.clear()
-    where = ("--runs", str(folder / "runs"))
-    CliRunner().invoke(cli, ["train", "--name", name, *where, "--epochs", "1"])
-    assert asked == ([(1,)] if flags == ("--extract",) else expected)
+    # A run that goes on has what it had, an older one what its own settings say.
+    run = Run(folder / "runs" / name)
+    assert run.manifest["threads"] == expected[0][0]
+    older = {key: value for key, value in run.manifest.items() if key != "threads"}
+    for manifest, again in (
+        ({**older, "threads": 7}, [(7,)]),
+        (older, [(1,)] if flags == ("--extract",) else expected),
+    ):
+        asked.clear()
+        run.write_manifest(manifest)
+        goes_on = ["train", "--name", name, "--runs", str(run.folder.parent), "--epochs", "1"]
+        CliRunner().invoke(cli, goes_on)
+        assert asked == again
 
 
 @pytest.mark.slow
@@ -137,14 +148,13 @@ def test_a_search_limits_them(work: Config, monkeypatch: pytest.MonkeyPatch) -> 
 
 SAID = """
 import os, sys
-from featstore.encoders.framework import limit_threads
+from featstore.encoders.framework import limit_threads, threads_of_operation
 limit_threads(*map(int, sys.argv[1:]))
 import tensorflow as tf
-print(tf.config.threading.get_intra_op_parallelism_threads(),
-      tf.config.threading.get_inter_op_parallelism_threads())
+print(threads_of_operation(), tf.config.threading.get_inter_op_parallelism_threads())
 tf.constant(1.0) + 1
 limit_threads(2)
-print(tf.config.threading.get_intra_op_parallelism_threads())
+print(threads_of_operation())
 """
 
 
@@ -162,7 +172,7 @@ def said(*arguments: str, **environment: str) -> list[str]:
 
 def test_tensorflow_has_them_until_it_computes() -> None:
     assert said("1") == ["1", "0", "1"]
-    assert said("1", **{INTRAOP_THREADS: "2"}) == ["0", "0", "0"]
+    assert said("1", **{INTRAOP_THREADS: "2"}) == ["2", "0", "2"]
     # A worker's share of the cores is what it has.
     assert said("1", "1", **{INTRAOP_THREADS: "2"}) == ["1", "1", "1"]
 

@@ -304,6 +304,16 @@ def limit_threads(of_one: int, side_by_side: int = 0) -> None:
         tf.config.threading.set_inter_op_parallelism_threads(side_by_side)
 
 
+def threads_of_operation() -> int:
+    """Return how many threads TensorFlow has compute one operation; 0: as many as it takes."""
+    if import_framework() != "tensorflow":
+        return 0
+    import tensorflow as tf
+
+    set_here = tf.config.threading.get_intra_op_parallelism_threads()
+    return int(set_here or os.environ.get(INTRAOP_THREADS) or 0)
+
+
 def open_device() -> None:
     """Have JAX open its device now, for a process that will compute.
 

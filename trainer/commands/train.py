@@ -87,7 +87,7 @@ def train(
     from featstore.encoders.framework import limit_threads
     from trainer import api
 
-    limit_threads(_threads(project, extract))
+    limit_threads(_threads(project, extract, known if begun else None))
     show = show_of(as_json)
     with stop_request() as stopping:
         run = api.train(
@@ -113,12 +113,17 @@ def train(
         click.echo(f"control: {control}")
 
 
-def _threads(project: Project | folder.Run, extract: bool) -> int:
-    """Return what `limit_threads` is told: encoders have use for every core."""
+def _threads(project: Project | folder.Run, extract: bool, begun: folder.Run | None) -> int:
+    """Return what `limit_threads` is told: encoders have use for every core.
+
+    Without AVX-512 the last digits depend on it, so a run that goes on has what it had.
+    """
     from trainer.config import config_of
     from trainer.model.sizes import step_threads
     from trainer.run import folder
 
+    if begun is not None and "threads" in begun.manifest:
+        return int(begun.manifest["threads"])
     if extract:
         return 0
     if isinstance(project, folder.Run):

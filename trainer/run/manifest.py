@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from featstore.encoders.framework import threads_of_operation
 from featstore.project import Project
 from featstore.publish import command_line, package_versions
 from trainer.config import TrainConfig
@@ -75,4 +76,5 @@ def new_manifest(
         "initialised_layers": [],
         "wall_seconds": {},
         "keeps_state": train.keep_state,
+        "threads": threads_of_operation(),
     }
