@@ -45,6 +45,9 @@ LONGEST = (
     "test_export",
     "test_engine",
     "test_together",
+    "test_notebooks",
+    "test_moved",
+    "test_real_run",
 )
 
 
