@@ -113,5 +113,5 @@ def word(number: int) -> str:
 
 
 STUDY = Size("study", 224, 16, 768, 12, 12, 6, 30522, 24, 512, 32)
-TINY = Size("tiny", 32, 8, 16, 2, 2, 6, 64, 24, 8, 8)
+TINY = Size("tiny", 32, 8, 16, 2, 2, 4, 64, 24, 8, 8)
 SIZES = {size.name: size for size in (STUDY, TINY)}

@@ -6,7 +6,8 @@ Every extraction, training and repair is the real command in a process of its
 own, and so is every third search; the others are a worker without its driver.
 The processes are forked from one that has imported TensorFlow and run nothing
 of it: its only threads are those of the allocator, which takes care of forks
-itself (`check_forkable`).
+itself (`check_forkable`). `--disks N` tries each N-th of the points at which a
+disk may refuse.
 """
 
 from __future__ import annotations
@@ -957,8 +958,13 @@ def small_files(size: int) -> Callable[[], None]:
     return attack
 
 
-def file_systems(work: Work) -> Figures:
-    """Extract onto disks that are full, read-only, slow, or refuse to rename."""
+def file_systems(work: Work, every: int = 1) -> Figures:
+    """Extract onto disks that are full, read-only, slow, or refuse to rename.
+
+    Args:
+        work: What is extracted.
+        every: Of the points at which each kind of refusal begins, each so-manieth is tried.
+    """
     figures = Figures("disks that refuse")
     root = work.folder / "disk"
     file = work.settings(root)
@@ -981,19 +987,19 @@ def file_systems(work: Work) -> Figures:
         figures.add(f"{name}: same bytes", wrong and f"{name}: {wrong}")
         shutil.rmtree(root, ignore_errors=True)
 
-    for number in (1, 2, 3, 6, 9, 14):
+    for number in (1, 2, 3, 6, 9, 14)[::every]:
         refused("a rename that fails", no_replace(number))
         ends("the command after it")
-    for number in (1, 2, 4, 5, 8, 13):
+    for number in (1, 2, 4, 5, 8, 13)[::every]:
         refused("a flush that fails", no_fsync(number))
         ends("the command after it")
-    for size in (100, 2000, 6000):
+    for size in (100, 2000, 6000)[::every]:
         refused("files of a limited size", small_files(size))
         ends("the command after it")
     ends("slow flushes", slow_fsync)
     if os.geteuid() or not shutil.which("mount"):
         return figures
-    for size in (48, 64, 80, 96, 112, 128):
+    for size in (48, 64, 80, 96, 112, 128)[::every]:
         root.mkdir()
         try:
             with mounted(root, "-t", "tmpfs", "-o", f"size={size}k", "tmpfs"):
@@ -1121,7 +1127,7 @@ def main(arguments: list[str] | None = None) -> int:
             (chosen.cuts, lambda n: forked(cuts, folders, n, seed)),
             (chosen.images, lambda n: broken_photos(work, n, seed)),
             (chosen.repairs, lambda n: repairs(work, n, seed)),
-            (chosen.disks, lambda n: file_systems(work)),
+            (chosen.disks, lambda n: file_systems(work, n)),
             (chosen.starts, lambda n: concurrent_starts(work, n, seed)),
             (chosen.kills, lambda n: kill_extractions(work, n, seed)),
             (chosen.trainings, lambda n: kill_trainings(work, n, seed)),

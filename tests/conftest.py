@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +20,50 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
+# Python would look for circles among all that the tests import, again and again: see the end of
+# the collection.
+gc.disable()
+
 # A deadline in milliseconds would be a time limit, on machines that are shared.
 settings.register_profile("shared-machine", deadline=None)
 settings.load_profile("shared-machine")
 
 ROOT = Path(__file__).resolve().parent.parent
+# The files that take minutes, the longest first: the last to begin would leave cores idle.
+LONGEST = (
+    "test_benchmarks",
+    "test_cluster",
+    "test_search_command",
+    "test_distributed",
+    "test_three_classes",
+    "test_family_runs",
+    "test_vision_blocks",
+    "test_options",
+    "test_fit",
+    "test_parity_command",
+    "test_campaign",
+    "test_export",
+    "test_engine",
+    "test_together",
+    "test_notebooks",
+    "test_moved",
+    "test_real_run",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have pytest-xdist hand out files in the order of the collection, not by their tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

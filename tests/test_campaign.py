@@ -114,7 +114,7 @@ def test_a_kill_at_any_point_of_a_publication_gives_the_same_bytes(
 @pytest.mark.slow
 def test_a_small_campaign_of_real_commands_finds_nothing_wrong() -> None:
     # Searches have tests of their own, which kill them too; a campaign's take half a minute each.
-    counts = "flips=100 cuts=20 kills=2 trainings=1 searches=0 images=20 starts=2 repairs=1 disks=1"
+    counts = "flips=100 cuts=20 kills=2 trainings=1 searches=0 images=20 starts=2 repairs=1 disks=3"
     options = [f"--{option}" for option in counts.split()]
     ended = subprocess.run(
         [sys.executable, str(TESTS / "campaign.py"), *options],

@@ -217,9 +217,8 @@ def test_a_lost_node_loses_nothing_and_shards_may_come_back_as_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("return_shards", [False, True])
 def test_sentences_on_two_nodes_give_the_bytes_of_one_process(
-    cluster: Any, tiny_text: Path, tmp_path: Path, hooks: dict[int, Hook], return_shards: bool
+    cluster: Any, tiny_text: Path, tmp_path: Path, hooks: dict[int, Hook]
 ) -> None:
     encoders = EncodersConfig(text=str(tiny_text))
     sentences = [f"a {animal} runs {n} times" for n in range(9) for animal in ("dog", "cat")]
@@ -228,7 +227,7 @@ def test_sentences_on_two_nodes_give_the_bytes_of_one_process(
     )
     extract(one)
     lines: list[str] = []
-    wanted = dataclasses.replace(TWO, return_shards=return_shards)
+    wanted = dataclasses.replace(TWO, return_shards=True)
     plan, summary = extract_on_ray(two, cluster.address, wanted, Show(note=lines.append))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert (plan.keys, summary.extracted, summary.failed) == (sentences, 18, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -23,7 +24,12 @@ from tiny_runs import tiny_config
 
 from featstore.data.images import decode_image
 from featstore.encoders.families import FAMILIES, titles
-from featstore.encoders.framework import _without_jax, import_framework, pinned_framework
+from featstore.encoders.framework import (
+    _without_collecting,
+    _without_jax,
+    import_framework,
+    pinned_framework,
+)
 from featstore.encoders.presets import resolve_preset
 from featstore.encoders.spec import vision_spec
 from featstore.encoders.tower import VisionEncoder
@@ -339,6 +345,24 @@ def test_jax_is_kept_away_where_it_is_not_the_backend(
         assert ("jax" in sys.modules) == (backend == "tensorflow")
         assert sys.modules.get("jax") is None
     assert "jax" not in sys.modules
+
+
+def test_nothing_is_collected_while_keras_is_imported() -> None:
+    made: list[list[int]] = []
+    before = gc.get_freeze_count()
+    with _without_collecting():
+        assert not gc.isenabled()
+        made += [[] for _ in range(1000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(made)
+    # Its user's choice stays.
+    gc.disable()
+    try:
+        with _without_collecting():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_what_xla_is_told_is_the_users_to_say(

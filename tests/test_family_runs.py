@@ -14,7 +14,7 @@ import pytest
 from on_jax import run_on_jax
 from test_parity import assert_same_numbers, settings
 from tiny_presets import TINY_FAMILIES
-from tiny_runs import tiny_config, with_train
+from tiny_runs import read_again_here, tiny_config, with_train
 
 import featstore
 import trainer
@@ -192,7 +192,8 @@ def test_from_photos_to_an_export(tiny_family: Preset, tmp_path: Path, text: str
     # Softmax ignores the bias of the keys.
     assert set(after) - set(moved) <= {name for name in after if name.endswith("key/bias")}
     # Compared from pixels on.
-    check = run.export(tmp_path / "model.keras", rows=4, show=SILENT)["check"]
+    with read_again_here():
+        check = run.export(tmp_path / "model.keras", rows=4, show=SILENT)["check"]
     assert check["rows"] == 4
 
 
@@ -202,6 +203,7 @@ from pathlib import Path
 import keras
 import featstore, trainer
 from featstore.progress import SILENT
+from tiny_runs import read_again_here
 from trainer.config import load_config
 
 assert keras.backend.backend() == "jax"
@@ -214,7 +216,8 @@ for folder in map(Path, sys.argv[1:]):
     found = run.predict(Path(config.data.rows), show=SILENT)
     assert not found["reason"].any() and found["Label"].notna().all()
     assert run.parity(rows=16, show=SILENT)["failure"] is None
-    check = run.export(folder / "model.keras", rows=8, show=SILENT)["check"]
+    with read_again_here():
+        check = run.export(folder / "model.keras", rows=8, show=SILENT)["check"]
     assert check["rows"] == 8
     print(folder.name, figures["loss"], figures["at_threshold"]["accuracy"])
 """

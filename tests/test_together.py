@@ -32,6 +32,8 @@ SETTINGS = (
     ),
     TrainConfig(k_txt=0, lr=1e-2, num_heads=2, head_dim=4, mlp_dim=4, fusion_layers=2),
 )
+# Where the number format is what counts: of one fusion layer and of two.
+PAIR = (SETTINGS[0], SETTINGS[3])
 
 
 def batch_of(dtype: str, seed: int) -> Batch:
@@ -46,10 +48,16 @@ def batch_of(dtype: str, seed: int) -> Batch:
     return Batch(features, hidden, mask, labels, weights, np.arange(ROWS))
 
 
-def train(together: bool, policy: str = "float32", dtype: str = "float16", **changes: Any) -> Any:
+def train(
+    together: bool,
+    policy: str = "float32",
+    dtype: str = "float16",
+    models: tuple[TrainConfig, ...] = SETTINGS,
+    **changes: Any,
+) -> Any:
     """Take three steps; return each model's losses, last logits and weights."""
     members = []
-    for settings in SETTINGS:
+    for settings in models:
         settings = dataclasses.replace(settings, dtype_policy=policy, **changes)
         model = build_cached_model(
             TINY.text_config, TINY.width, TOKENS, settings, feature_dtype=dtype
@@ -69,25 +77,30 @@ def train(together: bool, policy: str = "float32", dtype: str = "float16", **cha
 
 
 @pytest.mark.parametrize(
-    ("policy", "dtype", "close"),
+    ("policy", "dtype", "close", "models"),
     [
-        ("float32", "float16", 1e-5),
-        ("float32", "int8", 1e-5),
-        ("mixed_bfloat16", "float16", 0.05),
-        ("mixed_float16", "float16", 0.01),
+        ("float32", "float16", 1e-5, SETTINGS),
+        ("float32", "int8", 1e-5, PAIR),
+        ("mixed_bfloat16", "float16", 0.05, PAIR),
+        ("mixed_float16", "float16", 0.01, PAIR),
     ],
+    ids=lambda given: f"{len(given)} models" if isinstance(given, tuple) else str(given),
 )
 def test_heads_together_are_the_heads_alone(
-    policy: str, dtype: str, close: float, monkeypatch: pytest.MonkeyPatch
+    policy: str,
+    dtype: str,
+    close: float,
+    models: tuple[TrainConfig, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     products: list[int] = []
     scores = fastpath._token_scores
     monkeypatch.setattr(fastpath, "_token_scores", lambda *a: products.append(1) or scores(*a))
-    alone, taken = train(False, policy, dtype), len(products)
+    alone, taken = train(False, policy, dtype, models), len(products)
     products.clear()
-    together = train(True, policy, dtype)
+    together = train(True, policy, dtype, models)
     # Of a step and of a prediction; those of building the models are the same.
-    assert taken - len(products) == 2 * (len(SETTINGS) - 1)
+    assert taken - len(products) == 2 * (len(models) - 1)
     for (losses, logits, weights), (own_losses, own_logits, own) in zip(
         together, alone, strict=True
     ):
@@ -100,7 +113,7 @@ def test_heads_together_are_the_heads_alone(
 
 @pytest.mark.parametrize("changes", [{"fast_path": False}, {"queries": "all"}], ids=str)
 def test_others_are_called_one_after_the_other(changes: dict[str, Any]) -> None:
-    together, alone = train(True, **changes), train(False, **changes)
+    together, alone = (train(way, models=PAIR, **changes) for way in (True, False))
     assert [losses for losses, *_ in together] == [losses for losses, *_ in alone]
 
 

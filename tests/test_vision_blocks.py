@@ -18,7 +18,7 @@ from test_engine import CHANGING, arrays
 from test_families import LEADING, presets
 from test_parity import Rows, assert_same_numbers
 from tiny_presets import TINY_FAMILIES
-from tiny_runs import prepared, tiny_config, with_train, worker_here
+from tiny_runs import prepared, read_again_here, tiny_config, with_train, worker_here
 
 import trainer
 from featstore.config import EncodersConfig, StoreConfig
@@ -465,7 +465,8 @@ def exported(home: Path) -> Callable[[str], Path]:
     def export(name: str) -> Path:
         file = home / "exports" / name
         file.parent.mkdir(exist_ok=True)
-        trainer.load_run(home / "runs" / "first").export(file, rows=4, show=SILENT)
+        with read_again_here():
+            trainer.load_run(home / "runs" / "first").export(file, rows=4, show=SILENT)
         return file
 
     return export

@@ -6,8 +6,12 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,6 +123,43 @@ def worker_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drive, "run_workers", run_workers)
         yield
+
+
+@contextlib.contextmanager
+def read_again_here() -> Iterator[None]:
+    """Have exports read again in this process: one of its own would import Keras first.
+
+    test_export.py has the real process.
+    """
+    from trainer.results.export import export, fresh
+
+    def run(command: list[str], cwd: Path, **_: Any) -> subprocess.CompletedProcess[str]:
+        *_, program, format, model, folder = command
+        assert program == fresh.__file__
+        if format == "keras":
+            assert_keras_alone(cwd / model)
+        with pytest.MonkeyPatch.context() as patch:
+            # This project is here, of course.
+            patch.setattr(fresh, "OURS", ())
+            patch.setattr(sys, "meta_path", [*sys.meta_path])
+            fresh.main(format, str(cwd / model), cwd / folder)
+        return subprocess.CompletedProcess(command, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "subprocess", SimpleNamespace(run=run))
+        yield
+
+
+def assert_keras_alone(path: Path) -> None:
+    """Check that a .keras file names classes of Keras and keras-hub only."""
+    found: set[str] = set()
+
+    def collect(pairs: list[tuple[str, Any]]) -> None:
+        found.update(value for name, value in pairs if name == "module" and value)
+
+    with zipfile.ZipFile(path) as file:
+        json.loads(file.read("config.json"), object_pairs_hook=collect)
+    assert {module.partition(".")[0] for module in found} == {"keras", "keras_hub"}
 
 
 def with_train(config: Config, **changes: Any) -> Config:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import re
 import sys
@@ -184,8 +185,31 @@ def _settings_file() -> str:
 def _first_import() -> Iterator[None]:
     # Keras imports it too; this import says nothing where a notebook has no widgets.
     bars()
-    with working("loading Keras"), _plain_environment(), _without_jax(), _without_start_lines():
+    with (
+        working("loading Keras"),
+        _plain_environment(),
+        _without_jax(),
+        _without_start_lines(),
+        _without_collecting(),
+    ):
         yield
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Have Python look for no circles among what is imported, then or later: it stays.
+
+    That takes a quarter of the time in which Keras and what follows it are imported.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager

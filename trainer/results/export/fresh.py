@@ -7,6 +7,7 @@ and refuses to: what it can do, any program can that has the packages of the for
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -122,4 +123,7 @@ def main(format: str, model: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    # Python would look for circles among all that is imported, which takes seconds and finds none.
+    gc.disable()
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    gc.freeze()  # nor at the end
