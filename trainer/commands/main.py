@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from featstore.config import DEFAULT_FILE
+from featstore.encoders.framework import in_own_process
 from featstore.errors import Command, UsageError
 from featstore.publish import program
 from trainer.commands.answer import answer, json_option
@@ -98,6 +99,7 @@ for command in (
 def main() -> None:
     """Run the command line."""
     show_plainly()
+    in_own_process()
     try:
         cli.main(prog_name=program())
     finally:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featstore.encoders.framework import import_framework, limit_threads
+from featstore.encoders.framework import import_framework, in_own_process, limit_threads
 from featstore.errors import FeatstoreError, RunError, StoppedError
 from featstore.publish import TEMPORARY, command_line, work_for, write_text
 from featstore.ray_cluster import (
@@ -86,6 +86,7 @@ class TrialActor:
         # Lines name the program of the one who asked, outputs record its command.
         sys.argv[:] = job.arguments
         work_for(job.command)
+        in_own_process()
         with contextlib.suppress(OSError):
             os.chdir(job.here)
         try:

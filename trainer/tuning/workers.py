@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.config import usable_cores
-from featstore.encoders.framework import import_framework, limit_threads
+from featstore.encoders.framework import import_framework, in_own_process, limit_threads
 from featstore.errors import (
     Advice,
     Command,
@@ -257,6 +257,7 @@ def work_in_process(
         command: That its trials record as theirs.
     """
     work_for(command)
+    in_own_process()
     # Its own group: Ctrl-C goes to the one that started it, who asks properly.
     os.setsid()
     _print_to(Path(folder) / f"worker-{slot}.log")
