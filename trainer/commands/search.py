@@ -92,6 +92,7 @@ def search_group(
     name, with no other settings.
     """
     if context.invoked_subcommand is not None:
+        _refuse_given(context)
         return
     if ray_address is None and (num_gpus, num_cpus) != (None, None):
         raise UsageError("--num-gpus and --num-cpus are of the workers on Ray; give --ray ADDRESS")
@@ -176,6 +177,22 @@ def search_group(
     if best_row(search, rows) is None and rows:
         reasons = {row["reason"] for row in rows if row["reason"]}
         raise RunError(f"{folder}: no trial ended well ({'; '.join(sorted(reasons)[:3])})")
+
+
+def _refuse_given(context: click.Context) -> None:
+    """Refuse options before `show` and `best`, which do not see them; `--quiet` is for all.
+
+    Raises:
+        UsageError: There is one.
+    """
+    options = [option for option in context.command.params if was_given(str(option.name))]
+    flags = [option.opts[0] for option in options if option.name != "quiet"]
+    if flags:
+        word = context.invoked_subcommand
+        raise UsageError(
+            f"{', '.join(flags)}: before {word!r}, which does not see what is given there; give"
+            f" what `search {word}` takes after it"
+        )
 
 
 def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
