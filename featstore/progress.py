@@ -29,6 +29,8 @@ Found = TypeVar("Found")
 SLOW_SECONDS = 2.0
 """Seconds that are waited without being told what for; in a log the first line comes after them."""
 LIVE_SECONDS, REDRAW_SECONDS, LOGGED_SECONDS = 0.5, 1.0, 10.0
+BATCH_SECONDS = 0.05
+"""Within them after the first row are those of its batch."""
 
 
 def redrawn(stream: Any = None) -> bool:
@@ -180,13 +182,64 @@ def no_bar(total: int, unit: str) -> Iterator[Progress]:
     yield lambda rows: None
 
 
+class _Pace:
+    """How fast rows are done once the first are.
+
+    The first wait for what comes once, such as a compiler; or were done by an earlier command.
+    """
+
+    def __init__(self) -> None:
+        self._first = self._begun = 0.0
+        self._done, self._apart = 0, 0
+
+    def add(self, rows: int) -> bool:
+        """Count rows; tell whether they are of the first."""
+        now = time.monotonic()
+        self._first = self._first or now
+        self._done += rows
+        # Rows of a batch come one by one, at once.
+        if now - self._first < BATCH_SECONDS:
+            self._begun, self._apart = now, self._done
+            return True
+        return False
+
+    @property
+    def rows_per_second(self) -> float | None:
+        """None while there are only the first."""
+        later = self._done - self._apart
+        return later / (time.monotonic() - self._begun) if later else None
+
+
+@functools.cache
 def bars() -> Any:
     """Return the class of the bars that suit where they are shown."""
     with warnings.catch_warnings():
         # Where a notebook lacks widgets, the bar is text.
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
-    return tqdm
+
+    base: Any = tqdm
+
+    class Bar(base):
+        """A bar whose speed is that of `_Pace`, and at the end that of all rows."""
+
+        def __init__(self, *args: Any, **given: Any) -> None:
+            self._pace = _Pace()
+            super().__init__(*args, **given)
+
+        def update(self, n: int = 1) -> Any:
+            if not n or not self._pace.add(n):
+                return super().update(n)
+            self.n += n
+            self.initial = self.last_print_n = self.n
+            self.last_print_t = self._time()
+            return None
+
+        def close(self) -> None:
+            self.initial = 0
+            super().close()
+
+    return Bar
 
 
 @contextlib.contextmanager
@@ -234,16 +287,19 @@ def logged_bar(
         last: Say at the end how long it took, even if that was short.
         more: Asked for the rest of a line.
     """
-    done, started = 0, time.monotonic()
+    done, started, pace = 0, time.monotonic(), _Pace()
 
     def line(passed: float) -> str:
         parts = [f"{title or unit}: {done:,} of {total:,}"]
+        speed = pace.rows_per_second
         if 0 < done < total:
             parts[0] += f" ({share(done / total, 0)})"
-        if done and passed:
+        if done >= total and passed:
             parts.append(rate(done / passed, unit))
-        if 0 < done < total:
-            parts.append(f"about {duration(round((total - done) / done * passed))} left")
+        elif speed:
+            parts.append(rate(speed, unit))
+        if speed and done < total:
+            parts.append(f"about {duration(round((total - done) / speed))} left")
         else:
             parts.append(duration(round(passed)))
         return ", ".join(filter(None, [*parts, more()]))
@@ -251,6 +307,8 @@ def logged_bar(
     def advance(rows: int) -> None:
         nonlocal done
         done += rows
+        if rows:
+            pace.add(rows)
 
     with _Wait(line):
         yield advance

@@ -39,6 +39,7 @@ from featstore.pinned import Outermost, setting
 from featstore.progress import SILENT
 from featstore.project import Project
 from trainer.commands.streams import show_plainly
+from trainer.config import render_config
 from trainer.run.training import Reporter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -560,6 +561,38 @@ def test_other_modules_of_the_same_names_are_passed_over(
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "Train the fusion head" in done.stdout
+
+
+LEAVES_NOTHING = """
+import os, signal, sys
+from pathlib import Path
+from trainer.config import load_config
+from featstore.progress import SILENT
+from featstore.project import Project
+import trainer
+folder = Path(sys.argv[1])
+project = Project(load_config(folder / "featstore.toml"))
+project.extract("vit", show=SILENT)
+run = trainer.train(project, name="a", runs=folder / "runs", epochs=1, show=SILENT)
+run.evaluate("test", show=SILENT)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_nothing_in_the_temporary_folder(
+    tmp_path: Path, tiny_vit: Path, tiny_text: Path
+) -> None:
+    """As autograph's Python files, which are removed only where a process ends by itself."""
+    (tmp_path / "featstore.toml").write_text(
+        render_config(tiny_config(tmp_path, tiny_vit, tiny_text))
+    )
+    (temporary := tmp_path / "tmp").mkdir()
+    environment = {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
+    done = python("-c", LEAVES_NOTHING, str(tmp_path), **environment)
+    assert done.returncode == -9, done.stderr
+    assert (tmp_path / "runs" / "a" / "evaluate-test.json").exists()
+    assert [path.name for path in temporary.iterdir()] == []
 
 
 @pytest.mark.parametrize("model_type", ["clip", "siglip", "vit_mae"])

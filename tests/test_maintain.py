@@ -668,6 +668,21 @@ def test_gc_deletes_what_nothing_refers_to(own: Own) -> None:
     assert collected(own) == []
 
 
+def test_gc_keeps_what_was_asked_for_since_it_looked(own: Own, tmp_path: Path) -> None:
+    other, root = other_features(own), own.project.root
+    report, split = root / "reports" / f"rows-{'0' * 16}.csv", root / "splits" / f"{'1' * 32}.json"
+    (root / "reports").mkdir(exist_ok=True)
+    for path in (report, split):
+        path.write_text("x")
+    found = find_garbage(own.project, own.folder / "runs")
+    record_use(root, user_of(tmp_path / "featstore.toml"), [other.name, "0" * 32, "1" * 32])
+    delete(found)
+    assert found.deleted == []
+    assert all("by a command that began meanwhile" in line for line in found.kept)
+    assert len(found.kept) == 3
+    assert all(path.exists() for path in (other, report, split))
+
+
 def test_gc_keeps_what_a_run_refers_to(own: Own) -> None:
     other = other_features(own)
     run = own.folder / "runs" / "nested" / "one"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,12 +128,44 @@ def test_a_log_has_lines(stream: Stream) -> None:
         stream.await_text("reading the rows: 0 s\n")
     with SHOWN.bar(40_000, "photos") as advance:
         stream.await_text("photos: 0 of 40,000, 0 s\n")
-        advance(10_000)
+        advance(5_000)
+        stream.await_text("photos: 5,000 of 40,000 (12 %), 0 s\n")
+        time.sleep(progress.BATCH_SECONDS)
+        advance(5_000)
         stream.await_text("photos: 10,000 of 40,000 (25 %), ")
         stream.await_text(" left\n")
         advance(30_000)
     assert "\r" not in stream.getvalue()
     assert stream.getvalue().splitlines()[-1].startswith("photos: 40,000 of 40,000, ")
+
+
+def left(line: str) -> int:
+    """Return the seconds that a log's line or a bar says are left."""
+    found = re.search(r"about (?:(\d+) min )?(\d+) s left|<(\d+):(\d+)", line)
+    assert found is not None, line
+    return sum(60 * int(m or 0) + int(s or 0) for m, s in (found.groups()[:2], found.groups()[2:]))
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_what_was_waited_for_first_is_not_counted_for_the_rest(
+    drawn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler, or the part of an epoch that an earlier command did."""
+    for name in ("LIVE_SECONDS", "SLOW_SECONDS", "REDRAW_SECONDS", "LOGGED_SECONDS"):
+        monkeypatch.setattr(progress, name, 0.02)
+    for compiling, first in ((1.0, 1), (0.0, 500)):
+        stream = Stream(drawn)
+        with contextlib.redirect_stderr(stream), SHOWN.bar(1000, "photos") as advance:
+            time.sleep(compiling)
+            for _ in range(first):
+                advance(1)
+            time.sleep(progress.BATCH_SECONDS)
+            for _ in range(6):
+                time.sleep(0.05)
+                advance(10)
+        # At 200 a second.
+        last = re.split("[\r\n]+", stream.getvalue().strip())[-2]
+        assert 1 <= left(last) <= 10 - first // 100, stream.getvalue()
 
 
 @log
@@ -151,7 +185,9 @@ def test_a_log_is_not_told_of_what_took_no_time(
 @log
 def test_an_epoch_in_a_log(stream: Stream) -> None:
     with epoch_bar(3, 200) as bar:
-        bar.update(50)
+        bar.update(25)
+        time.sleep(progress.BATCH_SECONDS)
+        bar.update(25)
         bar.set_postfix(loss="0.6931")
         stream.await_text("epoch 3: 50 of 200 (25 %), ")
         stream.await_text("left, loss 0.6931\n")

@@ -8,6 +8,8 @@ import json
 import logging
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import matplotlib
 import optuna
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import tiny_config
@@ -32,6 +35,7 @@ from featstore.errors import ConfigError, RunError, StoppedError, UsageError
 from featstore.progress import SILENT
 from featstore.project import Project
 from featstore.settings import complete
+from trainer.commands.main import cli
 from trainer.run.checkpoint import load_best
 from trainer.run.folder import Run
 from trainer.run.training import Reporter
@@ -39,6 +43,7 @@ from trainer.tuning import study as searching
 from trainer.tuning import trials as working
 from trainer.tuning.again import retrain
 from trainer.tuning.drive import SearchResults
+from trainer.tuning.live import live_view
 from trainer.tuning.plots import no_importance
 from trainer.tuning.search_file import known_search, open_search, start_search
 from trainer.tuning.space import SearchConfig
@@ -53,6 +58,7 @@ from trainer.tuning.table import (
     write_leaderboard,
 )
 from trainer.tuning.trials import count_attempt, work
+from trainer.tuning.workers import Watched
 
 SPACE = """
 [search]
@@ -389,6 +395,51 @@ def test_the_time_of_a_stopped_trial_does_not_go_on(place: Place) -> None:
     board = pd.read_csv(search.folder / "leaderboard.csv")
     assert board["state"].tolist() == ["stopped"]
     assert board["seconds"].isna().all()
+
+
+def test_a_stopped_trial_is_said_to_be_stopped_everywhere(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = place.start("halted", trials=2)
+    with pytest.raises(StoppedError):
+        work(search, place.project, Stop(3))
+    assert "0 of 2 trials" in repr(SearchResults(search))
+    with live_view(search) as watch:
+        watch(Watched(1))
+    assert "trial-0000 running" in (err := capsys.readouterr().err)
+    assert "trial-0000 stopped" in err
+    assert err.splitlines()[-1].startswith("0 of 2 trials ended")
+    # As where a worker of another command was killed.
+    monkeypatch.setattr("trainer.tuning.drive.run_workers", lambda *args: Watched(1))
+    again = ["search", "--name", "halted", "--runs", str(search.folder.parent)]
+    found = CliRunner().invoke(cli, again)
+    assert re.search(r"^trial-0000 +stopped ", found.stdout, re.M), found.output
+    assert "0 of 2 trials ended" in found.stderr
+    found = CliRunner().invoke(cli, [*again, "--json"])
+    assert [row["state"] for row in json.loads(found.stdout)["trials"]] == ["stopped"]
+
+
+def test_a_trial_whose_folder_was_deleted_is_said(place: Place) -> None:
+    search = place.run("deleted", trials=2)
+    results, runs = SearchResults(search), ["--runs", str(search.folder.parent)]
+    best, other = results.rows()
+    metrics = Run(search.folder / best["run"]).metrics
+    shutil.rmtree(search.folder / best["run"])
+    gone = f"no run folder is left of {best['run']}"
+    for line in ("search show deleted", "search best deleted", "report deleted"):
+        done = CliRunner().invoke(cli, [*line.split(), *runs])
+        assert done.exit_code == 0, done.output
+        assert gone in done.stderr
+        assert other["run"] not in done.stderr
+    page = (search.folder / "report.html").read_text(encoding="utf-8")
+    assert gone in page
+    assert f"{best['run']}/config.toml" not in page
+    with pytest.raises(RunError, match=f"{gone}.*search best .*deleted --seeds 1"):
+        _ = results.best_run
+    # Trained again it is what it was.
+    (made,) = results.retrain(show=SILENT)["runs"]
+    assert Run(Path(made["run"])).metrics == metrics
+    assert results.rows() == [best, other]
 
 
 @pytest.mark.parametrize("pruner", ["median", "halving", "hyperband"])

@@ -246,6 +246,24 @@ def test_show_and_best(project: Project, whole: list[Any]) -> None:
     assert weights.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize(
+    ("line", "flags"),
+    [
+        ("--runs elsewhere show whole", "--runs"),
+        ("--json --trials 9 best whole", "--json, --trials"),
+        ("-q --lr 1e-4 show whole", "--lr"),
+    ],
+)
+def test_what_stands_before_show_and_best_is_not_lost(line: str, flags: str) -> None:
+    done = CliRunner().invoke(cli, ["search", *line.split()])
+    assert done.exit_code == 2
+    told = set(done.stderr.partition(": before")[0].removeprefix("error: ").split(", "))
+    assert told == set(flags.split(", "))
+    assert "which does not see what is given there" in done.stderr
+    quiet = CliRunner().invoke(cli, ["search", "-q", "show", "absent"])
+    assert (quiet.exit_code, "absent: no search there" in quiet.stderr) == (1, True)
+
+
 @pytest.mark.slow
 def test_ctrl_c_and_on_by_the_name(project: Project, whole: list[Any]) -> None:
     process = project.start("stopped", *project.space, "--workers", "2")

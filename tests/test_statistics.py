@@ -29,6 +29,7 @@ from trainer.statistics import (
     fit_temperature,
     intervals,
     mcnemar,
+    middle,
     paired_difference,
     percentiles,
     permutation,
@@ -254,6 +255,47 @@ def test_few_rows_of_an_image_each_have_wilsons_interval(right: list[bool], leve
         assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
 
 
+@pytest.mark.parametrize("hits", [0.0, 0.5, 1.0])
+def test_a_figure_that_no_draw_moves(hits: float) -> None:
+    """All rows right, all wrong, and of each image one of both."""
+    groups, images = np.repeat(np.arange(50), 2), 50
+    labels = np.tile([0, 1], images)
+    right = {0.0: [0, 0], 0.5: [1, 0], 1.0: [1, 1]}[hits] * images
+    logits = np.where(np.equal(right, 1), 1, -1) * np.where(labels == 1, 2.0, -2.0)
+    clustered = Clustered(groups, draws=200)
+    found = intervals(labels, logits, 0.5, clustered)
+    expected = stats.binomtest(int(hits * images), images).proportion_ci(method="wilson")
+    for name in ("accuracy", "accuracy_at_half"):
+        interval = found[name]
+        assert interval is not None
+        assert (interval["low"], interval["high"]) == pytest.approx((expected.low, expected.high))
+    assert proportion_interval(right, clustered)["low"] == pytest.approx(expected.low)
+    assert found["macro_f1"] is found["auc"] is found["average_precision"] is None
+    # As the difference from a run that has all rows wrong.
+    gap = paired_difference(right, np.zeros(len(right)), clustered)
+    assert (gap["difference"], gap["method"]) == (hits, "agresti-min")
+    assert gap["low"] < hits <= gap["high"]
+    # A threshold that is always picked is told as what it is.
+    tau = threshold_interval(labels, logits, clustered)
+    assert tau is not None
+    assert tau["low"] <= tau["high"]
+
+
+@pytest.mark.parametrize("truth", [0.9, 0.97, 0.99])
+def test_all_rows_right_is_covered(truth: float) -> None:
+    """40 images, whose rows are right or wrong together: the worst case."""
+    rng = np.random.default_rng(3)
+    groups, labels = np.repeat(np.arange(40), 3), np.tile([0, 1, 1], 40)
+    clustered, covered = Clustered(groups, draws=200), 0
+    for _ in range(200):
+        right = np.repeat(rng.random(40) < truth, 3)
+        logits = np.where(right, 1, -1) * np.where(labels == 1, 2.0, -2.0)
+        found = intervals(labels, logits, 0.5, clustered)["accuracy"]
+        assert found is not None
+        covered += found["low"] <= truth <= found["high"]
+    assert covered / 200 >= 0.8
+
+
 def test_rows_of_an_image_do_not_narrow_a_small_share() -> None:
     once = proportion_interval([1, 1, 0], Clustered(["a", "b", "c"]))
     often = proportion_interval([1, 1, 0] * 20, Clustered(["a", "b", "c"] * 20))
@@ -267,7 +309,7 @@ def test_the_threshold_is_swept_on_each_draw(rows: list[tuple[str, int, int]]) -
     groups, labels, logits = columns(rows)
     clustered = Clustered(groups, draws=12)
     picked = [sweep_threshold(labels[at], sigmoid(logits[at]))[0] for at in resampled(clustered)]
-    expected = percentiles(np.array(picked), clustered, 0.9)
+    expected = middle(np.array(picked), clustered, 0.9)
     assert threshold_interval(labels, logits, clustered, 0.9) == expected
 
 

@@ -99,6 +99,8 @@ class Collection:
         deleted: What of the garbage was deleted.
         kept: What of it was not, and why.
         forgotten: Uses that count no more, and are given up with the deletion.
+        root: The store's.
+        seen: Records of the users that were asked.
     """
 
     garbage: list[Garbage] = field(default_factory=list)
@@ -109,6 +111,8 @@ class Collection:
     deleted: list[Garbage] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     forgotten: list[Use] = field(default_factory=list)
+    root: Path = Path()
+    seen: set[Path] = field(default_factory=set)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it JSON-able."""
@@ -272,9 +276,9 @@ def find_garbage(
         PresetError: The configuration's fingerprints cannot be computed.
         UsageError: A user to forget is not known.
     """
-    found = Collection()
     folders = feature_folders(project.root)
     uses = read_uses(project.root)
+    found = Collection(root=project.root, seen={use.path for use in uses})
     gone = _forgotten(uses, forget)
     found.forgotten = [use for use in uses if use.path in gone and not use.forgotten]
     read = read_runs(runs)
@@ -369,8 +373,16 @@ def compact(folder: Path) -> int:
     return count
 
 
+def _asked_for_since(found: Collection) -> set[str]:
+    """Return the digests that users need who were recorded after the garbage was looked for."""
+    news = [u for u in read_uses(found.root) if u.path not in found.seen and not u.forgotten]
+    return {digest for use in news for digest in use.digests}
+
+
 def delete(found: Collection) -> None:
     """Delete the garbage that was found; what another process is using stays.
+
+    So does what another command asked for meanwhile.
 
     Args:
         found: From `find_garbage`; its `deleted` and `kept` are filled.
@@ -383,6 +395,10 @@ def delete(found: Collection) -> None:
     for item in found.garbage:
         folder = item.path.parent
         try:
+            # A report is named by half of a digest.
+            name = item.path.stem.removeprefix("rows-")
+            if any(digest.startswith(name) for digest in _asked_for_since(found)):
+                raise StoreError("asked for by a command that began meanwhile")
             if item.what == "features":
                 _delete_folder(item.path)
             elif item.what == "superseded rows":

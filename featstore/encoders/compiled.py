@@ -37,7 +37,8 @@ def compile_forward(
         import keras
         import tensorflow as tf
 
-        @tf.function(jit_compile=kernels == XLA)
+        # Autograph would leave its Python files in the temporary folder after a kill.
+        @tf.function(jit_compile=kernels == XLA, autograph=False)
         def forward(inputs: Any) -> Any:
             return run(inputs)[:, first_token:]
 

@@ -74,7 +74,8 @@ def compile_converter(converter: Any) -> ToPixels:
 
         @functools.cache
         def traced() -> Any:
-            return tf.function(operations, input_signature=signature).get_concrete_function()
+            function = tf.function(operations, input_signature=signature, autograph=False)
+            return function.get_concrete_function()
 
         return lambda array: traced()(tf.constant(array)).numpy()
 

@@ -12,7 +12,7 @@ import click
 from featstore.errors import Command, RunError, UsageError, counted
 from featstore.progress import working
 from featstore.quantities import both_shares, share, size
-from trainer.commands.answer import answer, json_option
+from trainer.commands.answer import answer, json_option, warn
 from trainer.commands.console import (
     Function,
     elsewhere,
@@ -92,6 +92,7 @@ def search_group(
     name, with no other settings.
     """
     if context.invoked_subcommand is not None:
+        _refuse_given(context)
         return
     if ray_address is None and (num_gpus, num_cpus) != (None, None):
         raise UsageError("--num-gpus and --num-cpus are of the workers on Ray; give --ray ADDRESS")
@@ -99,7 +100,7 @@ def search_group(
     from trainer.tuning import drive
     from trainer.tuning.search_file import exists, start_search
     from trainer.tuning.storage import driver_url, masked
-    from trainer.tuning.table import best_row, trial_rows
+    from trainer.tuning.table import best_row, is_open, without_folder
 
     started, show = time.time(), show_of(as_json)
     name = free_name(Path(runs), "search") if name is None else name
@@ -145,8 +146,7 @@ def search_group(
     places = drive.Places(workers, ray_address, num_gpus, num_cpus)
     with stop_request() as stopping:
         outcome = drive.run_search(search, project, places, deadline, stopping, show)
-    watched, files = outcome.watched, outcome.files
-    rows = trial_rows(search)
+    watched, files, rows = outcome.watched, outcome.files, outcome.rows
     if as_json:
         found = {
             "search": str(folder),
@@ -167,14 +167,32 @@ def search_group(
         note(f"see it: optuna-dashboard {place}")
         note(f"        tensorboard --logdir {search.folder}")
         if search.unfinished:
-            ended = sum(row["state"] != "running" for row in rows)
+            ended = sum(not is_open(row) for row in rows)
             note(
                 f"{ended} of {counted(space.trials, 'trial')} ended;"
                 f" {quoted(Command('search', name=name, bare=True))} goes on with the rest"
             )
+    if gone := without_folder(search, rows):
+        warn(gone)
     if best_row(search, rows) is None and rows:
         reasons = {row["reason"] for row in rows if row["reason"]}
         raise RunError(f"{folder}: no trial ended well ({'; '.join(sorted(reasons)[:3])})")
+
+
+def _refuse_given(context: click.Context) -> None:
+    """Refuse options before `show` and `best`, which do not see them; `--quiet` is for all.
+
+    Raises:
+        UsageError: There is one.
+    """
+    options = [option for option in context.command.params if was_given(str(option.name))]
+    flags = [option.opts[0] for option in options if option.name != "quiet"]
+    if flags:
+        word = context.invoked_subcommand
+        raise UsageError(
+            f"{', '.join(flags)}: before {word!r}, which does not see what is given there; give"
+            f" what `search {word}` takes after it"
+        )
 
 
 def _print_leaderboard(search: Any, rows: list[dict[str, Any]]) -> None:
@@ -209,7 +227,7 @@ def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> Non
     """Print a search's leaderboard, also while it runs; write its plots."""
     from trainer.tuning.drive import load_search
     from trainer.tuning.plots import no_importance
-    from trainer.tuning.table import ranked, rows_now, write_leaderboard
+    from trainer.tuning.table import ranked, rows_now, without_folder, write_leaderboard
 
     search = load_search(name, runs, storage, **elsewhere()).search
     rows = rows_now(search)
@@ -217,6 +235,8 @@ def search_show(name: str, storage: str | None, runs: str, as_json: bool) -> Non
         answer({"search": name, "trials": ranked(search, rows)})
     else:
         _print_leaderboard(search, rows)
+    if gone := without_folder(search, rows):
+        warn(gone)
     with working("drawing the plots"):
         files = write_leaderboard(search, rows)
     if as_json:
@@ -251,12 +271,16 @@ def search_best(
         )
     from trainer.tuning.drive import load_search
     from trainer.tuning.space import shown
+    from trainer.tuning.table import without_folder
 
     results = load_search(name, runs, storage, **elsewhere())
     search, best = results.search, results.best
     if best is None:
         raise RunError(f"{search.folder}: no trial is complete yet")
     if epochs is None and seeds is None:
+        if gone := without_folder(search, [best]):
+            again = Command("search", "best", name, seeds=1)
+            warn(f"{gone}; {quoted(again)} trains it again")
         if as_json:
             answer(best)
             return

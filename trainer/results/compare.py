@@ -23,7 +23,9 @@ from trainer.statistics import (
     LEVEL,
     Clustered,
     bootstrap,
+    intervals_of,
     mcnemar,
+    middle,
     paired_difference,
     percentiles,
     permutation,
@@ -156,7 +158,7 @@ def _measured(
         "quarantined_photos": one.scored.unread,
         "seen_photos": one.seen,
         **evaluate_logits(truth, logits, one.threshold),
-        "intervals": {name: percentiles(values, clustered) for name, values in drawn.items()},
+        "intervals": intervals_of(drawn, truth, logits, one.threshold, clustered),
         "reliability": reliability(truth, probabilities_of(logits)),
     }
     return figures, drawn
@@ -198,9 +200,11 @@ def _difference(
     (theirs, drawn), (ours, drawn_of_base) = found[label], found[base]
     known, known_of_base = figures_of(theirs), figures_of(ours)
     figures: dict[str, Any] = {}
+    # The same model differs nowhere; of two that are, say, both always right that is not known.
+    alike = np.array_equal(drawn["loss"], drawn_of_base["loss"])
     for name, values in drawn.items():
         a, b = known[name], known_of_base[name]
-        between = percentiles(values - drawn_of_base[name], clustered)
+        between = (middle if alike else percentiles)(values - drawn_of_base[name], clustered)
         figures[name] = {
             "difference": None if a is None or b is None else a - b,
             **(between or {"low": None, "high": None}),

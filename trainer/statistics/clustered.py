@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 from scipy import sparse
+from scipy.stats import chi2
 
 from trainer.logits import FloatArray
 from trainer.metrics import IntArray
@@ -100,8 +101,15 @@ def percentiles(values: FloatArray, clustered: Clustered, level: float = LEVEL) 
 
     Returns:
         Their percentiles; None for rows of a single image, which say nothing of others,
-        and where no draw has the figure.
+        where no draw has the figure, and where they have no width: that all rows here are
+        right does not say that all others would be.
     """
+    found = middle(values, clustered, level)
+    return found if found is not None and found["low"] < found["high"] else None
+
+
+def middle(values: FloatArray, clustered: Clustered, level: float = LEVEL) -> Interval | None:
+    """Return `percentiles`, also where they have no width."""
     if not 0 < level < 1:
         raise ValueError(f"expected a level between 0 and 1, such as 0.95, found {level:g}")
     known = values[~np.isnan(values)]
@@ -109,6 +117,17 @@ def percentiles(values: FloatArray, clustered: Clustered, level: float = LEVEL) 
         return None
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return {"low": float(low), "high": float(high)}
+
+
+def wilson(share: float, trials: int, level: float = LEVEL) -> Interval:
+    """Return Wilson's interval of a share of some trials (1927,
+    doi:10.1080/01621459.1927.10502953); the share need not be of whole ones.
+    """
+    z2 = float(chi2.ppf(level, 1))
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    spread = z2 * share * (1 - share) / trials + z2**2 / (4 * trials**2)
+    half = spread**0.5 / (1 + z2 / trials)
+    return {"low": max(middle - half, 0.0), "high": min(middle + half, 1.0)}
 
 
 def check_length(rows: int, clustered: Clustered) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,15 @@ from trainer.metrics import (
     confidence_bins,
     row_losses,
 )
-from trainer.statistics.clustered import LEVEL, Clustered, Interval, check_length, percentiles
+from trainer.statistics.clustered import (
+    LEVEL,
+    Clustered,
+    Interval,
+    check_length,
+    middle,
+    percentiles,
+    wilson,
+)
 
 
 def intervals(
@@ -30,9 +39,37 @@ def intervals(
     clustered: Clustered,
     level: float = LEVEL,
 ) -> dict[str, Interval | None]:
-    """Return the interval of each figure of `bootstrap`; None as `percentiles` says."""
-    found = bootstrap(labels, logits, threshold, clustered)
-    return {name: percentiles(values, clustered, level) for name, values in found.items()}
+    """Return the interval of each figure of `bootstrap`, see `intervals_of`."""
+    drawn = bootstrap(labels, logits, threshold, clustered)
+    return intervals_of(drawn, labels, logits, threshold, clustered, level)
+
+
+def intervals_of(
+    drawn: Mapping[str, FloatArray],
+    labels: Labels,
+    logits: Values,
+    threshold: float | None,
+    clustered: Clustered,
+    level: float = LEVEL,
+) -> dict[str, Interval | None]:
+    """Return the interval of each figure of `bootstrap`; None as `percentiles` says.
+
+    An accuracy that is the same in all draws has Wilson's interval as if each image were one
+    row: how much the rows of one go together, such rows do not tell, so this errs to the wide
+    side (Franco et al. 2019, PMC6690503, recommend Wilson's with an effective
+    size). What is no share of rows, as macro-F1 or the AUC, then has none.
+
+    Args:
+        drawn: Of `bootstrap`, which was given the rest.
+        labels, logits, threshold, clustered: As `bootstrap` takes them.
+        level: Such as 0.95.
+    """
+    found = {name: percentiles(values, clustered, level) for name, values in drawn.items()}
+    for name, at in (("accuracy", threshold), ("accuracy_at_half", 0.5)):
+        if name in found and found[name] is None and clustered.images > 1:
+            right = predicted_labels(np.asarray(logits), at) == np.asarray(labels)
+            found[name] = wilson(float(right.mean()), clustered.images, level)
+    return found
 
 
 def bootstrap(
@@ -126,7 +163,8 @@ def threshold_interval(
         level: Such as 0.95.
 
     Returns:
-        Percentiles of the threshold picked on each draw; None for rows of one image.
+        Percentiles of the threshold picked on each draw, equal where it hardly ever differs;
+        None for rows of one image.
 
     Raises:
         ValueError: As `bootstrap`.
@@ -146,7 +184,7 @@ def threshold_interval(
         fp = negative.sum(axis=1, keepdims=True) - tn
         tp = positive.sum(axis=1, keepdims=True) - fn
         picked.append(best_thresholds(_macro_f1(np.stack([tn, fp, fn, tp], axis=-1)), GRID))
-    return percentiles(np.concatenate(picked), clustered, level)
+    return middle(np.concatenate(picked), clustered, level)
 
 
 class _Ranked:

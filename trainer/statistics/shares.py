@@ -17,6 +17,7 @@ from trainer.statistics.clustered import (
     Interval,
     check_length,
     percentiles,
+    wilson,
 )
 
 FEW_IMAGES = 10
@@ -33,9 +34,9 @@ def proportion_interval(
 
     Where at least `FEW_IMAGES` images have a row that counts, and as many a row that does
     not, it is bootstrapped over images. With fewer, percentiles are too narrow, and with
-    none they have no width; it is then Wilson's interval (1927,
-    doi:10.1080/01621459.1927.10502953) as if each image were one row, which is exact for
-    one row an image and otherwise errs to the wide side.
+    none, or where all images have the same share, they have no width; it is then Wilson's
+    interval as if each image were one row, which is exact for one row an image and otherwise
+    errs to the wide side.
 
     Args:
         values: Bool or 0/1 of shape (rows,).
@@ -55,10 +56,8 @@ def proportion_interval(
         found = percentiles(sums[:, 1] / sums.sum(axis=1), clustered, level)
         if found is not None:
             return {**found, "method": "bootstrap", "images": clustered.images}
-    images = clustered.images
-    # binomtest takes whole numbers; Wilson's formula does not need them.
-    low, high = _wilson(float(counted.mean()), images, level)
-    return {"low": low, "high": high, "method": "wilson", "images": images}
+    found = wilson(float(counted.mean()), clustered.images, level)
+    return {**found, "method": "wilson", "images": clustered.images}
 
 
 def paired_difference(
@@ -67,9 +66,10 @@ def paired_difference(
     """Return by how much the share of rows in `a` is above that in `b`, over the same rows.
 
     Where at least `FEW_IMAGES` images differ, the interval is bootstrapped over images.
-    With fewer, percentiles are too narrow, and have no width where nothing differs; it is
-    then that of Agresti and Min 2005 (doi:10.1002/sim.1781) for matched pairs, each image
-    being one pair that counts as many times as its rows over the mean of all images.
+    With fewer, percentiles are too narrow, and have no width where nothing differs, or every
+    image alike; it is then that of Agresti and Min 2005 (doi:10.1002/sim.1781) for matched
+    pairs, each image being one pair that counts as many times as its rows over the mean of
+    all images.
 
     Args:
         a: Bool or 0/1 of shape (rows,): such as whether each row is right.
@@ -189,15 +189,6 @@ def _zero_one(values: npt.ArrayLike, clustered: Clustered) -> npt.NDArray[np.boo
     if not np.isin(found, (0, 1)).all():
         raise ValueError(f"expected values 0 and 1, found {np.unique(found)[:5].tolist()}")
     return found.astype(bool)
-
-
-def _wilson(share: float, trials: int, level: float) -> tuple[float, float]:
-    """Return Wilson's interval of a share of some trials."""
-    z2 = float(chi2.ppf(level, 1))
-    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    spread = z2 * share * (1 - share) / trials + z2**2 / (4 * trials**2)
-    half = spread**0.5 / (1 + z2 / trials)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def _agresti_min(gaps: FloatArray, level: float) -> Interval:

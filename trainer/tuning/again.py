@@ -53,7 +53,7 @@ def retrain(
         MissingFeaturesError: The split was not extracted.
         StoppedError: `reporter.stopping` said so.
     """
-    base = search.run_of(best["trial"]).config
+    base = search.trained_config(best["trial"])
     count = epochs or base.train.epochs
     project = Project(base, file=search.folder / "config.toml")
     project.save_dataset(search.folder)

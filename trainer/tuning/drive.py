@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from featstore.config import runs_folder
 from featstore.encoders.presets import resolve_preset
-from featstore.errors import FeatstoreError, RunError, counted
+from featstore.errors import Advice, Command, FeatstoreError, RunError, counted
 from featstore.extract.extract import extract
 from featstore.extract.plan import Plan
 from featstore.progress import SHOWN, SILENT, Show, says, shows_work, working
@@ -33,7 +33,14 @@ from trainer.tuning.search_file import exists, jobs_of, known_search, open_searc
 from trainer.tuning.space import SearchConfig, Space, shown
 from trainer.tuning.space_file import read_space
 from trainer.tuning.study import Search
-from trainer.tuning.table import best_row, ranked, rows_now, write_leaderboard
+from trainer.tuning.table import (
+    best_row,
+    is_open,
+    ranked,
+    rows_now,
+    without_folder,
+    write_leaderboard,
+)
 from trainer.tuning.unused import unused_in_space
 from trainer.tuning.workers import Watched, run_workers
 from trainer.unused import refuse_unused
@@ -71,11 +78,13 @@ class Outcome:
         watched: What was seen of the workers.
         files: The table and the plots.
         seconds: Wall time, extraction included.
+        rows: What is known of each trial, see `trainer.tuning.table`.
     """
 
     watched: Watched
     files: list[Path] = field(default_factory=list)
     seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def plan_features(project: Project, configs: Sequence[Config], show: Show = SILENT) -> list[Plan]:
@@ -150,7 +159,7 @@ def run_search(
         files = write_leaderboard(search, rows)
     if why := no_importance(search, rows):
         show.note(why)
-    return Outcome(watched, files, time.time() - started)
+    return Outcome(watched, files, time.time() - started, rows)
 
 
 @contextlib.contextmanager
@@ -183,7 +192,7 @@ class SearchResults:
         except FeatstoreError as error:
             # A debugger shows it too: it must not raise.
             return f"<Search {str(self.folder)!r}: damaged: {error.message}>"
-        ended = sum(row["state"] != "running" for row in rows)
+        ended = sum(not is_open(row) for row in rows)
         found = ""
         if best is not None:
             params = ", ".join(f"{key} {shown(value)}" for key, value in best["params"].items())
@@ -214,11 +223,15 @@ class SearchResults:
         """The run of the best trial.
 
         Raises:
-            RunError: No trial is complete yet.
+            RunError: No trial is complete yet, or its run folder is gone.
         """
         from trainer.api import Run
 
-        return Run(self.search.run_of(self._known_best()["trial"]).folder)
+        best = self._known_best()
+        if gone := without_folder(self.search, [best]):
+            again = Command("search", "best", os.fspath(self.folder), seeds=1)
+            raise RunError(gone, Advice("put it back, or train it again: ", again))
+        return Run(self.search.run_of(best["trial"]).folder)
 
     def _known_best(self) -> dict[str, Any]:
         if (best := self.best) is None:

@@ -12,7 +12,7 @@ from featstore.errors import counted
 from featstore.quantities import duration, size
 from trainer.tuning.space import shown
 from trainer.tuning.study import Search
-from trainer.tuning.table import best_row, epochs_of, seconds_left, trial_rows
+from trainer.tuning.table import best_row, epochs_of, is_open, rows_now, seconds_left, trial_rows
 from trainer.tuning.workers import Watched
 
 REDRAW_SECONDS = 2.0
@@ -23,7 +23,7 @@ FRAME_LINES = 10
 
 def _summary(search: Search, rows: list[dict[str, Any]], watched: Watched, started: float) -> str:
     best = best_row(search, rows)
-    ended = sum(row["state"] != "running" for row in rows)
+    ended = sum(not is_open(row) for row in rows)
     parts = [f"{ended} of {counted(search.space.trials, 'trial')} ended"]
     if best is not None:
         parts.append(f"best {search.space.search.metric} {best['value']:.4f} ({best['run']})")
@@ -127,7 +127,8 @@ def live_view(search: Search) -> Iterator[Callable[[Watched], None]]:
         if watched.low_memory and watched.workers > 1 and not warned:
             warned = True
             console.print("memory is nearly used up: fewer --workers would be safer")
-        rows = trial_rows(search)
+        # At the end those that were stopped are told from those that others are at.
+        rows = rows_now(search) if last else trial_rows(search)
         if live is None:
             lines(rows, watched)
         else:

@@ -28,7 +28,7 @@ from trainer.tuning.plots import (
 )
 from trainer.tuning.space import Parameter, shown
 from trainer.tuning.study import Search
-from trainer.tuning.table import ranked, rows_now
+from trainer.tuning.table import is_open, ranked, rows_now, without_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,14 +59,15 @@ def report(search: Search, path: str | os.PathLike[str] | None = None) -> dict[s
         if line
     ]
     content = _content(search, rows, notes)
-    num_bytes = write_page(target, "search.html", f"Search {search.name}", **content)
+    gone = without_folder(search, rows)
+    num_bytes = write_page(target, "search.html", f"Search {search.name}", gone=gone, **content)
     return {
         "page": str(target),
         "kind": "search",
         "of": str(search.folder),
         "trials": len(rows),
         "bytes": num_bytes,
-        "notes": notes,
+        "notes": notes + ([gone] if gone else []),
     }
 
 
@@ -92,7 +93,7 @@ def _content(
 
 def _summary(search: Search, rows: Sequence[dict[str, Any]], best: dict[str, Any] | None) -> str:
     settings = search.space.search
-    ended = sum(row["state"] not in ("running", "stopped") for row in rows)
+    ended = sum(not is_open(row) for row in rows)
     sampler = {"tpe": "TPE", "cma": "CMA-ES"}.get(settings.sampler, settings.sampler)
     drawn = "of a grid" if sampler == "grid" else f"drawn by {sampler}"
     whole = f"{ended} of {counted(search.space.trials, 'trial')} {drawn} have ended"
@@ -324,12 +325,14 @@ def _repeat(search: Search, best: dict[str, Any] | None) -> dict[str, Any]:
             ("go on with it", typed(Command("search", name=search.name, **runs, **storage)))
         )
     if best is not None:
-        run = search.run_of(best["trial"])
-        commands += [
+        commands.append(
             (
                 "train the best trial again, with three seeds",
                 typed(Command("search", "best", folder, seeds=3, **storage)),
-            ),
+            )
+        )
+    if best is not None and (run := search.run_of(best["trial"])).exists:
+        commands += [
             (
                 "train it as a run of its own",
                 typed(Command("train", config=run.config_path, name=f"{search.name}-best")),

@@ -287,6 +287,13 @@ class Search:
         self.study.tell(claim.trial, state=TrialState.FAIL)
         claim.held.close()
 
+    def trained_config(self, number: int) -> Config:
+        """Return the settings of a trial's run, also where its folder is gone."""
+        run = self.run_of(number)
+        if run.exists:
+            return run.config
+        return self.config_of(self.study.get_trials(deepcopy=False)[number].params)
+
     def config_of(self, stored: Mapping[str, Any]) -> Config:
         """Return the settings of a trial's run from its parameters in the study."""
         return self.space.config(self.base, stored)

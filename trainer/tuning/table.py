@@ -45,6 +45,23 @@ def rows_now(search: Search) -> list[dict[str, Any]]:
     return rows
 
 
+def is_open(row: dict[str, Any]) -> bool:
+    """Tell whether a trial has not ended."""
+    return row["state"] in ("running", "stopped")
+
+
+def without_folder(search: Search, rows: Sequence[dict[str, Any]]) -> str | None:
+    """Say which trials have figures but no run folder any more; None where all have one."""
+    ended = [row for row in rows if row["state"] in ("complete", "pruned")]
+    gone = sorted(row["run"] for row in ended if not search.run_of(row["trial"]).exists)
+    if not gone:
+        return None
+    return (
+        f"{search.folder}: no run folder is left of {', '.join(gone)}: what is said of"
+        f" {'it' if len(gone) == 1 else 'them'} is the study's, and there are no weights"
+    )
+
+
 def _row(search: Search, trial: FrozenTrial) -> dict[str, Any]:
     attrs, reported = trial.user_attrs, trial.intermediate_values
     value: float | None = None
@@ -96,23 +113,23 @@ def best_row(search: Search, rows: Sequence[dict[str, Any]]) -> dict[str, Any] |
 
 def seconds_left(search: Search, rows: Sequence[dict[str, Any]], workers: int) -> float | None:
     """Estimate the time to the end from the epochs that were run; None before the first one."""
-    running = [row for row in rows if row["state"] == "running"]
+    open_rows = [row for row in rows if is_open(row)]
     costs = {row["trial"]: cost for row in rows if (cost := _expected(search, row)) is not None}
     if not costs:
         return None
     mean = float(np.mean(list(costs.values())))
     left = (search.space.trials - len(rows)) * mean
-    for row in running:
+    for row in open_rows:
         left += max(0.0, costs.get(row["trial"], mean) - _share(row))
-    at_once = sum(1 / row["together"] for row in running) + search.space.trials - len(rows)
+    at_once = sum(1 / row["together"] for row in open_rows) + search.space.trials - len(rows)
     return left / max(1.0, min(workers, at_once))
 
 
 def _expected(search: Search, row: dict[str, Any]) -> float | None:
     """Return what a trial will have taken of a worker's time; None where nothing tells."""
-    if row["state"] != "running":
+    if not is_open(row):
         return _share(row)
-    if not row["epoch"]:
+    if not row["epoch"] or row["seconds"] is None:
         return None
     return _share(row) / row["epoch"] * float(epochs_of(search, row))
 

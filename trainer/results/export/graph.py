@@ -78,11 +78,11 @@ def save_saved_model(
             label = tf.cast(probability >= threshold, tf.int32)
         return {"logit": logit, "probability": probability, "label": label}
 
-    @tf.function(input_signature=list(signature.values()))
+    @tf.function(input_signature=list(signature.values()), autograph=False)
     def serve(*arrays: Any) -> dict[str, Any]:
         return answer(dict(zip(signature, arrays, strict=True)))
 
-    @tf.function(input_signature=[batch_of_strings, batch_of_strings])
+    @tf.function(input_signature=[batch_of_strings, batch_of_strings], autograph=False)
     def serve_bytes(images: Any, sentences: Any) -> dict[str, Any]:
         pixels = tf.map_fn(
             lambda data: tf.ensure_shape(to_pixels(_decode(data)), pixel_spec.shape),
@@ -230,7 +230,7 @@ def save_onnx(model: keras.Model, path: Path, card: Mapping[str, Any]) -> None:
     logging.getLogger("tf2onnx").setLevel(logging.ERROR)
     signature = _input_signature(model)
 
-    @tf.function(input_signature=list(signature.values()))
+    @tf.function(input_signature=list(signature.values()), autograph=False)
     def predict(*arrays: Any) -> dict[str, Any]:
         return {"logit": model(dict(zip(signature, arrays, strict=True)), training=False)}
 
