@@ -195,6 +195,10 @@ class Run:
         try:
             text = self.history_path.read_text(encoding="utf-8")
             history = pd.read_csv(io.StringIO(text))
+            # The parser of pandas 2 is off by a last digit in every third number.
+            exact = pd.read_csv(io.StringIO(text), dtype=str)
+            for name in history.select_dtypes("float"):
+                history[name] = exact[name].astype(float)
             # A number that was cut off would be read as another.
             if not text.endswith("\n"):
                 raise ValueError("its last line is cut off")
