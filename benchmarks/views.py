@@ -28,7 +28,7 @@ from featstore.progress import SHOWN
 from featstore.project import Project
 from trainer.logits import sigmoid
 from trainer.metrics import row_losses
-from trainer.statistics import Clustered, percentiles
+from trainer.statistics import Clustered, middle
 
 Draws = NDArray[np.float64]
 
@@ -198,7 +198,7 @@ def _figures(
     train, val = measured["train"], measured["val"]
 
     def with_interval(mean: float, drawn: Draws) -> dict[str, Any]:
-        return {"mean": mean, "interval": percentiles(drawn, val.clustered)}
+        return {"mean": mean, "interval": middle(drawn, val.clustered)}
 
     def gap(of: Mapping[str, _Measured]) -> tuple[float, Draws]:
         losses = [float(np.mean(of[split].losses)) for split in ("val", "train")]

@@ -25,7 +25,7 @@ from featstore.progress import SILENT
 from featstore.project import Project
 from trainer.logits import sigmoid
 from trainer.metrics import evaluate_logits, row_losses
-from trainer.statistics import Clustered, percentiles
+from trainer.statistics import Clustered, middle
 
 PHOTOS = {"warm": 1100, "train": 160, "val": 60, "test": 200}
 BLOCKS, SEEDS = (0, 1, 2), (0, 1, 2)
@@ -133,7 +133,7 @@ def _gain(
     difference = np.mean(ours, axis=0) - np.mean(base, axis=0)
     ones = clustered.sums(clustered.by_image(np.ones(clustered.rows)))
     drawn = (clustered.sums(clustered.by_image(difference)) / ones)[:, 0]
-    return {"mean": float(difference.mean()), "interval": percentiles(drawn, clustered)}
+    return {"mean": float(difference.mean()), "interval": middle(drawn, clustered)}
 
 
 def report(figures: Mapping[str, Any]) -> str:
