@@ -177,14 +177,18 @@ def _inside(folder: Path, needed: set[str], recorded: set[str] | None, found: Co
         found.notes.append(Advice(f"superseded rows not looked for: {error}"))
 
 
+def _names_of(digests: set[str]) -> set[str]:
+    """Return what features, splits and reports are called: a report by half of its rows' digest."""
+    return digests | {digest[:16] for digest in digests}
+
+
 def _beside(project: Project, needed: set[str], found: Collection) -> None:
     """Judge the splits and the reports."""
     asked_split = asked_report = ""
     if project.has_dataset:
         asked_split = project.dataset.splits_path.name
         asked_report = project.dataset.report.name if project.dataset.report else ""
-    # A report is named by half of its rows' digest.
-    known = needed | {digest[:16] for digest in needed}
+    known = _names_of(needed)
     now = time.time()
     for kind, pattern, asked in (
         ("split", re.compile(r"([0-9a-f]{32})\.json"), asked_split),
@@ -373,10 +377,13 @@ def compact(folder: Path) -> int:
     return count
 
 
-def _asked_for_since(found: Collection) -> set[str]:
-    """Return the digests that users need who were recorded after the garbage was looked for."""
+def _asked_for_since(found: Collection, item: Garbage) -> bool:
+    """Return whether a user needs it who was recorded after the garbage was looked for."""
+    if item.what not in ("features", "split", "report"):
+        return False
     news = [u for u in read_uses(found.root) if u.path not in found.seen and not u.forgotten]
-    return {digest for use in news for digest in use.digests}
+    names = _names_of({digest for use in news for digest in use.digests})
+    return item.path.stem.removeprefix("rows-") in names
 
 
 def delete(found: Collection) -> None:
@@ -395,9 +402,7 @@ def delete(found: Collection) -> None:
     for item in found.garbage:
         folder = item.path.parent
         try:
-            # A report is named by half of a digest.
-            name = item.path.stem.removeprefix("rows-")
-            if any(digest.startswith(name) for digest in _asked_for_since(found)):
+            if _asked_for_since(found, item):
                 raise StoreError("asked for by a command that began meanwhile")
             if item.what == "features":
                 _delete_folder(item.path)

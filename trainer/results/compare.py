@@ -158,7 +158,7 @@ def _measured(
         "quarantined_photos": one.scored.unread,
         "seen_photos": one.seen,
         **evaluate_logits(truth, logits, one.threshold),
-        "intervals": intervals_of(drawn, truth, logits, one.threshold, clustered),
+        "intervals": intervals_of(drawn, clustered),
         "reliability": reliability(truth, probabilities_of(logits)),
     }
     return figures, drawn

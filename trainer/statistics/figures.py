@@ -40,17 +40,11 @@ def intervals(
     level: float = LEVEL,
 ) -> dict[str, Interval | None]:
     """Return the interval of each figure of `bootstrap`, see `intervals_of`."""
-    drawn = bootstrap(labels, logits, threshold, clustered)
-    return intervals_of(drawn, labels, logits, threshold, clustered, level)
+    return intervals_of(bootstrap(labels, logits, threshold, clustered), clustered, level)
 
 
 def intervals_of(
-    drawn: Mapping[str, FloatArray],
-    labels: Labels,
-    logits: Values,
-    threshold: float | None,
-    clustered: Clustered,
-    level: float = LEVEL,
+    drawn: Mapping[str, FloatArray], clustered: Clustered, level: float = LEVEL
 ) -> dict[str, Interval | None]:
     """Return the interval of each figure of `bootstrap`; None as `percentiles` says.
 
@@ -60,15 +54,15 @@ def intervals_of(
     size). What is no share of rows, as macro-F1 or the AUC, then has none.
 
     Args:
-        drawn: Of `bootstrap`, which was given the rest.
-        labels, logits, threshold, clustered: As `bootstrap` takes them.
+        drawn: Of `bootstrap`.
+        clustered: Which rows are of one image.
         level: Such as 0.95.
     """
     found = {name: percentiles(values, clustered, level) for name, values in drawn.items()}
-    for name, at in (("accuracy", threshold), ("accuracy_at_half", 0.5)):
-        if name in found and found[name] is None and clustered.images > 1:
-            right = predicted_labels(np.asarray(logits), at) == np.asarray(labels)
-            found[name] = wilson(float(right.mean()), clustered.images, level)
+    for name in ("accuracy", "accuracy_at_half"):
+        if name in found and found[name] is None:
+            same = middle(drawn[name], clustered, level)
+            found[name] = same and wilson(same["low"], clustered.images, level)
     return found
 
 
